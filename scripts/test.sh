@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# bash scripts/test.sh [pytest arguments]
+#
+# Formatting, lint and every test that is not marked `study` or `soak`. Needs only Python 3.11 or newer and pip.
+# Arguments go to pytest: `bash scripts/test.sh -k config -x`.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/_environment.sh"
+
+whole_run() {
+  "$python" -m ruff format --check --quiet --output-format concise . || fail "some files are not formatted; run: ruff format ."
+  "$python" -m ruff check --quiet --output-format concise . || fail "ruff found the problems above"
+  "$python" -m pytest -m "not study and not soak" "$@"
+}
+
+environment test
+cd "$repository"
+
+# Many tests compile the same programs in processes of their own: one cache for the run, nothing too small for it.
+JAX_COMPILATION_CACHE_DIR="$(mktemp -d)"
+trap 'rm -rf "$JAX_COMPILATION_CACHE_DIR"' EXIT
+export JAX_COMPILATION_CACHE_DIR
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
+export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=0
+# The reference models' OpenMP threads would otherwise spin between operations and take the cores from JAX.
+export OMP_WAIT_POLICY=PASSIVE
+
+whole_run "$@"
+echo "tests: passed, $SECONDS s in all"

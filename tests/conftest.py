@@ -1,0 +1,40 @@
+"""Set before anything of vlmalign is imported: shape checks on every annotated call, CPU, exact float32, one compile cache."""
+
+import atexit
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from jaxtyping import install_import_hook
+
+# is_pep484_tower: an int is good enough for a float, as everywhere in Python's typing.
+install_import_hook("vlmalign", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+# In the environment rather than in jax.config, so that the processes which tests start run under the same settings.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's idle threads must not spin on JAX's cores
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="vlmalign-compiled-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The checkout."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real public tables and films, kept beside the checkout; tests that need them are skipped where they are not."""
+    folder = REPOSITORY.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("the folder of public data, ../shared/data beside the checkout, is not there")
+    return folder

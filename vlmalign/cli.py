@@ -1,0 +1,122 @@
+"""The `vlmalign` command: one line of COMMANDS a command, each a thin call of the room that does the work.
+
+Exit codes: 0 done, 2 a mistake in what was asked (said in plain words), 130 interrupted, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from vlmalign import __version__
+
+
+class Command(NamedTuple):
+    name: str
+    summary: str  #: one line, as `vlmalign --help` shows it
+    arguments: Callable[[argparse.ArgumentParser], None]  #: declares the command's arguments
+    run: Callable[[argparse.Namespace], None]  #: imports what it needs, so that --help stays instant
+
+
+def _study_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "config", metavar="CONFIG", help="YAML file, such as configs/chexreason/quickstart.yaml"
+    )
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        metavar="a.b=c",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="change settings of the file: --set seed=1 sft.learning_rate=1e-4 stages.0.steps=10",
+    )
+    parser.add_argument("--run", metavar="DIR", help="run folder; short for --set run=DIR")
+
+
+def _run_folder_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run, finished or not")
+
+
+def _chexreason(arguments: argparse.Namespace) -> None:
+    from vlmalign.config import load_config
+    from vlmalign.studies.chexreason import ChexReasonConfig, run
+
+    run(load_config(ChexReasonConfig, arguments.config, _overrides(arguments)))
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from vlmalign.reporting.html import write_report
+
+    if not arguments.run.is_dir():
+        raise ValueError(f"{arguments.run} is not a folder; give the run folder of an earlier command")
+    write_report(arguments.run)
+
+
+def _overrides(arguments: argparse.Namespace) -> list[str]:
+    # JSON quotes the folder's name, so that one such as `007` or `a: b` is not read as something else.
+    chosen = [] if arguments.run is None else [f"run={json.dumps(arguments.run, ensure_ascii=False)}"]
+    return [*arguments.overrides, *chosen]
+
+
+COMMANDS = (
+    Command("chexreason", "chest films with reasoning: SFT, GRPO, evaluation", _study_arguments, _chexreason),
+    Command("report", "write report.html of a run folder again", _run_folder_arguments, _report),
+)
+
+_EPILOG = """examples:
+  vlmalign chexreason configs/chexreason/quickstart.yaml
+  vlmalign chexreason configs/chexreason/quickstart.yaml --set seed=1 --run runs/seed1
+  vlmalign report runs/seed1
+
+A run that was interrupted continues when the same command is given again."""
+
+
+def build_parser(commands: Sequence[Command] = COMMANDS) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vlmalign",
+        description="Align medical vision-language and text models with SFT, DPO and GRPO in JAX.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"vlmalign {__version__}")
+    entries = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    for command in commands:
+        entry = entries.add_parser(
+            command.name, help=command.summary, description=command.summary, allow_abbrev=False
+        )
+        command.arguments(entry)
+        entry.add_argument(
+            "--traceback", action="store_true", help="on an error, show where in the code it arose"
+        )
+        entry.set_defaults(run_command=command.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code of `vlmalign` with these arguments (by default the process's own)."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        arguments.run_command(arguments)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command continues the run", file=sys.stderr)
+        return 130
+    except (
+        ValueError,
+        OSError,
+    ) as error:  # how the package tells users of a mistake; anything else is a defect
+        if arguments.traceback:
+            raise
+        print(f"vlmalign {arguments.command}: {error}", file=sys.stderr)
+        print("(--traceback shows where in the code this arose)", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

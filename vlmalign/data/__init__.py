@@ -1,0 +1,1 @@
+"""Files -> examples -> prompts -> groups. numpy only: nothing in this room imports JAX."""

@@ -1,0 +1,123 @@
+"""A data set of films with random access: what every reader builds.
+
+The table is held as arrays; a film becomes an `Example` when it is asked for. Paths are checked as text when the
+data set is opened and followed (links, existence) when a film is asked for, so opening 377,110 films costs no file
+access. Only `on_bad="skip"` looks for every file at opening, since the length depends on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlmalign.data.schema import LabelSchema
+from vlmalign.data.tables import inside, stays_inside
+from vlmalign.types import Example
+
+
+class Films:
+    """`len(films)` films; `films[i]` is an `Example`.
+
+    `skipped` lists the rows that were left out, as {"id", "path", "reason"}: rows without labels and, with
+    `on_bad="skip"`, those whose file is missing or lies outside the root. With `on_bad="error"` the latter raise
+    FileNotFoundError or ValueError, naming table row and path, when the film is asked for (a path that leaves the
+    root as written: when the data set is opened).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: LabelSchema,
+        root: Path,
+        *,
+        table: Path,
+        ids: Iterable[str],
+        patients: Iterable[str],
+        paths: Iterable[str],
+        labels: np.ndarray,
+        rows: np.ndarray,
+        meta: Mapping[str, Iterable[Any]],
+        skipped: Sequence[dict[str, str]] = (),
+        on_bad: str = "error",
+    ) -> None:
+        """`labels`: bool [films, labels]; `rows` (int): line of each film in `table`; `paths`: relative to `root`."""
+        if on_bad not in ("error", "skip"):
+            raise ValueError(f"on_bad must be 'error' or 'skip', found {on_bad!r}")
+        self.name, self.schema, self.root, self.table = name, schema, Path(root), Path(table)
+        self.skipped: list[dict[str, str]] = list(skipped)
+        self._ids = np.asarray(ids, object)
+        self._patients = np.asarray(patients, object)
+        self._paths = np.asarray(paths, object)
+        self._labels = np.asarray(labels, bool).reshape(len(self._ids), len(schema))
+        self._rows = np.asarray(rows, int)
+        self._meta = {key: np.asarray(column, object) for key, column in meta.items()}
+        self._refuse_repeats()
+        if on_bad == "skip":
+            self._skip_bad()
+        for i, path in enumerate(self._paths):
+            if not stays_inside(path):
+                raise ValueError(f"{self._where(i)}: path {path!r} leaves the data root {self.root}")
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, i: int) -> Example:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"film {i} of {self.name}: it has {len(self)} films")
+        path = self._checked_path(i)
+        labels = tuple(label for label, on in zip(self.schema.labels, self._labels[i], strict=True) if on)
+        meta = {key: column[i] for key, column in self._meta.items()}
+        return Example(self._ids[i], self._patients[i], path, labels, meta)
+
+    def label_matrix(self) -> np.ndarray:
+        """bool [films, labels] in schema order (a copy)."""
+        return self._labels.copy()
+
+    def patients(self) -> np.ndarray:
+        """Patient of each film: object array of str [films]."""
+        return self._patients.copy()
+
+    def ids(self) -> np.ndarray:
+        """Id of each film: object array of str [films]."""
+        return self._ids.copy()
+
+    def _where(self, i: int) -> str:
+        return f"{self.table}, row {self._rows[i]} (film {self._ids[i]})"
+
+    def _checked_path(self, i: int) -> Path:
+        try:
+            path = inside(self.root, self._paths[i])
+        except ValueError as error:
+            raise ValueError(f"{self._where(i)}: {error}") from None
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{self._where(i)}: no file {path}; restore it or open with on_bad='skip'"
+            )
+        return path
+
+    def _refuse_repeats(self) -> None:
+        seen: dict[str, int] = {}
+        for i, id in enumerate(self._ids):
+            if id in seen:
+                raise ValueError(
+                    f"{self._where(i)}: the id is repeated, first found in row {self._rows[seen[id]]}"
+                )
+            seen[id] = i
+
+    def _skip_bad(self) -> None:
+        keep = np.ones(len(self), bool)
+        for i in range(len(self)):
+            try:
+                self._checked_path(i)
+            except (ValueError, FileNotFoundError) as error:
+                keep[i] = False
+                self.skipped.append({"id": self._ids[i], "path": self._paths[i], "reason": str(error)})
+        self._ids, self._patients, self._paths = self._ids[keep], self._patients[keep], self._paths[keep]
+        self._labels, self._rows = self._labels[keep], self._rows[keep]
+        self._meta = {key: column[keep] for key, column in self._meta.items()}

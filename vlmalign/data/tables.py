@@ -1,0 +1,126 @@
+"""Reading CSV tables (plain or .gz) by column name, and keeping file paths from tables inside their root.
+
+Nothing is guessed: a missing or unknown column, or a label value outside 1 / 0 / -1 / blank, is an error that
+names the file, the row (as an editor counts lines, the header being 1) and what was found.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gzip
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+#: Texts that label columns may hold, and their value; blank means not mentioned.
+LABEL_VALUES = {"1": 1.0, "1.0": 1.0, "0": 0.0, "0.0": 0.0, "-1": -1.0, "-1.0": -1.0, "": np.nan}
+
+
+def find_table(root: Path, *names: str) -> Path:
+    """The first of `names`, plain or with .gz, that exists in `root`; FileNotFoundError listing what was tried."""
+    tried = [root / (name + suffix) for name in names for suffix in ("", ".gz")]
+    for path in tried:
+        if path.is_file():
+            return path
+    listed = ", ".join(path.name for path in tried)
+    raise FileNotFoundError(f"none of {listed} in {root}; check that the root is the data set's own folder")
+
+
+def read_table(path: Path, required: Sequence[str], *, closed: bool = False) -> pd.DataFrame:
+    """The table as text (blank = ""), with at least the `required` columns, under the names given there.
+
+    A column also matches with `_` in place of spaces, as some mirrors write them. With `closed` only the required
+    columns may be present. Raises FileNotFoundError, or ValueError for a file that cannot be read, and for
+    missing, repeated or (when closed) unexpected columns, with the nearest known names.
+    """
+    path = Path(path)
+    try:
+        with gzip.open(path, "rt", newline="") if path.suffix == ".gz" else path.open(newline="") as file:
+            rows = csv.reader(file, strict=True)
+            canonical = {_plain(name): name for name in required}
+            names = [canonical.get(_plain(name), name.strip()) for name in next(rows, [])]
+            _check_columns(path, names, required, closed=closed)
+            _check_widths(path, rows, len(names))
+        return pd.read_csv(path, names=names, header=0, dtype=str, keep_default_na=False, index_col=False)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no table {path}") from None
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error, pd.errors.ParserError) as error:
+        raise ValueError(f"cannot read table {path}: {error}") from error
+
+
+def _plain(name: str) -> str:
+    return name.strip().lstrip("\ufeff").replace("_", " ")
+
+
+def _check_widths(path: Path, rows: Iterable[list[str]], width: int) -> None:
+    """Refuses rows that are too short or too long: pandas would fill or cut them, and a cut file look whole."""
+    blank = 0
+    for number, row in enumerate(rows, start=2):
+        if not row:
+            blank = blank or number
+        elif blank or len(row) != width:
+            found = 0 if blank else len(row)
+            raise ValueError(f"{path}, row {blank or number}: found {found} fields, expected {width}")
+
+
+def _check_columns(path: Path, names: list[str], required: Sequence[str], *, closed: bool) -> None:
+    missing = [name for name in required if name not in names]
+    repeated = sorted({name for name in names if name and names.count(name) > 1})
+    unexpected = [name for name in names if name not in required] if closed else []
+    problems = []
+    for name in missing:
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+        problems.append(f"missing column {name!r}" + (f" (nearest found: {', '.join(near)})" if near else ""))
+    for name in unexpected:
+        near = difflib.get_close_matches(name, required, n=3, cutoff=0.5)
+        problems.append(
+            f"unexpected column {name!r}" + (f" (nearest known: {', '.join(near)})" if near else "")
+        )
+    problems += [f"repeated column {name!r}" for name in repeated]
+    if problems:
+        raise ValueError(f"{path}: {'; '.join(problems)}; expected columns: {', '.join(required)}")
+
+
+def label_values(frame: pd.DataFrame, path: Path, labels: Sequence[str]) -> np.ndarray:
+    """float32 [rows, labels]: 1, 0, -1 or NaN for blank; ValueError naming file, row, column and value."""
+    values = np.empty((len(frame), len(labels)), np.float32)
+    for column, label in enumerate(labels):
+        text = frame[label].str.strip()
+        known = text.isin(list(LABEL_VALUES)).to_numpy()
+        if not known.all():
+            row = int(np.argmin(known))
+            raise ValueError(
+                f"{path}, row {row + 2}, column {label!r}: found {text.iloc[row]!r}, expected 1, 0, -1 or blank"
+            )
+        values[:, column] = text.map(LABEL_VALUES).to_numpy(np.float32)
+    return values
+
+
+def positives(values: np.ndarray, uncertain: str = "negative") -> np.ndarray:
+    """bool [rows, labels]: only 1 is positive; -1 counts as `uncertain` says; 0 and blank are absent."""
+    if uncertain not in ("negative", "positive"):
+        raise ValueError(f"uncertain must be 'negative' or 'positive', found {uncertain!r}")
+    return (values == 1) | (values == -1) if uncertain == "positive" else values == 1
+
+
+def stays_inside(relative: str) -> bool:
+    """Whether a relative path, as written, cannot leave its root (no file is looked at)."""
+    return not (
+        relative.startswith(("/", "\\")) or "\0" in relative or ".." in relative.replace("\\", "/").split("/")
+    )
+
+
+def inside(root: Path, relative: str | Path) -> Path:
+    """`root / relative` with links followed; ValueError when it lies outside `root` (.., absolute, or by a link)."""
+    base = Path(root).resolve()
+    if not stays_inside(str(relative)):
+        raise ValueError(
+            f"path {str(relative)!r} leaves the data root {root}; paths must be relative and without '..'"
+        )
+    path = (base / relative).resolve()
+    if not path.is_relative_to(base):
+        raise ValueError(f"path {str(relative)!r} leads by a link to {path}, outside the data root {root}")
+    return path

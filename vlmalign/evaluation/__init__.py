@@ -1,0 +1,1 @@
+"""Predictions -> metrics with n and an interval. Never imports training."""

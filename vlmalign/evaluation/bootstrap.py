@@ -1,0 +1,161 @@
+"""Intervals for F1 by resampling patients: films of one patient are not independent, so patients are drawn whole.
+
+A draw takes as many patients as there are, with replacement. Scoring a draw needs only how often each patient was
+drawn, because tp, fp and fn add up over patients:
+
+    counts[draw] = sum_p weight[draw, p] counts[p]        one matrix product for all draws
+
+Each draw is scored by the very rule of the point estimate (`f1_values`): `macro` is taken over the labels with support
+*in the draw*. A draw in which a score is undefined is left out of that score's percentiles and counted.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from vlmalign.evaluation.f1 import Counts, F1Values, f1_values, none_if_nan, outcomes
+from vlmalign.shapes import Bool, Float, Int
+
+_BLOCK = 4_000_000  # weights held at once (32 MB): 1,000 draws of 65,000 patients would take 520 MB
+
+
+class Interval(NamedTuple):
+    """A score with its percentile interval.
+
+    `value` is None where the score is undefined; `low` and `high` are None there too, where every draw is undefined,
+    and with one patient (who says nothing about how patients differ).
+    """
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int  #: films
+    patients: int
+    undefined: int  #: draws left out, because the score was undefined in them
+
+
+class F1Intervals(NamedTuple):
+    """Every F1 with its interval; averages as in `F1Report`."""
+
+    label: tuple[Interval, ...]
+    micro: Interval
+    macro: Interval
+    macro_all: Interval
+
+
+def bootstrap_f1(
+    truth: Bool[np.ndarray, "film label"],
+    predicted: Bool[np.ndarray, "film label"],
+    patients: Sequence[str],
+    *,
+    draws: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> F1Intervals:
+    """F1 per label, micro and macro, each with its patient-level percentile interval at `level`.
+
+    `patients[i]` is the patient of film i. The result depends on the seed and the set of rows, not on their order.
+    Raises ValueError for settings out of range and for a number of patients that is not the number of films.
+    """
+    counts = _patient_counts(truth, predicted, patients)
+    point = _scores(counts.sum(axis=0))
+    drawn = _drawn_scores([counts], draws, level, seed)[0]
+    return _intervals(point, drawn, level, n=len(truth), patients=len(counts))
+
+
+def paired_difference(
+    truth: Bool[np.ndarray, "film label"],
+    first: Bool[np.ndarray, "film label"],
+    second: Bool[np.ndarray, "film label"],
+    patients: Sequence[str],
+    *,
+    draws: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> F1Intervals:
+    """F1 of `second` minus F1 of `first` on the same films, each with its interval.
+
+    Both systems are scored on the same resamples, so what makes a film hard for both cancels: an interval that leaves
+    out 0 speaks for a difference even where the two systems' own intervals overlap. A difference is undefined where
+    either score is. Raises as `bootstrap_f1`.
+    """
+    before = _patient_counts(truth, first, patients)
+    after = _patient_counts(truth, second, patients)
+    point = _scores(after.sum(axis=0)) - _scores(before.sum(axis=0))
+    drawn_before, drawn_after = _drawn_scores([before, after], draws, level, seed)
+    return _intervals(point, drawn_after - drawn_before, level, n=len(truth), patients=len(before))
+
+
+def resample_weights(patients: int, *, draws: int, seed: int) -> Iterator[Float[np.ndarray, "draw patient"]]:
+    """How often each patient is in each draw, in blocks of draws; every row sums to `patients`."""
+    rng = np.random.default_rng(seed)
+    block = max(1, _BLOCK // patients)
+    for start in range(0, draws, block):
+        rows = min(block, draws - start)
+        drawn = rng.integers(patients, size=(rows, patients)) + patients * np.arange(rows)[:, None]
+        weights = np.bincount(drawn.ravel(), minlength=rows * patients)
+        # float64 for the matrix product: numpy multiplies integers without BLAS; counts are exact below 2**53
+        yield weights.reshape(rows, patients).astype(np.float64)
+
+
+def _patient_counts(
+    truth: Bool[np.ndarray, "film label"], predicted: Bool[np.ndarray, "film label"], patients: Sequence[str]
+) -> Int[np.ndarray, "patient 3 label"]:
+    if len(truth) == 0 or len(patients) != len(truth):
+        raise ValueError(
+            f"expected one patient per film and at least one film, found {len(patients)} for {len(truth)} films"
+            "; pass the patient column of the same rows"
+        )
+    names, owner = np.unique(
+        np.asarray(patients), return_inverse=True
+    )  # sorted: order of films cannot matter
+    counts = np.zeros((len(names), 3, truth.shape[1]), np.int64)
+    np.add.at(counts, owner, outcomes(truth, predicted))
+    return counts
+
+
+def _scores(counts: Int[np.ndarray, "*draw 3 label"]) -> Float[np.ndarray, "*draw score"]:
+    """The labels' F1, then micro, macro, macro_all, on one dim: all are resampled and subtracted alike."""
+    values: F1Values = f1_values(Counts(*np.moveaxis(counts, -2, 0)))
+    averages = np.stack([values.micro, values.macro, values.macro_all], axis=-1)
+    return np.concatenate([values.label, averages], axis=-1)
+
+
+def _drawn_scores(
+    systems: list[Int[np.ndarray, "patient 3 label"]], draws: int, level: float, seed: int
+) -> list[Float[np.ndarray, "draw score"]]:
+    """Scores of each system in each draw, all systems on the same draws."""
+    if draws < 1:
+        raise ValueError(f"draws must be >= 1, found {draws}; set e.g. 1000")
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie between 0 and 1, found {level}; set e.g. 0.95")
+    patients, _, labels = systems[0].shape
+    blocks: list[list[np.ndarray]] = [[] for _ in systems]
+    for weights in resample_weights(patients, draws=draws, seed=seed):
+        for scores, counts in zip(blocks, systems, strict=True):
+            summed = weights @ counts.reshape(patients, 3 * labels)  # [draw, 3 * label]
+            scores.append(_scores(summed.astype(np.int64).reshape(-1, 3, labels)))
+    return [np.concatenate(scores) for scores in blocks]
+
+
+def _intervals(
+    point: Float[np.ndarray, "score"],
+    drawn: Float[np.ndarray, "draw score"],
+    level: float,
+    *,
+    n: int,
+    patients: int,
+) -> F1Intervals:
+    tails = [50 * (1 - level), 50 * (1 + level)]  # percent
+
+    def interval(value: float, draws: Float[np.ndarray, "draw"]) -> Interval:
+        defined = draws[~np.isnan(draws)]
+        undefined = len(draws) - len(defined)
+        if np.isnan(value) or len(defined) == 0 or patients == 1:
+            return Interval(none_if_nan(value), None, None, n, patients, undefined)
+        low, high = np.percentile(defined, tails)
+        return Interval(float(value), float(low), float(high), n, patients, undefined)
+
+    *label, micro, macro, macro_all = map(interval, point, drawn.T)
+    return F1Intervals(tuple(label), micro, macro, macro_all)

@@ -1,0 +1,216 @@
+"""Attention over a group: prompt keys shared by all K continuations, own keys for each, one joint softmax.
+
+Token t sees token s iff segment(s) is 0 or t's own, and order(s) <= order(t) or both lie in one image block, and, in
+a local layer, order(t) - order(s) < window. The rectangle (P; K x C) makes this three dense pieces: prompt on prompt,
+continuation on prompt, continuation on itself. No prompt key is ever copied per continuation.
+
+Alphabet: n row, s segment, c query, d own key, p prompt key, g kv head, r query heads per kv head, h head dim.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from vlmalign.shapes import Array, Bool, Float, Int
+from vlmalign.types import Layout
+
+#: finite, so that a padding query (which sees nothing) averages values instead of making NaN
+MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+
+#: queries per chunk of the "chunked" implementation
+CHUNK = 512
+
+
+class Places(NamedTuple):
+    """Where tokens stand, as the visibility rule needs it; arrays of equal shape."""
+
+    segment: Int[Array, "*batch tokens"]
+    order: Int[Array, "*batch tokens"]
+    block: Int[Array, "*batch tokens"]
+
+
+class KeyValue(NamedTuple):
+    """Keys and values [..., tokens, kv_heads, head_dim]."""
+
+    key: Float[Array, "*batch tokens kv_heads head_dim"]
+    value: Float[Array, "*batch tokens kv_heads head_dim"]
+
+
+def visible(query: Places, key: Places, window: int | None) -> Bool[Array, "*batch query key"]:
+    """True where the query token may look at the key token.
+
+    >>> row = Places(jnp.array([0, 0, 1, -1]), jnp.array([0, 1, 2, 0]), jnp.array([-1, -1, -1, -1]))
+    >>> visible(row, row, None).astype(int).tolist()
+    [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 0]]
+    """
+    ks, qs = key.segment[..., None, :], query.segment[..., :, None]
+    distance = query.order[..., :, None] - key.order[..., None, :]
+    same_block = (query.block[..., :, None] == key.block[..., None, :]) & (key.block[..., None, :] >= 0)
+    seen = ((ks == 0) | ((ks == qs) & (ks > 0))) & ((distance >= 0) | same_block)
+    return seen if window is None else seen & (distance < window)
+
+
+def attend_segments(
+    q: Float[Array, "n s c g r h"],
+    own: KeyValue,
+    own_mask: Bool[Array, "n s c d"],
+    shared: KeyValue | None = None,
+    shared_mask: Bool[Array, "n s c p"] | None = None,
+) -> Float[Array, "n s c g r h"]:
+    """Attention of S segments of queries over [shared keys | the segment's own keys], one softmax over both.
+
+    `own` is [n, s, d, g, h], `shared` [n, p, g, h]. Scores and softmax are float32; queries come scaled.
+    """
+    scores = jnp.einsum("nscgrh,nsdgh->ngscrd", q, own.key, preferred_element_type=jnp.float32)
+    scores = jnp.where(own_mask[:, None, :, :, None, :], scores, MASKED)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    if shared is not None:
+        far = jnp.einsum("nscgrh,npgh->ngscrp", q, shared.key, preferred_element_type=jnp.float32)
+        far = jnp.where(shared_mask[:, None, :, :, None, :], far, MASKED)
+        top = jnp.maximum(top, jnp.max(far, axis=-1, keepdims=True))
+    top = jax.lax.stop_gradient(top)
+    weights = jnp.exp(scores - top)  # [n, g, s, c, r, d]
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    out = jnp.einsum("ngscrd,nsdgh->ngscrh", weights.astype(q.dtype), own.value, preferred_element_type=jnp.float32)
+    if shared is not None:
+        weights = jnp.exp(far - top)  # [n, g, s, c, r, p]
+        total = total + jnp.sum(weights, axis=-1, keepdims=True)
+        out = out + jnp.einsum(
+            "ngscrp,npgh->ngscrh", weights.astype(q.dtype), shared.value, preferred_element_type=jnp.float32
+        )
+    return jnp.moveaxis(out / total, 1, 3).astype(q.dtype)
+
+
+def _attend_in_chunks(
+    q: Float[Array, "n s c g r h"],
+    places: Places,
+    own: KeyValue,
+    own_places: Places,
+    shared: KeyValue | None,
+    shared_places: Places | None,
+    window: int | None,
+    chunk: int,
+) -> Float[Array, "n s c g r h"]:
+    """`attend_segments` for `chunk` queries at a time, recomputed in the backward pass."""
+    length = q.shape[2]
+    count = -(-length // chunk)
+    pad = count * chunk - length
+
+    def cut(x: Array) -> Array:  # [n, s, c, ...] -> [count, n, s, chunk, ...]
+        x = jnp.pad(x, [(0, 0), (0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 3))
+        return jnp.moveaxis(x.reshape(*x.shape[:2], count, chunk, *x.shape[3:]), 2, 0)
+
+    @jax.checkpoint
+    def one(piece: tuple[Array, Places]) -> Array:
+        queries, where = piece
+        far = None if shared_places is None else visible(where, shared_places, window)
+        return attend_segments(queries, own, visible(where, own_places, window), shared, far)
+
+    pieces = jax.lax.map(one, (cut(q), jax.tree.map(cut, places)))  # [count, n, s, chunk, g, r, h]
+    joined = jnp.moveaxis(pieces, 0, 2)
+    return joined.reshape(*joined.shape[:2], count * chunk, *joined.shape[4:])[:, :, :length]
+
+
+def _segments(
+    q: Float[Array, "n t heads h"], kv: KeyValue, places: Places, layout: Layout, window: int | None, *, chunk: int | None
+) -> Float[Array, "n t heads h"]:
+    """Group attention on the static rectangle; all queries at once, or `chunk` of them at a time."""
+    n, _, heads, h = q.shape
+    g = kv.key.shape[2]
+    prompt, group, completion = layout
+    grouped = q.reshape(n, layout.row, g, heads // g, h)  # [n, t, g, r, h]
+
+    def head(x: Array) -> Array:
+        return x[:, :prompt]
+
+    def tail(x: Array) -> Array:  # [n, t, ...] -> [n, s, c, ...]
+        return x[:, prompt:].reshape(n, group, completion, *x.shape[2:])
+
+    def lift(x: Array) -> Array:
+        return x[:, None]
+
+    def run(queries: Array, where: Places, own: KeyValue, own_places: Places, shared, shared_places) -> Array:
+        if chunk is not None:
+            return _attend_in_chunks(queries, where, own, own_places, shared, shared_places, window, chunk)
+        far = None if shared_places is None else visible(where, shared_places, window)
+        return attend_segments(queries, own, visible(where, own_places, window), shared, far)
+
+    prompt_kv, prompt_places = KeyValue(*map(head, kv)), Places(*map(head, places))
+    prompt_segment = Places(*map(lift, prompt_places))
+    out = run(
+        lift(head(grouped)), prompt_segment, KeyValue(*map(lift, prompt_kv)), prompt_segment, None, None
+    ).reshape(n, prompt, heads, h)
+    if group == 0:
+        return out
+    own, own_places = KeyValue(*map(tail, kv)), Places(*map(tail, places))
+    answers = run(tail(grouped), own_places, own, own_places, prompt_kv, Places(*map(lift, prompt_places)))
+    return jnp.concatenate([out, answers.reshape(n, group * completion, heads, h)], axis=1)
+
+
+def _cudnn(
+    q: Float[Array, "n t heads h"], kv: KeyValue, places: Places, layout: Layout, window: int | None
+) -> Float[Array, "n t heads h"]:
+    """cuDNN's fused attention over the whole row with a dense mask: no score matrix in memory, more arithmetic."""
+    del layout
+    return jax.nn.dot_product_attention(
+        q, kv.key, kv.value, mask=visible(places, places, window)[:, None], scale=1.0, implementation="cudnn"
+    )
+
+
+#: every implementation the resolver can choose; all compute the same function
+IMPLEMENTATIONS = {
+    "joint": partial(_segments, chunk=None),
+    "chunked": partial(_segments, chunk=CHUNK),
+    "cudnn": _cudnn,
+}
+
+
+class Choice(NamedTuple):
+    """An attention implementation and why it was taken."""
+
+    name: str
+    reason: str
+
+
+def cudnn_refusal(head_dim: int, dtype: jnp.dtype) -> str | None:
+    """Why cuDNN's fused attention cannot run on this device with this head size and dtype; None when it can."""
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        return f"no GPU (the device is {device.platform})"
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"cuDNN attention needs bfloat16, the model runs in {jnp.dtype(dtype).name}"
+    major = int(str(device.compute_capability).split(".")[0])
+    limit = 256 if major >= 9 else 128
+    if head_dim > limit:
+        return f"head size {head_dim} is above cuDNN's {limit} on compute capability {device.compute_capability}"
+    return None
+
+
+def resolve_attention(requested: str, *, layout: Layout, head_dim: int, dtype: jnp.dtype) -> Choice:
+    """The implementation for these static shapes on this device. `requested` is a name or "auto".
+
+    Raises ValueError for an unknown name, and for "cudnn" where it cannot run.
+    """
+    if requested != "auto" and requested not in IMPLEMENTATIONS:
+        raise ValueError(f"attention must be auto or one of {', '.join(IMPLEMENTATIONS)}; found {requested!r}")
+    refusal = cudnn_refusal(head_dim, dtype)
+    if requested == "cudnn" and refusal:
+        raise ValueError(f"attention 'cudnn' cannot run here: {refusal}; set attention to auto")
+    if requested != "auto":
+        return Choice(requested, "as requested")
+    longest = max(layout.prompt, layout.completion)
+    if longest > 2 * CHUNK:
+        return Choice("chunked", f"{longest} queries in one segment: a whole score matrix would not be held")
+    return Choice("joint", f"the longest segment has {longest} queries" + (f"; {refusal}" if refusal else ""))
+
+
+def group_attention(
+    q: Float[Array, "n t heads h"], kv: KeyValue, places: Places, layout: Layout, window: int | None, *, name: str
+) -> Float[Array, "n t heads h"]:
+    """Attention of every token of a batch of groups; queries come scaled; `name` is one of `IMPLEMENTATIONS`."""
+    with jax.named_scope(f"group_attention_{name}"):
+        return IMPLEMENTATIONS[name](q, kv, places, layout, window)

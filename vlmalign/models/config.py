@@ -1,0 +1,85 @@
+"""Sizes and settings of a model, in one vocabulary for all families. Families translate `config.json` into these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding of one kind of layer: frequencies `theta^(-2i/h) / factor` (linear scaling; 1 = none)."""
+
+    theta: float
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What may differ from layer to layer."""
+
+    rope: Rope
+    window: int | None  #: tokens a local layer looks back, the current one included; None = global
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A causal decoder: pre-norm residual blocks of grouped-query attention and a gated feed-forward."""
+
+    vocab: int
+    embed: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    layers: tuple[LayerSpec, ...]
+    norm_eps: float
+    norm_offset: float  #: RMSNorm multiplies by (offset + weight): 1 for Gemma, 0 for Llama
+    sandwich_norm: bool  #: also normalise each block's output before it joins the residual stream
+    qk_norm: bool  #: RMSNorm over head_dim on queries and keys, before the rotary embedding
+    attention_bias: bool
+    activation: str  #: of the gate: "gelu_tanh" or "silu"
+    query_scale: float  #: multiplies queries, usually head_dim ** -0.5
+    embed_scale: float  #: multiplies token embeddings (not image features)
+    tied_head: bool  #: the output head is the embedding table
+    logit_softcap: float | None = None  #: z -> cap * tanh(z / cap) on output logits
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """A SigLIP tower and the projector that turns its patches into `tokens` soft tokens of the decoder."""
+
+    embed: int
+    ffn: int
+    layers: int
+    heads: int
+    image_size: int  #: pixels per side
+    patch: int  #: pixels per side of a patch
+    channels: int
+    norm_eps: float
+    tokens: int  #: soft tokens per image after pooling
+    has_pooling_head: bool  #: the checkpoint carries an attention-pooling head that this model does not use
+
+    @property
+    def grid(self) -> int:
+        """Patches per side."""
+        return self.image_size // self.patch
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """The ids around and inside an image, and whether its soft tokens see each other in both directions."""
+
+    soft: int  #: id standing at every soft token
+    begin: int
+    end: int
+    bidirectional: bool
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole model. `family` names its entry in `families.FAMILIES`."""
+
+    family: str
+    decoder: DecoderConfig
+    vision: VisionConfig | None
+    image_tokens: ImageTokens | None

@@ -1,0 +1,146 @@
+"""The text decoder: residual blocks whose attention is handed in, so training, prefill and decode share the layers.
+
+Parameter paths are the checkpoint's own names (`layers.0.self_attn.q_proj.weight`); layers are unrolled.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vlmalign.models.attention import KeyValue
+from vlmalign.models.config import DecoderConfig, LayerSpec
+from vlmalign.models.linear import Linear, init_normal
+from vlmalign.models.norms import RMSNorm
+from vlmalign.models.rope import rotary_tables, rotate
+from vlmalign.shapes import Array, Float, Int
+
+ACTIVATIONS = {"gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True), "silu": jax.nn.silu}
+
+
+@runtime_checkable
+class Attend(Protocol):
+    """Where keys come from: the group's own row, a prefill that records them, or a decode cache."""
+
+    def __call__(self, layer: int, q: Array, kv: KeyValue, window: int | None) -> Array:
+        """Attention output [n, t, heads, h] of scaled queries [n, t, heads, h] and this row's keys and values."""
+        ...
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention projections; the attention itself is `attend`."""
+
+    def __init__(self, config: DecoderConfig, spec: LayerSpec, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.config, self.spec = config, spec
+        width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        bias = config.attention_bias
+        self.q_proj = Linear(config.embed, width, dims=("heads", "embed"), bias=bias, dtype=dtype, rngs=rngs)
+        self.k_proj = Linear(config.embed, kv_width, dims=("kv_heads", "embed"), bias=bias, dtype=dtype, rngs=rngs)
+        self.v_proj = Linear(config.embed, kv_width, dims=("kv_heads", "embed"), bias=bias, dtype=dtype, rngs=rngs)
+        self.o_proj = Linear(width, config.embed, dims=("embed", "heads"), bias=bias, dtype=dtype, rngs=rngs)
+        self.q_norm, self.k_norm = (
+            nnx.data(
+                RMSNorm(config.head_dim, eps=config.norm_eps, offset=config.norm_offset, dtype=dtype, dim="head_dim")
+                if config.qk_norm
+                else None
+            )
+            for _ in range(2)
+        )
+
+    def __call__(
+        self, x: Float[Array, "n t embed"], tables: tuple[Array, Array], layer: int, attend: Attend
+    ) -> Float[Array, "n t embed"]:
+        shape = (*x.shape[:2], -1, self.config.head_dim)
+        q, k, v = (proj(x).reshape(shape) for proj in (self.q_proj, self.k_proj, self.v_proj))  # [n, t, heads, h]
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, tables) * self.config.query_scale, rotate(k, tables)
+        out = attend(layer, q, KeyValue(k, v), self.spec.window)
+        return self.o_proj(out.reshape(*x.shape[:2], -1))
+
+
+class FeedForward(nnx.Module):
+    """down(act(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.gate_proj = Linear(config.embed, config.ffn, dims=("ffn", "embed"), dtype=dtype, rngs=rngs)
+        self.up_proj = Linear(config.embed, config.ffn, dims=("ffn", "embed"), dtype=dtype, rngs=rngs)
+        self.down_proj = Linear(config.ffn, config.embed, dims=("embed", "ffn"), dtype=dtype, rngs=rngs)
+        self.activation = config.activation
+
+    def __call__(self, x: Float[Array, "n t embed"]) -> Float[Array, "n t embed"]:
+        return self.down_proj(ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nnx.Module):
+    """One decoder layer, with Gemma's sandwich norms where the family has them."""
+
+    def __init__(self, config: DecoderConfig, spec: LayerSpec, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        def norm() -> RMSNorm:
+            return RMSNorm(config.embed, eps=config.norm_eps, offset=config.norm_offset, dtype=dtype, dim="embed")
+
+        self.self_attn = Attention(config, spec, dtype=dtype, rngs=rngs)
+        self.mlp = FeedForward(config, dtype=dtype, rngs=rngs)
+        self.input_layernorm = norm()
+        self.post_attention_layernorm = norm()
+        self.sandwich = config.sandwich_norm
+        self.pre_feedforward_layernorm = nnx.data(norm() if self.sandwich else None)
+        self.post_feedforward_layernorm = nnx.data(norm() if self.sandwich else None)
+
+    def __call__(
+        self, x: Float[Array, "n t embed"], tables: tuple[Array, Array], layer: int, attend: Attend
+    ) -> Float[Array, "n t embed"]:
+        with jax.named_scope("attention"):
+            out = self.self_attn(self.input_layernorm(x), tables, layer, attend)
+            x = x + (self.post_attention_layernorm(out) if self.sandwich else out)
+        with jax.named_scope("feed_forward"):
+            # Without sandwich norms, `post_attention_layernorm` is the norm before the feed-forward (Llama's name).
+            before = self.pre_feedforward_layernorm if self.sandwich else self.post_attention_layernorm
+            out = self.mlp(before(x))
+            return x + (self.post_feedforward_layernorm(out) if self.sandwich else out)
+
+
+class Embedding(nnx.Module):
+    """Token table [vocab, embed]."""
+
+    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.weight = nnx.Param(
+            init_normal(rngs, (config.vocab, config.embed), config.embed**-0.5, dtype), dims=("vocab", "embed")
+        )
+
+
+class Decoder(nnx.Module):
+    """Embedding, blocks, final norm."""
+
+    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.config = config
+        self.embed_tokens = Embedding(config, dtype=dtype, rngs=rngs)
+        self.layers = nnx.List([Block(config, spec, dtype=dtype, rngs=rngs) for spec in config.layers])
+        self.norm = RMSNorm(config.embed, eps=config.norm_eps, offset=config.norm_offset, dtype=dtype, dim="embed")
+
+    def embed(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch embed"]:
+        """Scaled token embeddings; the scale is rounded to the parameters' dtype, as the checkpoints expect."""
+        table = self.embed_tokens.weight[...]
+        return jnp.take(table, tokens, axis=0) * jnp.asarray(self.config.embed_scale, table.dtype)
+
+    def __call__(
+        self, x: Float[Array, "n t embed"], position: Int[Array, "n t"], attend: Attend, *, remat: str
+    ) -> Float[Array, "n t embed"]:
+        """States after the final norm. `remat`: "none" keeps every activation, "full" recomputes each layer."""
+        ropes = {spec.rope for spec in self.config.layers}
+        tables = {rope: rotary_tables(position, rope, self.config.head_dim, x.dtype) for rope in ropes}
+        for index, (block, spec) in enumerate(zip(self.layers, self.config.layers, strict=True)):
+
+            def run(x: Array, block: Block = block, spec: LayerSpec = spec, index: int = index) -> Array:
+                return block(x, tables[spec.rope], index, attend)
+
+            with jax.named_scope(f"layer_{index}"):
+                x = REMAT[remat](run)(x)
+        return self.norm(x)
+
+
+#: rematerialisation of a layer's activations
+REMAT = {"none": lambda run: run, "full": jax.checkpoint}

@@ -1,0 +1,65 @@
+"""Linear maps with weights as checkpoints store them, [out, in], and the slots a low-rank adapter fills."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vlmalign.shapes import Array, Float
+
+
+def init_normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: jnp.dtype) -> Array:
+    """Normal values of standard deviation `std`, drawn in float32 and then cast."""
+    return (std * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)
+
+
+class Matrix(nnx.Module):
+    """A bare `weight`, so that an adapter's path reads `q_proj.lora_A.weight` as in a PEFT file."""
+
+    def __init__(self, weight: Array, dims: tuple[str, ...]):
+        self.weight = nnx.Param(weight, dims=dims)
+
+
+class Linear(nnx.Module):
+    """y = x W^T (+ b) (+ scale (x A^T) B^T): W [out, in]; A [rank, in], B [out, rank] when adapted.
+
+    LoRA: Hu et al., arXiv 2106.09685, eq. 3, with scale = alpha / rank.
+    """
+
+    def __init__(
+        self,
+        size_in: int,
+        size_out: int,
+        *,
+        dims: tuple[str, str],
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        bias: bool = False,
+        std: float | None = None,
+    ):
+        scale = size_in**-0.5 if std is None else std
+        self.weight = nnx.Param(init_normal(rngs, (size_out, size_in), scale, dtype), dims=dims)
+        self.bias = nnx.data(nnx.Param(jnp.zeros((size_out,), dtype), dims=dims[:1]) if bias else None)
+        # Declared as data although empty: an attribute first set to None would be static, and could not hold weights.
+        self.lora_A = nnx.data(None)
+        self.lora_B = nnx.data(None)
+        self.lora_scale = 0.0
+
+    def add_lora(self, *, rank: int, scale: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        """Fill the adapter slots: A normal with standard deviation 1/sqrt(in), B zero, so the output is unchanged."""
+        size_out, size_in = self.weight.shape
+        dim_out, dim_in = self.weight.get_metadata()["dims"]
+        self.lora_A = Matrix(init_normal(rngs, (rank, size_in), size_in**-0.5, dtype), ("rank", dim_in))
+        self.lora_B = Matrix(jnp.zeros((size_out, rank), dtype), (dim_out, "rank"))
+        self.lora_scale = scale
+
+    def __call__(self, x: Float[Array, "*batch size_in"]) -> Float[Array, "*batch size_out"]:
+        y = jnp.einsum("...i,oi->...o", x, self.weight[...])
+        if self.bias is not None:
+            y = y + self.bias[...]
+        if self.lora_A is not None:
+            # The adapter is float32 while the base may be bfloat16: its product runs in the dtype of x.
+            low = jnp.einsum("...i,ri->...r", x, self.lora_A.weight[...].astype(x.dtype))
+            y = y + self.lora_scale * jnp.einsum("...r,or->...o", low, self.lora_B.weight[...].astype(x.dtype))
+        return y

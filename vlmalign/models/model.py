@@ -1,0 +1,144 @@
+"""A model as pure functions of a flat dictionary of parameters: images -> features, groups -> states.
+
+Parameters are `dict[str, Array]`, named as in the checkpoint, at every boundary: what is trained and what is frozen
+are two such dictionaries. The NNX module exists only while a function is traced.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vlmalign.models.attention import KeyValue, Places, group_attention, resolve_attention
+from vlmalign.models.config import ModelConfig
+from vlmalign.models.linear import Linear
+from vlmalign.models.lora import LoraSpec
+from vlmalign.models.network import Network
+from vlmalign.shapes import Array, Float, Key
+from vlmalign.types import GroupBatch
+
+log = logging.getLogger(__name__)
+
+Params = Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class Model:
+    """Configuration and choices; holds no weights. With `lora`, the parameters include the adapter's."""
+
+    config: ModelConfig
+    lora: LoraSpec | None = None
+    dtype: str = "float32"  #: of the base parameters and activations: float32 or bfloat16; adapters are float32
+    attention: str = "auto"  #: "auto", or a name in `attention.IMPLEMENTATIONS`
+    remat: str = "none"  #: "none", or "full" to recompute each layer in the backward pass
+    _logged: set = field(default_factory=set, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(
+                f"dtype must be float32 or bfloat16, found {self.dtype!r}: activations of these models overflow float16"
+            )
+
+    @cached_property
+    def _abstract(self) -> tuple[nnx.GraphDef, list]:
+        def build() -> Network:
+            rngs = nnx.Rngs(0)
+            network = Network(self.config, dtype=jnp.dtype(self.dtype), rngs=rngs)
+            if self.lora is not None:
+                for block in network.language_model.layers:
+                    for owner in (block.self_attn, block.mlp):
+                        for name, child in vars(owner).items():
+                            if isinstance(child, Linear) and name in self.lora.targets:
+                                child.add_lora(
+                                    rank=self.lora.rank, scale=self.lora.scale, dtype=jnp.dtype("float32"), rngs=rngs
+                                )
+            return network
+
+        graph, state = nnx.split(nnx.eval_shape(build))
+        return graph, list(nnx.to_flat_state(state))
+
+    @cached_property
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and dtype of every parameter."""
+        return {_name(path): jax.ShapeDtypeStruct(v.shape, v.dtype) for path, v in self._abstract[1]}
+
+    @cached_property
+    def dims(self) -> dict[str, tuple[str, ...]]:
+        """Logical dimension names of every parameter, from which shardings follow."""
+        return {_name(path): v.get_metadata()["dims"] for path, v in self._abstract[1]}
+
+    def without_lora(self) -> Model:
+        """The same model without adapter parameters: the base, or a merged copy."""
+        return replace(self, lora=None)
+
+    def init(self, key: Key[Array, ""]) -> dict[str, Array]:
+        """Random parameters, for a model trained from nothing."""
+        network = Network(self.config, dtype=jnp.dtype(self.dtype), rngs=nnx.Rngs(params=key))
+        return {_name(path): v[...] for path, v in nnx.to_flat_state(nnx.split(network)[1])}
+
+    def bind(self, params: Params) -> Network:
+        """The network over these parameters; inside a traced function. Extra entries are an error."""
+        graph, flat = self._abstract
+        extra = set(params) - set(self.shapes)
+        if extra:
+            raise ValueError(f"parameters this model does not have: {', '.join(sorted(extra)[:5])}")
+        return nnx.merge(graph, nnx.from_flat_state([(path, v.replace(params[_name(path)])) for path, v in flat]))
+
+    def encode(self, params: Params, pixels: Float[Array, "i channel height width"]) -> Float[Array, "i tokens embed"]:
+        """Soft tokens of images: what `GroupBatch.features` holds, end to end."""
+        return self.bind(params).encode(pixels)
+
+    def hidden(self, params: Params, batch: GroupBatch) -> Float[Array, "n t embed"]:
+        """The state after every token, prompt included; padding rows hold finite garbage."""
+        network = self.bind(params)
+        features = batch.features
+        if features is None and batch.pixels is not None:
+            features = network.encode(batch.pixels)
+            features = features.reshape(-1, features.shape[-1])
+        x = network.embed(batch.tokens, batch.image, features)
+        # Only some families let the tokens of one image see each other in both directions.
+        both_ways = self.config.image_tokens is not None and self.config.image_tokens.bidirectional
+        places = Places(batch.segment, batch.order, batch.block if both_ways else jnp.full_like(batch.block, -1))
+        choice = resolve_attention(
+            self.attention, layout=batch.layout, head_dim=self.config.decoder.head_dim, dtype=x.dtype
+        )
+        if (batch.layout, choice) not in self._logged:
+            self._logged.add((batch.layout, choice))
+            log.info("attention %s for layout %s: %s", choice.name, batch.layout, choice.reason)
+
+        def attend(layer: int, q: Array, kv: KeyValue, window: int | None) -> Array:
+            del layer
+            return group_attention(q, kv, places, batch.layout, window, name=choice.name)
+
+        return network.language_model(x, batch.position, attend, remat=self.remat)
+
+    def states(self, params: Params, batch: GroupBatch) -> Float[Array, "n k c embed"]:
+        """The state that predicts each continuation token; the prompt's last state serves all K continuations."""
+        return predictors(self.hidden(params, batch), batch)
+
+    def head(self, params: Params) -> Float[Array, "vocab embed"]:
+        """The output matrix for `token_logprobs`."""
+        return params["language_model.embed_tokens.weight" if self.config.decoder.tied_head else "lm_head.weight"]
+
+
+def predictors(hidden: Float[Array, "n t embed"], batch: GroupBatch) -> Float[Array, "n k c embed"]:
+    """Shift `hidden` so that entry (k, c) is the state one token earlier on k's path."""
+    prompt, group, completion = batch.layout
+    n, _, embed = hidden.shape
+    length = jnp.sum(batch.segment[:, :prompt] == 0, axis=1)  # [n] real prompt tokens
+    last = jnp.take_along_axis(hidden, jnp.maximum(length - 1, 0)[:, None, None], axis=1)  # [n, 1, embed]
+    own = hidden[:, prompt:].reshape(n, group, completion, embed)
+    first = jnp.broadcast_to(last[:, None], (n, group, 1, embed))
+    return jnp.concatenate([first, own[:, :, :-1]], axis=2)
+
+
+def _name(path: tuple[str | int, ...]) -> str:
+    return ".".join(map(str, path))
+
+

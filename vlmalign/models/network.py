@@ -1,0 +1,52 @@
+"""The whole network as an NNX module: decoder, and for vision-language models the tower and its projector."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vlmalign.models.config import ModelConfig
+from vlmalign.models.decoder import Decoder
+from vlmalign.models.linear import Matrix, init_normal
+from vlmalign.models.siglip import Projector, SiglipTower
+from vlmalign.shapes import Array, Float, Int
+
+
+class Network(nnx.Module):
+    """Parameter paths: `language_model...`, `vision_tower...`, `multi_modal_projector...`, `lm_head.weight`."""
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        decoder = config.decoder
+        self.config = config
+        self.language_model = Decoder(decoder, dtype=dtype, rngs=rngs)
+        self.vision_tower = nnx.data(None)
+        self.multi_modal_projector = nnx.data(None)
+        self.lm_head = nnx.data(None)
+        if config.vision is not None:
+            self.vision_tower = SiglipTower(config.vision, dtype=dtype, rngs=rngs)
+            self.multi_modal_projector = Projector(config.vision, decoder.embed, dtype=dtype, rngs=rngs)
+        if not decoder.tied_head:
+            shape = (decoder.vocab, decoder.embed)
+            self.lm_head = Matrix(init_normal(rngs, shape, decoder.embed**-0.5, dtype), ("vocab", "embed"))
+
+    def encode(self, pixels: Float[Array, "i channel height width"]) -> Float[Array, "i tokens embed"]:
+        """Soft tokens of each image."""
+        with jax.named_scope("encode_images"):
+            return self.multi_modal_projector(self.vision_tower(pixels))
+
+    def embed(
+        self, tokens: Int[Array, "*batch"], image: Int[Array, "*batch"], features: Float[Array, "f embed"] | None
+    ) -> Float[Array, "*batch embed"]:
+        """Token embeddings, with `features[image]` standing where `image` >= 0."""
+        if features is None:
+            return self.language_model.embed(tokens)
+        # The id of a soft token may lie beyond the embedding table.
+        text = self.language_model.embed(jnp.where(image >= 0, 0, tokens))
+        soft = jnp.take(features, jnp.maximum(image, 0), axis=0).astype(text.dtype)
+        return jnp.where((image >= 0)[..., None], soft, text)
+
+    @property
+    def head(self) -> Float[Array, "vocab embed"]:
+        """The output matrix."""
+        return self.language_model.embed_tokens.weight[...] if self.lm_head is None else self.lm_head.weight[...]

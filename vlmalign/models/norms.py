@@ -1,0 +1,38 @@
+"""Normalisations, computed in float32 whatever the dtype of their input."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vlmalign.shapes import Array, Float
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * (offset + weight). Gemma stores weights around 0 (offset 1)."""
+
+    def __init__(self, size: int, *, eps: float, offset: float, dtype: jnp.dtype, dim: str):
+        self.weight = nnx.Param(jnp.full((size,), 1.0 - offset, dtype), dims=(dim,))
+        self.eps = eps
+        self.offset = offset
+
+    def __call__(self, x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return (normed * (self.offset + self.weight[...].astype(jnp.float32))).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / sqrt(var + eps) * weight + bias."""
+
+    def __init__(self, size: int, *, eps: float, dtype: jnp.dtype, dim: str):
+        self.weight = nnx.Param(jnp.ones((size,), dtype), dims=(dim,))
+        self.bias = nnx.Param(jnp.zeros((size,), dtype), dims=(dim,))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.eps)
+        return (normed * self.weight[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)

@@ -1,0 +1,1 @@
+"""Pure functions of `Scores`: supervised and policy losses, advantages, chunked log-probabilities."""

@@ -1,0 +1,70 @@
+"""Log-probabilities of given tokens from hidden states, a chunk of tokens at a time: never [tokens, vocab] at once."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from vlmalign.shapes import Array, Float, Int
+
+
+class TokenScores(NamedTuple):
+    """float32, natural logarithms."""
+
+    logp: Float[Array, "*batch"]
+    entropy: Float[Array, "*batch"]
+
+
+def score_logits(logits: Float[Array, "m vocab"], tokens: Int[Array, "m"]) -> TokenScores:
+    """logp = z_y - logsumexp(z) and entropy = logsumexp(z) - sum p z, in float32.
+
+    >>> logp, entropy = score_logits(jnp.zeros((1, 4)), jnp.array([2]))
+    >>> round(float(logp[0]), 4), round(float(entropy[0]), 4)
+    (-1.3863, 1.3863)
+    """
+    z = logits.astype(jnp.float32)
+    total = jax.nn.logsumexp(z, axis=-1)
+    picked = jnp.take_along_axis(z, tokens[:, None], axis=-1)[:, 0]
+    mean = jnp.sum(jax.nn.softmax(z, axis=-1) * z, axis=-1)
+    return TokenScores(picked - total, total - mean)
+
+
+def token_logprobs(
+    states: Float[Array, "*batch embed"],
+    head: Float[Array, "vocab embed"],
+    tokens: Int[Array, "*batch"],
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    chunk: int = 1024,
+) -> TokenScores:
+    """Log-probability of each token under softmax(cap(head . state) / temperature), and that distribution's entropy.
+
+    The head runs over `chunk` tokens at a time and is recomputed in the backward pass, so that at most
+    [chunk, vocab] logits exist. Logits accumulate in float32: in bfloat16 the log-sum-exp would be off by 0.1 nat.
+    """
+    shape = tokens.shape
+    flat_states, flat_tokens = states.reshape(-1, states.shape[-1]), tokens.reshape(-1)
+
+    @jax.checkpoint
+    def one(piece: tuple[Array, Array]) -> TokenScores:
+        x, y = piece
+        z = jnp.einsum("md,vd->mv", x, head, preferred_element_type=jnp.float32)
+        if softcap is not None:
+            z = softcap * jnp.tanh(z / softcap)
+        return score_logits(z / temperature, y)
+
+    count = flat_tokens.shape[0]
+    with jax.named_scope("token_logprobs"):
+        if count <= chunk:
+            scores = one((flat_states, flat_tokens))
+        else:
+            pad = -count % chunk
+            pieces = (
+                jnp.pad(flat_states, ((0, pad), (0, 0))).reshape(-1, chunk, states.shape[-1]),
+                jnp.pad(flat_tokens, (0, pad)).reshape(-1, chunk),
+            )
+            scores = [s.reshape(-1)[:count] for s in jax.lax.map(one, pieces)]
+    return TokenScores(*(s.reshape(shape) for s in scores))

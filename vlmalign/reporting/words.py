@@ -1,0 +1,112 @@
+"""Numbers as a reader wants them: scores with three decimals, shares in per cent, durations in words, undefined in full."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+UNDEFINED = "undefined"
+STAGE_NAMES = {"base": "base model", "sft": "after SFT", "grpo": "after GRPO"}
+SET_NAMES = {"pool": "pool, before sampling", "sft": "SFT set", "rl": "GRPO set", "validation": "validation set"}
+
+_MINUS = "\u2212"
+_LONGEST = 30  # letters of a label in a figure
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A score; "undefined" for None, never 0.
+
+    >>> number(0.5), number(None), number(-0.25, 2)
+    ('0.500', 'undefined', '−0.25')
+    """
+    if value is None:
+        return UNDEFINED
+    text = f"{value:.{digits}f}"
+    return text.replace("-", _MINUS) if float(text) else text.lstrip("-")
+
+
+def signed(value: float | None, digits: int = 3) -> str:
+    """A difference, with its sign.
+
+    >>> signed(0.1234), signed(-0.0001), signed(None)
+    ('+0.123', '0.000', 'undefined')
+    """
+    text = number(value, digits)
+    return f"+{text}" if value is not None and float(f"{value:.{digits}f}") > 0 else text
+
+
+def bounds(interval: Mapping[str, Any], *, sign: bool = False) -> str:
+    """Both ends of an interval, or that it has none; empty where the score itself is undefined.
+
+    >>> bounds({"value": 0.5, "low": 0.41, "high": 0.6})
+    '0.410 to 0.600'
+    """
+    if interval["value"] is None:
+        return ""
+    if interval["low"] is None or interval["high"] is None:
+        return "no interval"
+    write = signed if sign else number
+    return f"{write(interval['low'])} to {write(interval['high'])}"
+
+
+def scored(interval: Mapping[str, Any]) -> str:
+    """A score and its interval on one line.
+
+    >>> scored({"value": 0.5, "low": 0.41, "high": 0.6})
+    '0.500 (0.410 to 0.600)'
+    """
+    text = bounds(interval)
+    return f"{number(interval['value'])} ({text})" if text else UNDEFINED
+
+
+def share(value: float, digits: int = 1) -> str:
+    """A share in [0, 1] as per cent.
+
+    >>> share(0.056)
+    '5.6 %'
+    """
+    return f"{100 * value:.{digits}f} %"
+
+
+def count(value: int) -> str:
+    """
+    >>> count(112120)
+    '112,120'
+    """
+    return f"{value:,}"
+
+
+def duration(seconds: float) -> str:
+    """
+    >>> duration(7.25), duration(95), duration(7384)
+    ('7.2 s', '1 min 35 s', '2 h 3 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def measured(value: float | None) -> str:
+    """A number of any size, with four significant digits; a dash where nothing was recorded.
+
+    >>> measured(0.000051234), measured(341.26), measured(None)
+    ('5.123e−05', '341.3', '–')
+    """
+    return "–" if value is None else f"{value:.4g}".replace("-", _MINUS)
+
+
+def shorten(text: str, letters: int = _LONGEST) -> str:
+    """
+    >>> shorten("Enlarged Cardiomediastinum", 12)
+    'Enlarged Ca…'
+    """
+    return text if len(text) <= letters else text[: letters - 1] + "…"
+
+
+def listed(items: list[str]) -> str:
+    """
+    >>> listed(["a", "b", "c"])
+    'a, b and c'
+    """
+    return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]

@@ -1,0 +1,112 @@
+"""The hard reward: overlap of predicted and true labels (Jaccard), less a constant for a completion that is too short.
+
+Rewards have no unit; this one lies in [-lambda_len, 1]. Lengths are in tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from vlmalign.rewards.parse import label_index, parse_completion
+
+
+class Breakdown(NamedTuple):
+    """One completion's reward by component: total = jaccard - length_penalty."""
+
+    valid: bool
+    jaccard: float  #: in [0, 1]; 0 if not valid
+    length_penalty: float  #: lambda_len if valid and too short, else 0
+    total: float
+
+
+@dataclass(frozen=True)
+class HardReward:
+    """Hard reward of ChexReason (arXiv 2512.23090), callable with the signature TRL gives reward functions.
+
+        r = J - lambda_len   if valid and |t| <  min_tokens
+        r = J                if valid and |t| >= min_tokens
+        r = 0                if not valid
+        J = |Y n P| / |Y u P|,  Y = true labels (`truth`), P = predicted labels, t = completion
+
+    The paper prints 250 but neither its unit nor lambda_len. Ours: |t| is the number of tokens of the whole completion
+    (tags, solution and stop token included); lambda_len = 0.2 (the published reward curve reaches -0.15, so
+    lambda_len >= 0.15); J = 1 when Y and P are both empty. What is valid: see `parse_completion`.
+
+    Danger: a valid, short, wrong answer (-lambda_len) scores below an invalid one (0). A policy that is mostly wrong
+    and short is paid for breaking the form; watch the share of valid completions.
+
+    Raises ValueError for a field out of range and for labels that cannot be told apart.
+    """
+
+    labels: tuple[str, ...]  #: the label schema
+    min_tokens: int = (
+        250  #: tokens, >= 0; shorter valid completions pay lambda_len; 0 turns the length term off
+    )
+    lambda_len: float = 0.2  #: in [0, 1], the range of J
+
+    def __post_init__(self) -> None:
+        label_index(self.labels)
+        if self.min_tokens < 0:
+            raise ValueError(
+                f"min_tokens must be >= 0 tokens, found {self.min_tokens}; set 0 to turn the length term off"
+            )
+        if not 0 <= self.lambda_len <= 1:
+            raise ValueError(
+                f"lambda_len must lie in [0, 1], the range of the Jaccard index, found {self.lambda_len}; set e.g. 0.2"
+            )
+
+    def score(self, completion: str, *, truth: Iterable[str], completion_tokens: int) -> Breakdown:
+        """One completion's reward by component. Raises ValueError for a true label outside the schema."""
+        true = frozenset(truth)
+        if unlisted := sorted(true - set(self.labels)):
+            raise ValueError(
+                f"truth must hold labels of the schema {self.labels}, found {unlisted}; map or drop them when reading"
+            )
+        if completion_tokens < 0:
+            raise ValueError(
+                f"completion_tokens must be >= 0, found {completion_tokens}; give the length in tokens"
+            )
+        parsed = parse_completion(completion, self.labels)
+        if not parsed.valid:
+            return Breakdown(valid=False, jaccard=0.0, length_penalty=0.0, total=0.0)
+        overlap = jaccard(true, frozenset(parsed.predicted))
+        penalty = self.lambda_len if completion_tokens < self.min_tokens else 0.0
+        return Breakdown(valid=True, jaccard=overlap, length_penalty=penalty, total=overlap - penalty)
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[str],
+        *,
+        truth: Sequence[Iterable[str]],
+        completion_tokens: Sequence[int],
+        **columns: Any,
+    ) -> list[float | None]:
+        """One reward per completion; never None. Other columns of the data set are accepted and not used.
+
+        Raises ValueError if the columns differ in length.
+        """
+        del prompts, columns
+        lengths = {
+            "completions": len(completions),
+            "truth": len(truth),
+            "completion_tokens": len(completion_tokens),
+        }
+        if len(set(lengths.values())) > 1:
+            raise ValueError(
+                f"columns must have one entry per completion, found {lengths}; repeat each prompt's entry"
+            )
+        rows = zip(completions, truth, completion_tokens, strict=True)
+        return [self.score(text, truth=true, completion_tokens=length).total for text, true, length in rows]
+
+
+def jaccard(first: frozenset[str], second: frozenset[str]) -> float:
+    """|first n second| / |first u second|, in [0, 1]; 1 when both are empty (two films agreed to be clear agree).
+
+    >>> jaccard(frozenset({"Edema", "Fracture"}), frozenset({"Edema"}))
+    0.5
+    """
+    union = first | second
+    return len(first & second) / len(union) if union else 1.0

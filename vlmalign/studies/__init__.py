@@ -1,0 +1,1 @@
+"""The papers as pipelines of the parts in the other rooms."""

@@ -1,0 +1,82 @@
+"""The model side of a run, opened once: base parameters, chat, image features, and generators of answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from vlmalign.data.answers import film_question
+from vlmalign.data.chat import Chat, open_chat
+from vlmalign.data.pixels import open_pixels
+from vlmalign.models.lora import LoraSpec, is_adapter, merge_adapter
+from vlmalign.models.model import Model
+from vlmalign.rollout.completions import Generator
+from vlmalign.rollout.features import FeatureStore
+from vlmalign.rollout.sampling import Sampling
+from vlmalign.shapes import Array
+from vlmalign.studies.chexreason.config import ChexReasonConfig
+from vlmalign.types import Example, Group
+from vlmalign.weights.checkpoint import load_config, load_params
+
+
+@dataclass(frozen=True)
+class System:
+    """A loaded vision-language checkpoint with the adapter's settings."""
+
+    model: Model  #: with adapter slots
+    base: Mapping[str, Array]
+    chat: Chat
+    features: FeatureStore
+    prompt: str
+
+    def question(self, example: Example, number: int) -> Group:
+        """The prompt about one film; `number` is what its sampling keys are derived from."""
+        return self.chat.prompt(film_question(str(example.image), self.prompt), group_id=number)
+
+    def generator(self, *, rows: int, group: int, completion: int, multiple: int, sampling: Sampling) -> Generator:
+        return Generator(
+            model=self.model.without_lora(),
+            features=self.features,
+            stop_ids=self.chat.stop_ids,
+            rows=rows,
+            group=group,
+            completion=completion,
+            sampling=sampling,
+            multiple=multiple,
+        )
+
+    @cached_property
+    def merge(self):
+        """Adapter -> parameters of the model without adapter."""
+        return jax.jit(lambda adapter: merge_adapter(self.base, adapter, self.model.lora.scale))
+
+    @property
+    def adapter_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        return {name: shape for name, shape in self.model.shapes.items() if is_adapter(name)}
+
+
+def open_system(config: ChexReasonConfig) -> System:
+    """Load the checkpoint folder of the config.
+
+    Raises:
+        ValueError: when it is no vision-language model, or anything in the folder does not fit.
+    """
+    settings = config.model
+    shape = load_config(settings.path)
+    if shape.vision is None:
+        raise ValueError(f"{settings.path} has no vision tower; ChexReason needs a vision-language checkpoint")
+    lora = LoraSpec(settings.lora.rank, settings.lora.alpha, settings.lora.targets)
+    model = Model(shape, lora=lora, dtype=settings.dtype, attention=settings.attention, remat=settings.remat)
+    base = load_params(settings.path, model)
+    chat = open_chat(settings.path, family=shape.family, image_tokens=shape.vision.tokens)
+    read = open_pixels(settings.path)
+
+    def pixels(keys: Sequence[str]) -> np.ndarray:
+        return read([Path(key) for key in keys])
+
+    return System(model, base, chat, FeatureStore(model, base, pixels), config.prompt)

@@ -1,0 +1,1 @@
+"""Train state, optimiser step, the one loop for all objectives, checkpoints with exact resume."""

@@ -1,0 +1,57 @@
+"""Checkpoints that a killed run continues from bit for bit: all that changes between steps, written whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+
+from vlmalign.training.step import TrainState
+
+
+class Restored(NamedTuple):
+    """The newest whole checkpoint."""
+
+    state: TrainState
+    position: dict[str, Any]  #: where data, metrics and rewards with memory stood
+
+
+class Checkpoints:
+    """The newest `keep` checkpoints of one stage (orbax: written beside, then renamed, so never half there)."""
+
+    def __init__(self, folder: Path, *, keep: int = 2):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
+
+    def save(self, state: TrainState, position: Mapping[str, Any]) -> None:
+        """Write the state after `state.step` updates with its JSON position."""
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardSave(state._asdict()), position=ocp.args.JsonSave(dict(position))
+        )
+        self._manager.save(int(state.step), args=arguments)
+
+    def restore(self, like: TrainState) -> Restored | None:
+        """The newest checkpoint, with shapes and dtypes as in `like`; None when there is none.
+
+        Raises:
+            ValueError: when it holds other parameters (the model, adapter or optimiser settings were changed).
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
+        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore())
+        found = self._manager.restore(step, args=arguments)
+        return Restored(TrainState(**found["state"]), found["position"])
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
