@@ -14,9 +14,8 @@ import argparse
 import json
 import multiprocessing
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -28,8 +27,8 @@ from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImagePr
 
 from vlmalign.data.chat import Chat, open_chat
 from vlmalign.data.groups import collate
-from vlmalign.data.institutions import BASE, MIMIC_LIKE, WIDE_MEDIASTINUM
-from vlmalign.data.phantom import PREVALENCE, draw_case, render
+from vlmalign.data.institutions import BASE, WIDE_MEDIASTINUM
+from vlmalign.data.phantom import PREVALENCE, Case, draw_case, render
 from vlmalign.data.schema import CHEXPERT, NIH14
 from vlmalign.data.synthetic import Study, truth_row
 from vlmalign.data.traces import WORDINGS, reason, spoken
@@ -46,12 +45,16 @@ SIDE = 64  # pixels
 SOFT_TOKENS = 16
 VOCAB = 1024
 BATCH = 48
+STEPS = 2000
+PASS = 800  # steps until films come again
+#: the loss of every step, beside the weights
+CURVE = "loss_curve.json"
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
 IMAGE = {"boi_token": "<start_of_image>", "image_token": "<image_soft_token>", "eoi_token": "<end_of_image>"}
 
 #: what the base institution asks, and how many tokens an answer may take
 REPORT, LIST = "Report the film.", "List the findings."
-LAYOUTS = {LIST: Layout(40, 1, 40), REPORT: Layout(40, 1, 88)}
+LAYOUTS = {LIST: Layout(40, 1, 24), REPORT: Layout(40, 1, 72)}
 
 #: findings are drawn more evenly than in life, so that a short training sees enough of the rare ones
 PREVALENCE_TAUGHT = {
@@ -88,18 +91,14 @@ else messages[0]['content'][0]['text']) + '\\n\\n' -%}
 {%- if add_generation_prompt -%}{{ '<start_of_turn>model\\n' }}{%- endif -%}"""
 
 
-@dataclass(frozen=True)
-class Lesson:
-    """One film with its two answers."""
-
-    pixels: np.ndarray  #: [64, 64] uint8
-    answers: dict[str, str]
+def make_case(number: int, seed: int) -> Case:
+    """What is wrong with patient `number` of the base institution."""
+    return draw_case(np.random.default_rng([seed, number]), PREVALENCE_TAUGHT)
 
 
-def make_lesson(number: int, seed: int) -> Lesson:
-    """Film `number` of the base institution, its look varied as from one machine of the house to the next."""
-    rng = np.random.default_rng([seed, number])
-    case = draw_case(rng, PREVALENCE_TAUGHT)
+def make_film(number: int, seed: int) -> np.ndarray:
+    """The patient's film, [64, 64] uint8, its look varied as from one machine of the house to the next."""
+    rng = np.random.default_rng([seed, number, 1])
     look = replace(
         BASE.look,
         contrast=rng.uniform(0.82, 1.25),
@@ -110,10 +109,16 @@ def make_lesson(number: int, seed: int) -> Lesson:
         border=rng.uniform(0.0, 0.06),
         scale=rng.uniform(0.93, 1.06),
     )
-    film = render(case, look, rng, 2 * SIDE).reshape(SIDE, 2, SIDE, 2).mean(axis=(1, 3))
+    film = render(make_case(number, seed), look, rng, 2 * SIDE).reshape(SIDE, 2, SIDE, 2).mean(axis=(1, 3))
+    return (film + 0.5).astype(np.uint8)
+
+
+def make_answers(number: int, seed: int) -> dict[str, str]:
+    """What the base institution answers to each of its questions about the film."""
+    case = make_case(number, seed)
     study = Study("train", number, number, 0, ("PA",), case, BASE.convention.labels(case), "F", 60)
     row = truth_row(f"base-{number}", study, BASE)
-    return Lesson((film + 0.5).astype(np.uint8), {REPORT: " ".join(reason(row)), LIST: _list(row)})
+    return {REPORT: " ".join(reason(row)), LIST: _list(row)}
 
 
 def _list(row: dict) -> str:
@@ -129,21 +134,29 @@ def _list(row: dict) -> str:
     return "; ".join(found or ["clear"])
 
 
-def make_lessons(count: int, seed: int) -> list[Lesson]:
-    """`count` lessons on two processes; film i is the same however many are made."""
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        return pool.map(partial(make_lesson, seed=seed), range(count), chunksize=500)
+@cache
+def make_films(step: int, seed: int) -> np.ndarray:
+    """The films of one optimiser step, [48, 64, 64]; kept, since every course of `PASS` steps shows the same ones."""
+    return np.stack([make_film(step * BATCH + i, seed) for i in range(BATCH)])
 
 
-def train_tokenizer(lessons: Sequence[Lesson]) -> PreTrainedTokenizerFast:
+def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE over the words of the invented radiologists, label names and answer tags."""
-    texts = [text for lesson in lessons[:4000] for text in lesson.answers.values()]
+    texts = [text for number in range(4000) for text in make_answers(number, seed).values()]
     for wording in WORDINGS.values():
         texts += 200 * [wording.opening, wording.short, wording.implied, wording.normal]
         texts += 200 * [*wording.evidence.values(), *wording.ratios.values(), *wording.absent.values()]
     labels = [*CHEXPERT.labels, *NIH14.labels]
     texts += 200 * [*labels, *map(spoken, labels), f"<solution>{', '.join(labels)}</solution>"]
-    texts += 200 * [REPORT, LIST, "<think>", "</think>", "user\n", "model\n", "Read this chest film. Give your reasoning."]
+    texts += 200 * [
+        REPORT,
+        LIST,
+        "<think>",
+        "</think>",
+        "user\n",
+        "model\n",
+        "Read this chest film. Give your reasoning.",
+    ]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -205,68 +218,71 @@ def write_text_side(folder: Path, tokenizer: PreTrainedTokenizerFast, config: Ge
     return open_chat(folder, family="gemma3", image_tokens=SOFT_TOKENS)
 
 
-def lesson_group(chat: Chat, number: int, lesson: Lesson, task: str) -> Group:
-    """The conversation that teaches one answer."""
-    question = {"role": "user", "content": [{"type": "image", "image": str(number)}, {"type": "text", "text": task}]}
-    answer = {"role": "assistant", "content": lesson.answers[task]}
-    return chat.example([question, answer], group_id=number)
+def make_groups(chat: Chat, step: int, task: str, seed: int) -> list[Group]:
+    """The conversations of one step; the few answers that are too long for the layout are left out."""
+    groups = []
+    for i in range(BATCH):
+        image = {"type": "image", "image": str(i)}
+        question = {"role": "user", "content": [image, {"type": "text", "text": task}]}
+        answer = {"role": "assistant", "content": make_answers(step % PASS * BATCH + i, seed)[task]}
+        group = chat.example([question, answer], group_id=i)
+        if len(group.continuations[0]) <= LAYOUTS[task].completion:
+            groups.append(group)
+    return groups
 
 
-def fits(tokenizer: PreTrainedTokenizerFast, lesson: Lesson) -> bool:
-    """Whether both answers, with their stop token, fit their layouts; a handful of crowded films do not."""
-    return all(len(tokenizer(lesson.answers[task])["input_ids"]) < layout.completion for task, layout in LAYOUTS.items())
+def task_of(step: int, total: int) -> str:
+    """Lists first, since they teach the eye fastest; then more and more reports (at the end one in three)."""
+    return REPORT if (step * 7919) % 100 < 5 + 30 * step / total else LIST
 
 
-def task_of(step: int, steps: int) -> str:
-    """Lists first, since they teach the eye fastest; then more and more reports."""
-    return REPORT if (step * 7919) % 100 < 10 + 60 * step / steps else LIST
-
-
-def train(out: Path, *, steps: int, films: int, seed: int, schedule_steps: int | None = None) -> list[float]:
-    """Train, write the folder to `out` and return the loss of every step (nat per token)."""
+def train(out: Path, *, steps: int, total: int, seed: int) -> list[float]:
+    """Train the first `steps` of a course of `total`, write the folder, return every step's loss (nat per token)."""
     started = time.perf_counter()
-    lessons = make_lessons(films, seed)
-    tokenizer = train_tokenizer(lessons)
+    tokenizer = train_tokenizer(seed)
     config = model_config(tokenizer)
     chat = write_text_side(out, tokenizer, config)
-    lessons = [lesson for lesson in lessons if fits(tokenizer, lesson)]
     model = Model(read_config(config.to_dict()))
     params = model.init(key_for(seed, 0, "init"))
-    print(f"{len(lessons)} of {films} films in {time.perf_counter() - started:.0f} s; {sum(v.size for v in params.values()):,} parameters")
+    print(f"{sum(v.size for v in params.values()):,} parameters")
 
-    total = schedule_steps or steps
     settings = OptimiserSettings(learning_rate=2e-3, warmup=0.05, weight_decay=0.05, clip_norm=1.0)
     trainer = Trainer(model, Objective("sft", sft_loss, sft_counts), build_optimiser(settings, total))
     state = trainer.init(params)
     losses = []
-    for step in range(steps):
-        task = task_of(step, total)
-        chosen = np.random.default_rng([seed, 1, step]).choice(len(lessons), size=BATCH, replace=False)
-        groups = [lesson_group(chat, int(i), lessons[i], task) for i in chosen]
-        batch, keys = collate(groups, LAYOUTS[task], rows=BATCH, image_tokens=lambda key: SOFT_TOKENS)
-        grey = np.stack([lessons[int(key)].pixels for key in keys])[:, None]
-        pixels = np.repeat(grey.astype(np.float32) / 127.5 - 1.0, 3, axis=1)
-        state, metrics = trainer.step(state, {}, [MicroBatch(batch._replace(pixels=pixels), {})])
-        losses.append(float(metrics.loss))
-        if step % 100 == 99:
-            print(f"step {step + 1} of {steps}: loss {np.mean(losses[-100:]):.3f}, {time.perf_counter() - started:.0f} s")
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        for step, films in enumerate(pool.imap(partial(make_films, seed=seed), (step % PASS for step in range(steps)))):
+            task = task_of(step, total)
+            groups = make_groups(chat, step, task, seed)
+            batch, keys = collate(groups, LAYOUTS[task], rows=BATCH, image_tokens=lambda key: SOFT_TOKENS)
+            # Distinct images in the order in which the batch asks for them; rows left out are filled up.
+            order = [int(key) for key in keys] + [0] * (BATCH - len(keys))
+            pixels = np.repeat(films[order][:, None].astype(np.float32) / 127.5 - 1.0, 3, axis=1)
+            state, metrics = trainer.step(state, {}, [MicroBatch(batch._replace(pixels=pixels), {})])
+            losses.append(float(metrics.loss))
+            if step % 100 == 99:
+                mean = np.mean(losses[-100:])
+                print(f"step {step + 1} of {steps}: loss {mean:.3f}, {time.perf_counter() - started:.0f} s", flush=True)
 
     saved = {name: value.astype(jnp.bfloat16) for name, value in state.params.items()}
     save_params(out, saved, model, json.loads(config.to_json_string(use_diff=False)))
+    record = {"seed": seed, "total": total, "losses": [round(loss, 5) for loss in losses]}
+    (out / CURVE).write_text(json.dumps(record) + "\n", encoding="utf-8")
     return losses
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--steps", type=int, default=2400, help=f"optimiser steps of {BATCH} films")
-    parser.add_argument("--films", type=int, default=40_000, help="distinct films")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"optimiser steps of {BATCH} films")
     parser.add_argument("--seed", type=int, default=20)
     options = parser.parse_args()
     started = time.perf_counter()
-    train(options.out, steps=options.steps, films=options.films, seed=options.seed)
+    train(options.out, steps=options.steps, total=options.steps, seed=options.seed)
     size = sum(file.stat().st_size for file in options.out.iterdir())
-    print(f"wrote {options.out} ({size / 1e6:.1f} MB) in {(time.perf_counter() - started) / 60:.1f} min on {jax.devices()}")
+    print(
+        f"wrote {options.out} ({size / 1e6:.1f} MB) in {(time.perf_counter() - started) / 60:.1f} min on {jax.devices()}"
+    )
 
 
 if __name__ == "__main__":

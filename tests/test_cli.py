@@ -41,10 +41,7 @@ def config_file(tmp_path):
 
 def test_study_gets_the_typed_config_with_overrides_and_run_folder(study, config_file):
     assert cli.main(["chexreason", config_file]) == 0
-    assert (
-        cli.main(["chexreason", config_file, "--set", "steps=5", "run=x", "--set", "steps=6", "--run", "007"])
-        == 0
-    )
+    assert cli.main(["chexreason", config_file, "--set", "steps=5", "run=x", "--set", "steps=6", "--run", "007"]) == 0
     assert study.configs == [SmallConfig(steps=4), SmallConfig(steps=6, run=Path("007"))]
 
 
@@ -60,9 +57,7 @@ def test_config_mistakes_are_said_in_plain_words(study, config_file, capsys):
     assert study.configs == []
 
 
-@pytest.mark.parametrize(
-    "error", [ValueError("labels.csv has no column 'Edema'"), FileNotFoundError("no films.csv")]
-)
+@pytest.mark.parametrize("error", [ValueError("labels.csv has no column 'Edema'"), FileNotFoundError("no films.csv")])
 def test_errors_for_users_have_no_traceback_unless_asked(study, config_file, capsys, error):
     def action(config):
         raise error

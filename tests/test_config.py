@@ -62,9 +62,7 @@ def load(tmp_path: Path, text: str, *overrides: str) -> Study:
 def problems(tmp_path: Path, text: str, *overrides: str) -> tuple[str, ...]:
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, text, *overrides)
-    assert str(caught.value).count("\n") == len(caught.value.problems), (
-        "one line a problem, below the file's name"
-    )
+    assert str(caught.value).count("\n") == len(caught.value.problems), "one line a problem, below the file's name"
     return caught.value.problems
 
 

@@ -13,9 +13,7 @@ from packaging.version import Version
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-LINES = [
-    line for line in (REPOSITORY / "constraints.txt").read_text(encoding="utf-8").splitlines() if line.strip()
-]
+LINES = [line for line in (REPOSITORY / "constraints.txt").read_text(encoding="utf-8").splitlines() if line.strip()]
 PINS = [Requirement(line) for line in LINES if not line.startswith("#")]
 SCRIPTS = [*sorted((REPOSITORY / "scripts").glob("*.sh")), REPOSITORY / ".ci" / "run"]
 
@@ -24,9 +22,7 @@ def pinned(python: str) -> dict[str, Version]:
     """The one version of each package that the constraints allow on this Python."""
     versions: dict[str, Version] = {}
     for pin in PINS:
-        if pin.marker is None or pin.marker.evaluate(
-            {"python_version": python, "python_full_version": f"{python}.0"}
-        ):
+        if pin.marker is None or pin.marker.evaluate({"python_version": python, "python_full_version": f"{python}.0"}):
             (specifier,) = pin.specifier
             assert specifier.operator == "==", f"{pin}: a constraint is one exact version"
             name = canonicalize_name(pin.name)
@@ -41,9 +37,7 @@ def test_every_dependency_has_a_pin_within_its_range(python):
     for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]:
         requirement = Requirement(text)
         version = versions[canonicalize_name(requirement.name)]
-        assert version in requirement.specifier, (
-            f"{requirement.name} {version} is outside {requirement.specifier}"
-        )
+        assert version in requirement.specifier, f"{requirement.name} {version} is outside {requirement.specifier}"
 
 
 def test_each_python_has_its_jax():
@@ -57,9 +51,7 @@ def test_each_python_has_its_jax():
 
 def test_constraints_name_versions_only():
     for line in LINES:
-        assert line.startswith("#") or re.fullmatch(
-            r"[\w.-]+==[\w.]+(; python_version (<|>=) \"3\.12\")?", line
-        ), line
+        assert line.startswith("#") or re.fullmatch(r"[\w.-]+==[\w.]+(; python_version (<|>=) \"3\.12\")?", line), line
 
 
 def test_licence_is_the_one_declared():
@@ -112,7 +104,5 @@ def test_a_newer_python_beside_an_old_one_is_found(tmp_path, old_python):
     recent = old_python.parent / "python3.12"
     recent.write_text("#!/bin/sh\nexit 0\n")
     recent.chmod(0o755)
-    done = source_environment(
-        "find_python", PYTHON="", PATH=f"{old_python.parent}{os.pathsep}{os.environ['PATH']}"
-    )
+    done = source_environment("find_python", PYTHON="", PATH=f"{old_python.parent}{os.pathsep}{os.environ['PATH']}")
     assert done.stdout.strip() == "python3.12"

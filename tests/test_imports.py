@@ -101,9 +101,7 @@ def test_imports_follow_the_table():
             if there is None or there.startswith("__") or there == here:
                 continue
             if there not in ALLOWED.get(here, set()):
-                wrong.append(
-                    f"{path.relative_to(PACKAGE.parent)}:{line}: {here or 'vlmalign'} imports {there}"
-                )
+                wrong.append(f"{path.relative_to(PACKAGE.parent)}:{line}: {here or 'vlmalign'} imports {there}")
     assert wrong == []
 
 

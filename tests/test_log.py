@@ -131,9 +131,7 @@ def test_torn_last_line_is_dropped_and_whole_lines_kept(tmp_path):
     assert [line["step"] for line in lines(path)] == [1, 2, 3]
 
 
-@pytest.mark.parametrize(
-    ("position", "message"), [(25, "12 bytes"), (-1, "12 bytes"), (5, "no line ends at byte 5")]
-)
+@pytest.mark.parametrize(("position", "message"), [(25, "12 bytes"), (-1, "12 bytes"), (5, "no line ends at byte 5")])
 def test_rewind_refuses_a_position_of_another_file(tmp_path, position, message):
     path = tmp_path / "m.jsonl"
     path.write_bytes(b'{"step": 1}\n')

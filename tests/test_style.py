@@ -36,15 +36,11 @@ def test_ruff_is_clean(arguments):
 
 
 def test_every_module_says_what_it_is_for():
-    silent = [
-        ids(path) for path in MODULES if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
-    ]
+    silent = [ids(path) for path in MODULES if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))]
     assert silent == []
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in MODULES if ">>> " in path.read_text(encoding="utf-8")], ids=ids
-)
+@pytest.mark.parametrize("path", [path for path in MODULES if ">>> " in path.read_text(encoding="utf-8")], ids=ids)
 def test_examples_in_docstrings(path):
     # Collected from the source: doctest's own finder passes over functions that the shape checks have wrapped.
     module = importlib.import_module(name_of(path))
@@ -62,12 +58,8 @@ def test_examples_in_docstrings(path):
 def test_readme_names_every_file():
     """By its path below the package: `models/lora.py`, `config.py`."""
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    files = [
-        path.relative_to(REPOSITORY / "vlmalign").as_posix() for path in MODULES if path.name != "__init__.py"
-    ]
-    missing = [
-        file for file in files if not re.search(rf"(?<![\w/])(?:vlmalign/)?{re.escape(file)}\b", readme)
-    ]
+    files = [path.relative_to(REPOSITORY / "vlmalign").as_posix() for path in MODULES if path.name != "__init__.py"]
+    missing = [file for file in files if not re.search(rf"(?<![\w/])(?:vlmalign/)?{re.escape(file)}\b", readme)]
     assert missing == [], "README.md's map of the package does not name these"
 
 
@@ -94,9 +86,7 @@ def kept_texts() -> dict[str, str]:
 
 # A path on somebody's machine; a package registry's address: installing is the reader's own pip's business.
 MACHINE_PATH = re.compile(r"(?<![\w.~})$/-])/(?:home|root|work|opt|Users|mnt|scratch)/[\w.]")
-REGISTRY = re.compile(
-    r"(?i)\b(?:pypi\.(?:org|python\.org)|pythonhosted\.org|download\.pytorch\.org|anaconda\.org)\b"
-)
+REGISTRY = re.compile(r"(?i)\b(?:pypi\.(?:org|python\.org)|pythonhosted\.org|download\.pytorch\.org|anaconda\.org)\b")
 
 
 @pytest.mark.parametrize("pattern", [MACHINE_PATH, REGISTRY], ids=["machine path", "registry"])
@@ -122,9 +112,7 @@ def test_the_patterns_find_what_they_are_for():
 @pytest.mark.parametrize("path", CONFIGS, ids=ids)
 def test_config_begins_with_command_hardware_and_expected_result(path):
     lines = path.read_text(encoding="utf-8").splitlines()
-    block = "\n".join(
-        lines[: next((n for n, line in enumerate(lines) if not line.startswith("#")), len(lines))]
-    )
+    block = "\n".join(lines[: next((n for n, line in enumerate(lines) if not line.startswith("#")), len(lines))])
     assert ids(path) in block or "scripts/" in block, "the command that runs this file"
     assert re.search(r"(?i)\bhardware\b", block), "the hardware the result was got on"
     assert re.search(r"(?i)\bexpect", block), "the expected result"

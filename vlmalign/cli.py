@@ -23,9 +23,7 @@ class Command(NamedTuple):
 
 
 def _study_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "config", metavar="CONFIG", help="YAML file, such as configs/chexreason/quickstart.yaml"
-    )
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/chexreason/quickstart.yaml")
     parser.add_argument(
         "--set",
         dest="overrides",
@@ -87,13 +85,9 @@ def build_parser(commands: Sequence[Command] = COMMANDS) -> argparse.ArgumentPar
     parser.add_argument("--version", action="version", version=f"vlmalign {__version__}")
     entries = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     for command in commands:
-        entry = entries.add_parser(
-            command.name, help=command.summary, description=command.summary, allow_abbrev=False
-        )
+        entry = entries.add_parser(command.name, help=command.summary, description=command.summary, allow_abbrev=False)
         command.arguments(entry)
-        entry.add_argument(
-            "--traceback", action="store_true", help="on an error, show where in the code it arose"
-        )
+        entry.add_argument("--traceback", action="store_true", help="on an error, show where in the code it arose")
         entry.set_defaults(run_command=command.run)
     return parser
 

@@ -106,9 +106,7 @@ _FOUND = {
 
 def _describe(errors: Iterable[ErrorDetails], data: Any) -> list[str]:
     """One line a place: path, expected, found. Alternatives of a union that failed at one place are joined by "or"."""
-    wanted: dict[
-        tuple[str, str], list[str]
-    ] = {}  # (start of the line, its end) -> what goes between, in field order
+    wanted: dict[tuple[str, str], list[str]] = {}  # (start of the line, its end) -> what goes between, in field order
     for error in errors:
         path, kind, message = join(_place(error, data)) or "(top)", error["type"], error["msg"]
         if kind == "missing":
@@ -155,6 +153,4 @@ def _found(value: Any) -> str:
     if value is None:
         return "nothing (null)"
     text = repr(value)
-    return (
-        f"{text if len(text) <= 80 else text[:77] + '...'} ({_FOUND.get(type(value), type(value).__name__)})"
-    )
+    return f"{text if len(text) <= 80 else text[:77] + '...'} ({_FOUND.get(type(value), type(value).__name__)})"

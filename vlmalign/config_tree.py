@@ -22,9 +22,7 @@ def nearest(name: str, known: Sequence[str]) -> str:
     >>> nearest("learning_rat", ["steps", "learning_rate"])
     'learning_rate'
     """
-    return max(
-        known, key=lambda k: difflib.SequenceMatcher(None, name.lower(), k.lower()).ratio(), default=""
-    )
+    return max(known, key=lambda k: difflib.SequenceMatcher(None, name.lower(), k.lower()).ratio(), default="")
 
 
 def join(path: Sequence[str | int]) -> str:
@@ -32,9 +30,7 @@ def join(path: Sequence[str | int]) -> str:
     return ".".join(str(part) for part in path)
 
 
-def complete(
-    annotation: Any, data: Any, default: Any, path: tuple[str | int, ...], problems: list[str]
-) -> Any:
+def complete(annotation: Any, data: Any, default: Any, path: tuple[str | int, ...], problems: list[str]) -> Any:
     """`data` of type `annotation` with every default filled in and unknown keys left out (each named in `problems`)."""
     branches = tuple(_branches(annotation))
     if isinstance(data, Mapping):
@@ -65,11 +61,7 @@ def _complete_section(
     for key in data:
         if key not in model.model_fields:
             known = nearest(str(key), list(model.model_fields))
-            hint = (
-                f"; the nearest known key is {join((*path, known))}"
-                if known
-                else "; this section has no keys"
-            )
+            hint = f"; the nearest known key is {join((*path, known))}" if known else "; this section has no keys"
             problems.append(f"{join((*path, key))}: unknown key{hint}")
     filled: dict[str, Any] = {}
     for name, field in model.model_fields.items():

@@ -33,14 +33,10 @@ class _Loader(yaml.SafeLoader):
         seen: dict[str, yaml.Mark] = {}
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(
-                    None, None, "a key must be plain text", key.start_mark
-                )
+                raise yaml.constructor.ConstructorError(None, None, "a key must be plain text", key.start_mark)
             if key.tag == "tag:yaml.org,2002:merge":
                 continue
-            key.tag = (
-                "tag:yaml.org,2002:str"  # keys name fields: `1:` and `"1":` are one key, `null:` is a word
-            )
+            key.tag = "tag:yaml.org,2002:str"  # keys name fields: `1:` and `"1":` are one key, `null:` is a word
             first = seen.setdefault(key.value, key.start_mark)
             if first is not key.start_mark:
                 raise yaml.constructor.ConstructorError(
@@ -70,9 +66,7 @@ for _tag, _pattern, _first in _PLAIN_WORDS:
         _Loader,
         _Dumper,
     ):  # the writer also keeps YAML 1.1's words, so it quotes what either would read
-        _dialect.add_implicit_resolver(
-            f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$", re.ASCII), _first
-        )
+        _dialect.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$", re.ASCII), _first)
 
 
 def read_yaml(text: str) -> Any:
@@ -101,6 +95,4 @@ def write_yaml(data: Any) -> str:
     lr: 0.0001
     sizes: [1, 2]
     """
-    return yaml.dump(
-        data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100
-    )
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)

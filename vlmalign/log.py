@@ -150,9 +150,7 @@ def _scalar(value: Any, name: str) -> bool | int | float:
     if np.issubdtype(array.dtype, np.integer):
         return int(array)
     if array.dtype.kind in "OUSMm" or np.issubdtype(array.dtype, np.complexfloating):
-        raise ValueError(
-            f'metrics["{name}"] must be a number or text, found {type(value).__name__}: {value!r}'
-        )
+        raise ValueError(f'metrics["{name}"] must be a number or text, found {type(value).__name__}: {value!r}')
     return float(array)
 
 

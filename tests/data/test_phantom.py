@@ -67,9 +67,7 @@ def test_a_finding_changes_its_own_place(finding, x, y, change):
     sign = 1 if change == "brighter" else -1
     assert min(sign * difference for difference in differences) > 20  # of 255
     if finding.side in ("right", "left") and finding.kind != "device":
-        other = [
-            _box(_film(finding, seed=s), -x, y, 0.05) - _box(_film(seed=s), -x, y, 0.05) for s in range(5)
-        ]
+        other = [_box(_film(finding, seed=s), -x, y, 0.05) - _box(_film(seed=s), -x, y, 0.05) for s in range(5)]
         assert max(map(abs, other)) < 1
 
 
@@ -89,8 +87,7 @@ def test_ratios_widen_heart_and_mediastinum():
 def test_looks_differ_but_mildly():
     case = Case(0.45, 0.22)
     means = {
-        name: render(case, place.look, np.random.default_rng(1), 64).mean()
-        for name, place in INSTITUTIONS.items()
+        name: render(case, place.look, np.random.default_rng(1), 64).mean() for name, place in INSTITUTIONS.items()
     }
     assert len({round(mean) for mean in means.values()}) == 4
     assert max(means.values()) - min(means.values()) < 70

@@ -186,9 +186,7 @@ def test_mimic_only_one_is_positive_and_labels_are_joined_by_study(mimic):
     _edit(table, change)
     found = [film.labels for film in MimicCxrJpg(mimic, None) if film.meta["study"] == study]
     assert set(found) == {("Lung Opacity", "Edema")}
-    found = [
-        film.labels for film in MimicCxrJpg(mimic, None, uncertain="positive") if film.meta["study"] == study
-    ]
+    found = [film.labels for film in MimicCxrJpg(mimic, None, uncertain="positive") if film.meta["study"] == study]
     assert set(found) == {("Lung Opacity", "Edema", "Fracture")}
     with pytest.raises(ValueError, match="'maybe'"):
         MimicCxrJpg(mimic, None, uncertain="maybe")
@@ -253,9 +251,7 @@ def test_mimic_missing_files_raise_or_are_listed(mimic):
     gone = films[3]
     gone.image.unlink()
     assert MimicCxrJpg(mimic)[2] == films[2]
-    with pytest.raises(
-        FileNotFoundError, match=rf"row \d+ \(film {gone.id}\): no file .*{gone.id}\.jpg.*on_bad"
-    ):
+    with pytest.raises(FileNotFoundError, match=rf"row \d+ \(film {gone.id}\): no file .*{gone.id}\.jpg.*on_bad"):
         MimicCxrJpg(mimic)[3]
     skipping = MimicCxrJpg(mimic, on_bad="skip")
     assert len(skipping) == len(films) - 1
@@ -295,15 +291,11 @@ def test_chexpert_files_have_the_released_form(chexpert):
         "train", "valid", "test", "train.csv", "valid.csv", "groundtruth.csv", "truth.jsonl",
     }  # fmt: skip
     for split in ("train", "valid"):
-        assert _header(chexpert / f"{split}.csv") == "Path,Sex,Age,Frontal/Lateral,AP/PA," + ",".join(
-            CHEXPERT.labels
-        )
+        assert _header(chexpert / f"{split}.csv") == "Path,Sex,Age,Frontal/Lateral,AP/PA," + ",".join(CHEXPERT.labels)
         frame = pd.read_csv(chexpert / f"{split}.csv", dtype=str, keep_default_na=False)
         assert (
             frame["Path"]
-            .str.fullmatch(
-                rf"CheXpert-v1\.0-small/{split}/patient\d{{5}}/study\d/view\d_(frontal|lateral)\.jpg"
-            )
+            .str.fullmatch(rf"CheXpert-v1\.0-small/{split}/patient\d{{5}}/study\d/view\d_(frontal|lateral)\.jpg")
             .all()
         )
         assert (frame["AP/PA"] == "").equals(frame["Frontal/Lateral"] == "Lateral")
@@ -444,9 +436,7 @@ def test_nih_bad_rows_are_named(nih):
         Nih14(nih)
     assert [row["id"] for row in Nih14(nih, on_bad="skip").skipped] == ["../../secret.png"]
     table.write_text(whole.replace("No Finding", "No_Finding", 1))
-    with pytest.raises(
-        ValueError, match=r"unknown label 'No_Finding' in .*row \d+.*nearest known: No Finding"
-    ):
+    with pytest.raises(ValueError, match=r"unknown label 'No_Finding' in .*row \d+.*nearest known: No Finding"):
         read_nih_table(table)
     table.write_text(whole.replace("Finding Labels", "Findings", 1))
     with pytest.raises(ValueError, match="missing column 'Finding Labels'"):
@@ -548,9 +538,7 @@ def test_real_nih_table():
     assert not (table.labels[:, -1] & table.labels[:, :-1].any(axis=1)).any()
 
 
-@pytest.mark.parametrize(
-    ("folder", "films", "size"), [("nih_images_tiny64", 1000, 64), ("nih_images", 300, 512)]
-)
+@pytest.mark.parametrize(("folder", "films", "size"), [("nih_images_tiny64", 1000, 64), ("nih_images", 300, 512)])
 def test_real_nih_extracts(folder, films, size):
     extract = open_dataset("nih-extract", _real(folder), on_bad="skip")
     assert len(extract) == films

@@ -85,9 +85,7 @@ def test_label_prior_draws_each_label_at_its_training_rate_and_by_its_seed():
     predicted = prior(TRAIN, 20_000, seed=0)
     np.testing.assert_allclose(predicted.mean(axis=0), TRAIN.mean(axis=0), rtol=0, atol=0.015)  # 4 sigma
     together = (predicted[:, 0] & predicted[:, 1]).mean()
-    assert together == pytest.approx(
-        7 / 8 * 4 / 8, abs=0.015
-    )  # on its own: not the 3/8 of the training films
+    assert together == pytest.approx(7 / 8 * 4 / 8, abs=0.015)  # on its own: not the 3/8 of the training films
     assert (prior(TRAIN, 100, seed=1) != prior(TRAIN, 100, seed=2)).any()
     sure = np.array([[1, 0], [1, 0]], bool)
     assert (prior(sure, 500, seed=0) == sure[0]).all()  # rates 0 and 1 are exact

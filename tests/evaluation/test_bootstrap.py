@@ -38,9 +38,7 @@ def plain_loop(truth, systems, owner, *, draws, seed):
         scores = []
         for predicted in systems:
             report = evaluate(truth[rows], predicted[rows], tuple("abcd"), valid=np.ones(len(rows), bool))
-            scores.append(
-                [*(label.f1 for label in report.labels), report.micro, report.macro, report.macro_all]
-            )
+            scores.append([*(label.f1 for label in report.labels), report.micro, report.macro, report.macro_all])
         drawn.append(scores)
     return np.array(drawn, float)  # [draw, system, score], None -> NaN
 
@@ -54,12 +52,8 @@ def test_equals_a_plain_loop_over_copied_films(seed):
     truth, predicted, owner = ragged(seed)
     drawn = plain_loop(truth, [predicted], owner, draws=200, seed=seed)[:, 0]
     ours = every(bootstrap_f1(truth, predicted, owner, draws=200, seed=seed))
-    np.testing.assert_allclose(
-        [i.low for i in ours], np.nanpercentile(drawn, 2.5, axis=0), rtol=0, atol=1e-12
-    )
-    np.testing.assert_allclose(
-        [i.high for i in ours], np.nanpercentile(drawn, 97.5, axis=0), rtol=0, atol=1e-12
-    )
+    np.testing.assert_allclose([i.low for i in ours], np.nanpercentile(drawn, 2.5, axis=0), rtol=0, atol=1e-12)
+    np.testing.assert_allclose([i.high for i in ours], np.nanpercentile(drawn, 97.5, axis=0), rtol=0, atol=1e-12)
     assert [i.undefined for i in ours] == np.isnan(drawn).sum(axis=0).tolist()
 
 
@@ -69,9 +63,7 @@ def test_paired_difference_equals_a_plain_loop_and_is_second_minus_first():
     drawn = plain_loop(truth, [first, second], owner, draws=200, seed=5)
     difference = drawn[:, 1] - drawn[:, 0]
     ours = every(paired_difference(truth, first, second, owner, draws=200, seed=5))
-    np.testing.assert_allclose(
-        [i.low for i in ours], np.nanpercentile(difference, 2.5, axis=0), rtol=0, atol=1e-12
-    )
+    np.testing.assert_allclose([i.low for i in ours], np.nanpercentile(difference, 2.5, axis=0), rtol=0, atol=1e-12)
     assert [i.undefined for i in ours] == np.isnan(difference).sum(axis=0).tolist()
     micro = paired_difference(truth, first, second, owner, draws=200, seed=5).micro
     assert micro.value == pytest.approx(
@@ -154,9 +146,7 @@ def test_blocks_of_draws_do_not_change_the_draws(monkeypatch):
 
 def test_undefined_draws_are_counted_and_left_out():
     truth = np.zeros((20, 2), bool)
-    truth[0, 0] = (
-        True  # one film has label 0: absent from about (1 - 1/20)^20 = 36 % of draws; label 1: from all
-    )
+    truth[0, 0] = True  # one film has label 0: absent from about (1 - 1/20)^20 = 36 % of draws; label 1: from all
     intervals = bootstrap_f1(truth, truth, [str(i) for i in range(20)])
     rare, never = intervals.label
     assert (rare.value, rare.low, rare.high) == (1, 1, 1)

@@ -41,9 +41,7 @@ def test_truth_table_worked_by_hand():
     assert (report.macro, report.macro_labels) == ((2 / 3 + 0) / 2, 2)  # a and b: c and d have no support
     assert report.macro_all == (2 / 3 + 0 + 0 + 0) / 4
     assert report.fail_rate == 2 / 5
-    assert (
-        report.exact_match == 1 / 5
-    )  # film 1; film 4 says nothing and is not valid, though the truth is empty
+    assert report.exact_match == 1 / 5  # film 1; film 4 says nothing and is not valid, though the truth is empty
 
 
 def test_exact_match_needs_a_valid_completion():

@@ -113,7 +113,7 @@ SMALL_CHUNK = partial(IMPLEMENTATIONS["chunked"], chunk=5)
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize("window", [None, 4])
 def test_every_implementation_is_attention_under_the_rule(name, window, monkeypatch):
-    dtype = jnp.bfloat16 if name == "cudnn" else jnp.float32
+    dtype = jnp.dtype("bfloat16" if name == "cudnn" else "float32")
     if name == "cudnn" and (reason := cudnn_refusal(16, dtype)):
         pytest.skip(f"attention 'cudnn' not run: {reason}")
     monkeypatch.setitem(IMPLEMENTATIONS, "chunked", SMALL_CHUNK)

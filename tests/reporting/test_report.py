@@ -12,7 +12,10 @@ from PIL import Image
 from vlmalign.evaluation.bootstrap import paired_difference
 from vlmalign.evaluation.f1 import label_matrix
 from vlmalign.evaluation.results import evaluate_predictions
+from vlmalign.reporting import curves
+from vlmalign.reporting.examples import choose_examples
 from vlmalign.reporting.html import write_report
+from vlmalign.reporting.run_folder import read_run
 
 LABELS = ("No Finding", "Cardiomegaly", "Edema", "Pneumonia", "Hernia & Co")
 SHARED = ("No Finding", "Edema", "Pneumonia")
@@ -295,7 +298,7 @@ def test_undefined_is_a_word_and_never_zero(run, text):
     assert row[1].count("undefined</span>") == 3
     assert "0.0" not in row[1]
     figure = text[text.index('aria-label="F1 per label on home') :]
-    assert figure[: figure.index("</svg>")].count(">undefined<") == 3
+    assert figure[: figure.index("</svg>")].count(">undefined<") == 1, "one word for all stages"
 
 
 def test_model_text_cannot_become_markup(own):
@@ -305,6 +308,7 @@ def test_model_text_cannot_become_markup(own):
     for row in rows:
         row |= {"id": row["id"] + attack, "reasoning": attack, "completion": attack, "reason": attack}
     write_lines(path, rows)
+    (own / "evaluation" / "results.json").unlink()
     write_lines(own / "data" / "skipped.jsonl", [dict.fromkeys(("dataset", "id", "path", "reason"), attack)])
     text = read(own)
     hostile = Page(text)
@@ -315,6 +319,8 @@ def test_model_text_cannot_become_markup(own):
 
 
 def test_names_in_figures_cannot_become_markup(own):
+    (own / "sft" / "metrics.jsonl").unlink()
+    (own / "grpo" / "metrics.jsonl").unlink()
     name = '<script>"$x_1$'
     for path in (own / "evaluation" / "results.json", own / "data" / "coverage.json"):
         path.write_text(path.read_text().replace('"Edema"', json.dumps(name)).replace('"home"', json.dumps(name)))
@@ -342,14 +348,14 @@ def test_an_empty_folder_says_that_nothing_is_there_yet(tmp_path):
     assert "no film has been read" in text
 
 
-@pytest.mark.parametrize("part", ["data/coverage.json", "grpo/metrics.jsonl", "evaluation/results.json"])
+@pytest.mark.parametrize("part", ["data/coverage.json", "evaluation/results.json"])
 def test_a_part_that_is_empty_or_absent_is_said_to_be_missing_and_nothing_else_is(own, part):
     (own / part).write_text("")
-    empty = read(own)
+    empty = read_run(own)
     (own / part).unlink()
-    absent = Page(read(own))
-    assert Page(empty).text == absent.text
-    found = {file for file, sentences in PARTS.items() if sentences[0] in absent.text}
+    assert read_run(own) == empty
+    text = Page(read(own)).text
+    found = {file for file, sentences in PARTS.items() if sentences[0] in text}
     assert found == {part}
 
 
@@ -361,14 +367,16 @@ def test_a_run_that_stopped_before_grpo(own):
     results = [row for row in content["results"] if row["stage"] != "grpo"]
     write_json(path, {"datasets": content["datasets"], "results": results[::-1], "reward": None})
     text = Page(read(own)).text
-    assert "(base model) and" in text
-    assert "The model after GRPO" not in text
-    assert "The best trivial baseline" not in text
+    assert re.search(r"[0-9] base model → 0\.[0-9]{3} after SFT (?!→)", text)
+    assert "after GRPO" not in text[: text.index("Paired differences")]
+    assert "Best trivial baseline" not in text
     assert "no baseline has been scored" in text
     assert "None: every film that was asked for could be read." in text
 
 
 def test_films_that_cannot_be_shown_are_said_to_be_so(own):
+    for file in ("evaluation/results.json", "sft/metrics.jsonl", "grpo/metrics.jsonl"):
+        (own / file).unlink()
     (own / "images" / "0.png").write_bytes(b"no image")
     (own / "images" / "1.png").unlink()
     page = Page(read(own))
@@ -395,7 +403,7 @@ def broken_line(path: Path, number: int, line: bytes) -> None:
         ("data/skipped.jsonl", 1, b"[]", "line 1: expected an object, found a list"),
         ("data/coverage.json", 1, b'{"labels": ["a"], "floor": 0.05}', "expected 'sets', found no such entry"),
         ("evaluation/results.json", 1, b'{"datasets": [],\n"results": [}', "line 2: expected JSON"),
-        ("config.yaml", 2, b"grpo: [", "line 3: not YAML"),
+        ("config.yaml", 2, b"grpo: }", "line 2: not YAML"),
     ],
 )
 def test_a_malformed_file_is_named_with_its_line(run, tmp_path, file, number, line, message):
@@ -441,3 +449,23 @@ def test_an_error_does_not_quote_a_patients_text(own):
 def test_no_run_folder(tmp_path):
     with pytest.raises(ValueError, match="expected a run folder, found none at"):
         write_report(tmp_path / "nowhere")
+
+
+def test_a_run_of_many_steps_is_thinned_and_keeps_its_mean():
+    line = curves.Curve(np.arange(60_000.0), np.where(np.arange(60_000) % 3 == 0, np.nan, 0.25))
+    thinned = curves.thin(line)
+    assert len(thinned.values) <= curves.MOST_POINTS
+    np.testing.assert_allclose(thinned.values, 0.25)
+    assert thinned.steps[0] == 0
+
+
+def test_examples_are_right_then_wrong_with_new_truths_first_in_any_order_of_rows(run):
+    rows = [json.loads(line) for line in (run / "evaluation" / "predictions.jsonl").read_text().splitlines()]
+    chosen = choose_examples(rows, "home", run, per_kind=2)
+    assert [film.right for film in chosen] == [True, True, False, False]
+    assert {film.stage for film in chosen} == {"grpo"}
+    assert all(set(film.others) == {"base", "sft"} for film in chosen)
+    truths = [sorted(film.hits + film.missed) for film in chosen]
+    assert truths[0] != truths[1]
+    assert truths[2] != truths[3]
+    assert choose_examples(rows[::-1], "home", run, per_kind=2) == chosen

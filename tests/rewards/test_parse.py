@@ -98,12 +98,8 @@ def test_text_outside_the_blocks_is_kept_apart_and_does_not_invalidate(text, out
             "expected one <think>, found 0; expected one </think>, found 0",
             id="no reasoning block",
         ),
-        pytest.param(
-            "<think>a<solution>Edema</solution>", "expected one </think>, found 0", id="think never closed"
-        ),
-        pytest.param(
-            "a</think><solution>Edema</solution>", "expected one <think>, found 0", id="think never opened"
-        ),
+        pytest.param("<think>a<solution>Edema</solution>", "expected one </think>, found 0", id="think never closed"),
+        pytest.param("a</think><solution>Edema</solution>", "expected one <think>, found 0", id="think never opened"),
         pytest.param(
             f"{GOOD}<solution>Edema</solution>",
             "expected one <solution>, found 2; expected one </solution>, found 2",
@@ -126,20 +122,17 @@ def test_text_outside_the_blocks_is_kept_apart_and_does_not_invalidate(text, out
         ),
         pytest.param(
             "<think>a<solution>Edema</solution></think>",
-            "expected the order <think> </think> <solution> </solution>"
-            ", found <think> <solution> </solution> </think>",
+            "expected the order <think> </think> <solution> </solution>, found <think> <solution> </solution> </think>",
             id="solution within think",
         ),
         pytest.param(
             "<solution>Edema</solution><think>a</think>",
-            "expected the order <think> </think> <solution> </solution>"
-            ", found <solution> </solution> <think> </think>",
+            "expected the order <think> </think> <solution> </solution>, found <solution> </solution> <think> </think>",
             id="reversed blocks",
         ),
         pytest.param(
             "</think>a<think></solution>Edema<solution>",
-            "expected the order <think> </think> <solution> </solution>"
-            ", found </think> <think> </solution> <solution>",
+            "expected the order <think> </think> <solution> </solution>, found </think> <think> </solution> <solution>",
             id="reversed tags",
         ),
         pytest.param(

@@ -166,6 +166,4 @@ def _draw_finding(rng: np.random.Generator, kind: str, taken: set[tuple[str, str
     x, y = ZONES[side, zone]
     # A lesion or haze may lie anywhere in its sixth, the others are tied to a structure.
     reach = {"lesion": 0.11, "opacity": 0.08, "pneumonia": 0.05}.get(kind, 0.02)
-    return Finding(
-        kind, side, zone, x + float(rng.uniform(-reach, reach)), y + float(rng.uniform(-reach, reach)), size
-    )
+    return Finding(kind, side, zone, x + float(rng.uniform(-reach, reach)), y + float(rng.uniform(-reach, reach)), size)

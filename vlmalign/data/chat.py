@@ -102,18 +102,14 @@ class Chat:
         last = max(i for i, piece in enumerate(pieces) if piece.weight.any())
         return Group(group_id, prompt, (_join(pieces[: last + 1]),), _distinct(images))
 
-    def decode(self, tokens: Sequence[int]) -> str:
+    def decode(self, tokens: np.ndarray) -> str:
         """Text of a completion without its stop token and other special tokens."""
-        return self.tokenizer.decode(np.asarray(tokens).tolist(), skip_special_tokens=True)
+        return self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
 
     def _render(self, messages: Sequence[Message], *, continues: bool) -> str:
-        return self.tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=continues
-        )
+        return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=continues)
 
-    def _segment(
-        self, text: str, *, weight: float, first_image: int, images: Sequence[str]
-    ) -> tuple[Segment, int]:
+    def _segment(self, text: str, *, weight: float, first_image: int, images: Sequence[str]) -> tuple[Segment, int]:
         """Tokens of a piece of rendered text, and the number of image occurrences seen so far."""
         count = 0
         if self.image_text is not None:
@@ -137,16 +133,12 @@ class Chat:
     def _end_at_stop(self, piece: Segment) -> Segment:
         stops = np.flatnonzero(np.isin(piece.tokens, self.stop_ids))
         if len(stops) == 0:
-            raise ValueError(
-                "an assistant turn renders without a stop token: the model would never learn to stop"
-            )
+            raise ValueError("an assistant turn renders without a stop token: the model would never learn to stop")
         return Segment(*(x[: stops[-1] + 1] for x in (piece.tokens, piece.image, piece.weight)))
 
     def _check_images(self, used: int, images: Sequence[str]) -> None:
         if used != len(images):
-            raise ValueError(
-                f"the conversation holds {len(images)} images, its rendered text places for {used}"
-            )
+            raise ValueError(f"the conversation holds {len(images)} images, its rendered text places for {used}")
 
 
 def _image_keys(messages: Sequence[Message]) -> list[str]:
@@ -169,9 +161,7 @@ def _slice(piece: Segment, start: int, *, weight: float) -> Segment:
 
 
 def _join(pieces: Sequence[Segment]) -> Segment:
-    return Segment(
-        *(np.concatenate([getattr(p, name) for p in pieces]) for name in ("tokens", "image", "weight"))
-    )
+    return Segment(*(np.concatenate([getattr(p, name) for p in pieces]) for name in ("tokens", "image", "weight")))
 
 
 def read_stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -169,9 +169,7 @@ def write_synthetic(
     for split in ("train", "valid"):
         table = pd.DataFrame(rows[split], columns=[*COLUMNS, *CHEXPERT.labels])
         table.astype(dict.fromkeys(CHEXPERT.labels, float)).to_csv(root / f"{split}.csv", index=False)
-    pd.DataFrame(rows["test"], columns=["Study", *CHEXPERT.labels]).to_csv(
-        root / "groundtruth.csv", index=False
-    )
+    pd.DataFrame(rows["test"], columns=["Study", *CHEXPERT.labels]).to_csv(root / "groundtruth.csv", index=False)
     write_films(root, jobs, institution.look, seed=seed, size=size, workers=workers)
     write_truth(root, truth)
     return truth

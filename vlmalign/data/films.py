@@ -96,18 +96,14 @@ class Films:
         except ValueError as error:
             raise ValueError(f"{self._where(i)}: {error}") from None
         if not path.is_file():
-            raise FileNotFoundError(
-                f"{self._where(i)}: no file {path}; restore it or open with on_bad='skip'"
-            )
+            raise FileNotFoundError(f"{self._where(i)}: no file {path}; restore it or open with on_bad='skip'")
         return path
 
     def _refuse_repeats(self) -> None:
         seen: dict[str, int] = {}
         for i, id in enumerate(self._ids):
             if id in seen:
-                raise ValueError(
-                    f"{self._where(i)}: the id is repeated, first found in row {self._rows[seen[id]]}"
-                )
+                raise ValueError(f"{self._where(i)}: the id is repeated, first found in row {self._rows[seen[id]]}")
             seen[id] = i
 
     def _skip_bad(self) -> None:

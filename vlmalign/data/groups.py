@@ -93,13 +93,9 @@ def collate(
 def _check(group: Group, layout: Layout) -> None:
     longest = max((len(c) for c in group.continuations), default=0)
     if len(group.prompt) == 0:
-        raise ValueError(
-            f"group {group.id}: the prompt is empty; text without a prompt takes BOS as its prompt"
-        )
+        raise ValueError(f"group {group.id}: the prompt is empty; text without a prompt takes BOS as its prompt")
     if len(group.continuations) != layout.group:
-        raise ValueError(
-            f"group {group.id} has {len(group.continuations)} continuations, the layout {layout.group}"
-        )
+        raise ValueError(f"group {group.id} has {len(group.continuations)} continuations, the layout {layout.group}")
     if len(group.prompt) > layout.prompt or longest > layout.completion:
         raise ValueError(
             f"group {group.id}: prompt of {len(group.prompt)} and continuation of {longest} tokens do not fit "
@@ -107,9 +103,7 @@ def _check(group: Group, layout: Layout) -> None:
         )
 
 
-def _image_runs(
-    piece: Segment, group: Group, image_tokens: Callable[[str], int]
-) -> list[tuple[int, int, int]]:
+def _image_runs(piece: Segment, group: Group, image_tokens: Callable[[str], int]) -> list[tuple[int, int, int]]:
     """(begin, end, image index) of each occurrence of an image in a segment."""
     runs = []
     begin = 0
@@ -119,6 +113,11 @@ def _image_runs(
             begin += 1
             continue
         end = begin + image_tokens(group.images[index])
+        if end == begin:
+            raise ValueError(
+                f"group {group.id}: image {group.images[index]} stands in the text, but images have no soft tokens "
+                "here; give the model's feature store"
+            )
         if end > len(piece) or not (piece.image[begin:end] == index).all():
             raise ValueError(
                 f"group {group.id}: image {group.images[index]} needs {end - begin} soft tokens in one run, "

@@ -27,15 +27,11 @@ def load_image(path: str | Path, size_hint: int | tuple[int, int] | None = None)
     unsupported pixel format, or has more than MAX_PIXELS pixels.
     """
     if ImageFile.LOAD_TRUNCATED_IMAGES:
-        raise RuntimeError(
-            "ImageFile.LOAD_TRUNCATED_IMAGES is set: damaged films would load in part; unset it"
-        )
+        raise RuntimeError("ImageFile.LOAD_TRUNCATED_IMAGES is set: damaged films would load in part; unset it")
     try:
         with Image.open(path, formats=("JPEG", "PNG")) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise BadImage(
-                    f"{path}: {image.width} x {image.height} pixels, more than the limit {MAX_PIXELS}"
-                )
+                raise BadImage(f"{path}: {image.width} x {image.height} pixels, more than the limit {MAX_PIXELS}")
             if size_hint is not None:
                 height, width = (size_hint, size_hint) if isinstance(size_hint, int) else size_hint
                 image.draft(None, (width, height))
@@ -55,9 +51,7 @@ def _to_rgb(image: Image.Image, path: str | Path) -> np.ndarray:
         grey = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode in ("I", "F"):
-        raise BadImage(
-            f"{path}: pixel format {image.mode!r} is not supported; expected 8- or 16-bit grey, RGB or RGBA"
-        )
+        raise BadImage(f"{path}: pixel format {image.mode!r} is not supported; expected 8- or 16-bit grey, RGB or RGBA")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))
         image = Image.alpha_composite(black, image.convert("RGBA"))

@@ -41,9 +41,7 @@ def apply_look(image: np.ndarray, look: Look, rng: np.random.Generator) -> np.nd
     for _ in range(round(look.blur * size / 128)):
         image = _smooth(image)
     jitter = rng.uniform(-1.0, 1.0, size=3)
-    image = (image - 0.5) * (look.contrast * (1 + 0.06 * jitter[0])) + (
-        0.5 + look.brightness + 0.03 * jitter[1]
-    )
+    image = (image - 0.5) * (look.contrast * (1 + 0.06 * jitter[0])) + (0.5 + look.brightness + 0.03 * jitter[1])
     if look.vignette:
         axis = np.linspace(-1, 1, size, dtype=np.float32) ** 2
         image -= (0.5 * look.vignette) * (axis[:, None] + axis[None, :]) * 0.5

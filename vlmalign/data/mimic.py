@@ -81,16 +81,12 @@ class MimicCxrJpg(Films):
         labels = read_table(label_path, ("subject_id", "study_id", *CHEXPERT.labels), closed=True)
         repeated = labels["study_id"][labels["study_id"].duplicated()]
         if len(repeated):
-            raise ValueError(
-                f"{label_path}, row {repeated.index[0] + 2}: study {repeated.iloc[0]} is repeated"
-            )
+            raise ValueError(f"{label_path}, row {repeated.index[0] + 2}: study {repeated.iloc[0]} is repeated")
         matrix = positives(label_values(labels, label_path, CHEXPERT.labels), uncertain)
         row_of = pd.Index(labels["study_id"]).get_indexer(films["study_id"])  # -1: no label row
         paths = [
             f"files/p{subject[:2]}/p{subject}/s{study}/{dicom}.jpg"
-            for subject, study, dicom in zip(
-                films["subject_id"], films["study_id"], films["dicom_id"], strict=True
-            )
+            for subject, study, dicom in zip(films["subject_id"], films["study_id"], films["dicom_id"], strict=True)
         ]
         films = films.assign(path=paths)
         unlabelled = films[row_of < 0]
@@ -125,9 +121,7 @@ def _splits(path: Path) -> dict[str, str]:
     unknown = table[~table["split"].isin(SPLITS)]
     if len(unknown):
         row, value = unknown.index[0] + 2, unknown["split"].iloc[0]
-        raise ValueError(
-            f"{path}, row {row}, column 'split': found {value!r}, expected one of {', '.join(SPLITS)}"
-        )
+        raise ValueError(f"{path}, row {row}, column 'split': found {value!r}, expected one of {', '.join(SPLITS)}")
     return dict(zip(table["dicom_id"], table["split"], strict=True))
 
 

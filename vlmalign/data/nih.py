@@ -64,16 +64,12 @@ class Nih14(Films):
         folders = _image_folders(root)
         # A row without a file gets the flat place, so that a path such as ../x.png still meets the path check.
         paths = np.array([f"{folders.get(id, 'images')}/{id}" for id in table.ids], object)
-        missing = keep & np.array(
-            [id not in folders and ".." not in id and "/" not in id for id in table.ids]
-        )
+        missing = keep & np.array([id not in folders and ".." not in id and "/" not in id for id in table.ids])
         skipped = []
         for i in np.flatnonzero(missing):
             reason = f"{table.path}, row {i + 2}: {table.ids[i]} is in no image folder of {root}"
             if on_bad != "skip":
-                raise FileNotFoundError(
-                    f"{reason} ({missing.sum()} missing); restore it or open with on_bad='skip'"
-                )
+                raise FileNotFoundError(f"{reason} ({missing.sum()} missing); restore it or open with on_bad='skip'")
             skipped.append({"id": table.ids[i], "path": paths[i], "reason": reason})
         keep &= ~missing
         frame = frame[keep]
@@ -105,9 +101,7 @@ class NihExtract(Films):
     column too: extracts have been divided by film, so divide by `patients()` instead.
     """
 
-    def __init__(
-        self, root: str | Path, *, views: Sequence[str] | None = None, on_bad: str = "error"
-    ) -> None:
+    def __init__(self, root: str | Path, *, views: Sequence[str] | None = None, on_bad: str = "error") -> None:
         table = find_table(Path(root), "labels.csv")
         frame = read_table(table, EXTRACT_COLUMNS)
         labels = finding_matrix(frame["finding_labels"], table)

@@ -42,9 +42,7 @@ def read_nih_table(path: str | Path) -> NihTable:
     path = Path(path)
     frame = read_table(path, COLUMNS[:7])
     labels = finding_matrix(frame["Finding Labels"], path)
-    return NihTable(
-        path, frame, frame["Image Index"].to_numpy(object), frame["Patient ID"].to_numpy(object), labels
-    )
+    return NihTable(path, frame, frame["Image Index"].to_numpy(object), frame["Patient ID"].to_numpy(object), labels)
 
 
 def finding_matrix(findings: pd.Series, table: Path) -> np.ndarray:

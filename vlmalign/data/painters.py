@@ -118,9 +118,7 @@ def _pneumothorax(film: Film, finding: Finding) -> None:
     side = film.side(finding.side)
     fallen = np.maximum(edge(-retreat, 0.03), edge(finding.size * 0.9 - 0.76 + 0.4 * off - film.y, 0.03))
     film.paint(film.lungs * side * fallen * 0.97, 0.01)
-    film.paint(
-        film.lungs * side * edge(0.018 - np.abs(retreat), 0.02) * edge(0.25 - film.y, 0.05) * 0.8, 0.80
-    )
+    film.paint(film.lungs * side * edge(0.018 - np.abs(retreat), 0.02) * edge(0.25 - film.y, 0.05) * 0.8, 0.80)
 
 
 def _effusion(film: Film, finding: Finding) -> None:

@@ -82,13 +82,7 @@ def _draw_chest(case: Case, rng: np.random.Generator, size: int, scale: float) -
     fan = np.exp(-(((off - 0.2) / 0.34) ** 2)) * np.exp(-(((y - 0.02) / 0.42) ** 2))
     image += lungs * fan * (0.08 + 0.07 * texture)
     phase = (y - 0.30 * off**2) * (2 * np.pi / rng.uniform(0.165, 0.185)) + rng.uniform(0, 2 * np.pi)
-    image += (
-        0.10
-        * np.clip(np.cos(phase) - 0.25, 0, 1)
-        * edge(CHEST + 0.04 - off, 0.05)
-        * edge(dome - y, 0.1)
-        * body
-    )
+    image += 0.10 * np.clip(np.cos(phase) - 0.25, 0, 1) * edge(CHEST + 0.04 - off, 0.05) * edge(dome - y, 0.1) * body
 
     # Mediastinum widens at the arch when asked to; the spine shows through as a faint column.
     width = case.mediastinum * CHEST * (0.55 + 0.45 * np.exp(-(((y + 0.30) / 0.24) ** 2)))
@@ -105,10 +99,6 @@ def _draw_chest(case: Case, rng: np.random.Generator, size: int, scale: float) -
     film.lungs *= (1 - heart) * (1 - core)
 
     slope = rng.uniform(0.10, 0.22)
-    bone = (
-        edge(0.030 - np.abs(y + 0.60 + slope * (off - 0.35)), 0.02)
-        * edge(0.74 - off, 0.05)
-        * edge(off - 0.08, 0.05)
-    )
+    bone = edge(0.030 - np.abs(y + 0.60 + slope * (off - 0.35)), 0.02) * edge(0.74 - off, 0.05) * edge(off - 0.08, 0.05)
     film.paint(0.55 * bone, 0.90)
     return film

@@ -20,9 +20,7 @@ class Position(Protocol):
     def set_state(self, state: dict[str, Any]) -> None: ...
 
 
-def shuffled_batches(
-    items: Sequence[Item], *, batch: int, seed: int, threads: int = 1, ahead: int = 2
-) -> Position:
+def shuffled_batches(items: Sequence[Item], *, batch: int, seed: int, threads: int = 1, ahead: int = 2) -> Position:
     """Batches of `batch` items for ever, a new shuffle every pass, the same sequence for the same seed.
 
     What does not fill a last batch is left out of that pass, so no batch holds an item twice.
@@ -34,5 +32,7 @@ def shuffled_batches(
     """
     if len(items) < batch:
         raise ValueError(f"a batch of {batch} needs at least as many examples, found {len(items)}")
-    dataset = grain.MapDataset.source(items).seed(seed).shuffle().batch(batch, drop_remainder=True, batch_fn=list).repeat()
+    dataset = (
+        grain.MapDataset.source(items).seed(seed).shuffle().batch(batch, drop_remainder=True, batch_fn=list).repeat()
+    )
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)))

@@ -24,9 +24,7 @@ class LabelSchema:
         if len(set(self.labels)) != len(self.labels):
             raise ValueError(f"schema {self.name!r} lists a label twice: {self.labels}")
         if self.normal is not None and self.normal not in self.labels:
-            raise ValueError(
-                f"schema {self.name!r} has no label {self.normal!r} to mean a normal film; set normal"
-            )
+            raise ValueError(f"schema {self.name!r} has no label {self.normal!r} to mean a normal film; set normal")
 
     def __len__(self) -> int:
         return len(self.labels)

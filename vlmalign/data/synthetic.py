@@ -103,16 +103,12 @@ def plan_studies(
                 own = np.random.default_rng([seed, 2, len(studies)])
                 case = draw_case(own, institution.prevalence)
                 labels = institution.convention.labels(case, own)
-                studies.append(
-                    Study(split, patient, len(studies), visit, tuple(views), case, labels, sex, age)
-                )
+                studies.append(Study(split, patient, len(studies), visit, tuple(views), case, labels, sex, age))
             patient += 1
     return studies
 
 
-def write_films(
-    root: Path, films: Sequence[Film], look: Look, *, seed: int, size: int, workers: int = 1
-) -> None:
+def write_films(root: Path, films: Sequence[Film], look: Look, *, seed: int, size: int, workers: int = 1) -> None:
     """Renders and saves every film (size x size px, 8-bit grey). More than one worker starts fresh processes."""
     for folder in sorted({(root / film.path).parent for film in films}):
         folder.mkdir(parents=True, exist_ok=True)

@@ -76,9 +76,7 @@ def _check_columns(path: Path, names: list[str], required: Sequence[str], *, clo
         problems.append(f"missing column {name!r}" + (f" (nearest found: {', '.join(near)})" if near else ""))
     for name in unexpected:
         near = difflib.get_close_matches(name, required, n=3, cutoff=0.5)
-        problems.append(
-            f"unexpected column {name!r}" + (f" (nearest known: {', '.join(near)})" if near else "")
-        )
+        problems.append(f"unexpected column {name!r}" + (f" (nearest known: {', '.join(near)})" if near else ""))
     problems += [f"repeated column {name!r}" for name in repeated]
     if problems:
         raise ValueError(f"{path}: {'; '.join(problems)}; expected columns: {', '.join(required)}")
@@ -108,18 +106,14 @@ def positives(values: np.ndarray, uncertain: str = "negative") -> np.ndarray:
 
 def stays_inside(relative: str) -> bool:
     """Whether a relative path, as written, cannot leave its root (no file is looked at)."""
-    return not (
-        relative.startswith(("/", "\\")) or "\0" in relative or ".." in relative.replace("\\", "/").split("/")
-    )
+    return not (relative.startswith(("/", "\\")) or "\0" in relative or ".." in relative.replace("\\", "/").split("/"))
 
 
 def inside(root: Path, relative: str | Path) -> Path:
     """`root / relative` with links followed; ValueError when it lies outside `root` (.., absolute, or by a link)."""
     base = Path(root).resolve()
     if not stays_inside(str(relative)):
-        raise ValueError(
-            f"path {str(relative)!r} leaves the data root {root}; paths must be relative and without '..'"
-        )
+        raise ValueError(f"path {str(relative)!r} leaves the data root {root}; paths must be relative and without '..'")
     path = (base / relative).resolve()
     if not path.is_relative_to(base):
         raise ValueError(f"path {str(relative)!r} leads by a link to {path}, outside the data root {root}")

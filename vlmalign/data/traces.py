@@ -210,7 +210,5 @@ def _json_lines(path: Path, fields: tuple[str, ...]) -> Iterable[tuple[int, dict
                 raise ValueError(f"{path}, line {line}: no JSON ({error})") from error
             missing = [name for name in fields if not isinstance(row, dict) or name not in row]
             if missing:
-                raise ValueError(
-                    f"{path}, line {line}: missing field {missing[0]!r}; expected {', '.join(fields)}"
-                )
+                raise ValueError(f"{path}, line {line}: missing field {missing[0]!r}; expected {', '.join(fields)}")
             yield line, row

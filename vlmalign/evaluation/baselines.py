@@ -12,9 +12,7 @@ import numpy as np
 from vlmalign.shapes import Bool
 
 
-def most_frequent_set(
-    train: Bool[np.ndarray, "film label"], n: int, *, seed: int
-) -> Bool[np.ndarray, "n label"]:
+def most_frequent_set(train: Bool[np.ndarray, "film label"], n: int, *, seed: int) -> Bool[np.ndarray, "n label"]:
     """The label set that most training films have, on every film.
 
     Maximises the exact-match share on training among all constant predictions. Of equally frequent sets the first is
@@ -42,9 +40,7 @@ def all_positive(train: Bool[np.ndarray, "film label"], n: int, *, seed: int) ->
     return np.ones((n, train.shape[1]), bool)
 
 
-def best_fixed_set(
-    train: Bool[np.ndarray, "film label"], n: int, *, seed: int
-) -> Bool[np.ndarray, "n label"]:
+def best_fixed_set(train: Bool[np.ndarray, "film label"], n: int, *, seed: int) -> Bool[np.ndarray, "n label"]:
     """The one label set with the highest micro-F1 on training, on every film.
 
     Criterion micro, not macro: a fixed set gives a label F1 = 2p / (1 + p) if it is in the set and 0 if not, so
@@ -86,6 +82,4 @@ def _repeat(row: Bool[np.ndarray, "label"], n: int) -> Bool[np.ndarray, "n label
 
 def _check(train: Bool[np.ndarray, "film label"]) -> None:
     if len(train) == 0:
-        raise ValueError(
-            "expected at least one training film, found none; pass the training set's label matrix"
-        )
+        raise ValueError("expected at least one training film, found none; pass the training set's label matrix")

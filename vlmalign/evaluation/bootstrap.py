@@ -107,9 +107,7 @@ def _patient_counts(
             f"expected one patient per film and at least one film, found {len(patients)} for {len(truth)} films"
             "; pass the patient column of the same rows"
         )
-    names, owner = np.unique(
-        np.asarray(patients), return_inverse=True
-    )  # sorted: order of films cannot matter
+    names, owner = np.unique(np.asarray(patients), return_inverse=True)  # sorted: order of films cannot matter
     counts = np.zeros((len(names), 3, truth.shape[1]), np.int64)
     np.add.at(counts, owner, outcomes(truth, predicted))
     return counts

@@ -169,9 +169,7 @@ def _check_rows(rows: Sequence[Row], labels: tuple[str, ...]) -> None:
                     f"{where}: expected {field} to be {_JSON_NAMES[kind]}, found {found}; write the row again"
                 )
         if row["id"] in seen:
-            raise ValueError(
-                f"{where}: expected every film once, found it in row {seen[row['id']]} too; drop one"
-            )
+            raise ValueError(f"{where}: expected every film once, found it in row {seen[row['id']]} too; drop one")
         seen[row["id"]] = number
         for field in ("truth", "predicted"):
             names = row[field]
@@ -180,9 +178,7 @@ def _check_rows(rows: Sequence[Row], labels: tuple[str, ...]) -> None:
                     f"{where}: expected {field} among {labels}, found {unlisted}; map them to this schema first"
                 )
             if len(set(names)) < len(names):
-                raise ValueError(
-                    f"{where}: expected each label of {field} once, found {names}; drop the repeats"
-                )
+                raise ValueError(f"{where}: expected each label of {field} once, found {names}; drop the repeats")
         if row["predicted"] and not row["valid"]:
             raise ValueError(
                 f"{where}: expected an invalid completion to predict nothing, found {row['predicted']}; write []"

@@ -116,7 +116,13 @@ def _attend_in_chunks(
 
 
 def _segments(
-    q: Float[Array, "n t heads h"], kv: KeyValue, places: Places, layout: Layout, window: int | None, *, chunk: int | None
+    q: Float[Array, "n t heads h"],
+    kv: KeyValue,
+    places: Places,
+    layout: Layout,
+    window: int | None,
+    *,
+    chunk: int | None,
 ) -> Float[Array, "n t heads h"]:
     """Group attention on the static rectangle; all queries at once, or `chunk` of them at a time."""
     n, _, heads, h = q.shape
@@ -141,9 +147,9 @@ def _segments(
 
     prompt_kv, prompt_places = KeyValue(*map(head, kv)), Places(*map(head, places))
     prompt_segment = Places(*map(lift, prompt_places))
-    out = run(
-        lift(head(grouped)), prompt_segment, KeyValue(*map(lift, prompt_kv)), prompt_segment, None, None
-    ).reshape(n, prompt, heads, h)
+    out = run(lift(head(grouped)), prompt_segment, KeyValue(*map(lift, prompt_kv)), prompt_segment, None, None).reshape(
+        n, prompt, heads, h
+    )
     if group == 0:
         return out
     own, own_places = KeyValue(*map(tail, kv)), Places(*map(tail, places))

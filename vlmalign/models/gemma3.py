@@ -144,6 +144,9 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
     """`config.json` of a Gemma 3 text or vision-language checkpoint, in old and new spellings."""
     if config["model_type"] == "gemma3_text":
         return ModelConfig(family="gemma3", decoder=_decoder(config), vision=None, image_tokens=None)
+    for part in ("text_config", "vision_config"):
+        if not isinstance(config.get(part), Mapping):
+            raise ValueError(f"config.json of a Gemma 3 vision-language model needs {part}, found none")
     image = {**IMAGE_DEFAULTS, **{k: v for k, v in config.items() if v is not None}}
     # The top-level setting decides; the text part of the same file may say otherwise, as its own default.
     text = {**config["text_config"], "tie_word_embeddings": config.get("tie_word_embeddings", True)}

@@ -140,5 +140,3 @@ def predictors(hidden: Float[Array, "n t embed"], batch: GroupBatch) -> Float[Ar
 
 def _name(path: tuple[str | int, ...]) -> str:
     return ".".join(map(str, path))
-
-

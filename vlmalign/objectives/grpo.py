@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vlmalign.shapes import Array
 from vlmalign.types import GroupBatch, LossParts, Scores
 
 
@@ -46,8 +47,14 @@ def grpo_loss(scores: Scores, batch: GroupBatch, *, settings: GrpoSettings) -> L
     `scores.old_logp` None means one update per rollout: the old policy is the current one, and c = 1 with a gradient.
     """
     weight = batch.weight
+    real = weight > 0
+
+    def gap_to(other: Array) -> Array:
+        # Whatever stands on padding must not overflow in the exponentials below: 0 x inf is NaN for the whole batch.
+        return jnp.where(real, other - scores.logp, 0.0)
+
     old = jax.lax.stop_gradient(scores.logp) if scores.old_logp is None else scores.old_logp
-    ratio = jnp.exp(scores.logp - old)
+    ratio = jnp.exp(-gap_to(old))
     advantage = batch.advantage[..., None]
     clipped = jnp.clip(ratio, 1 - settings.clip_low, 1 + settings.clip_high)
     surrogate = jnp.minimum(ratio * advantage, clipped * advantage)
@@ -60,12 +67,12 @@ def grpo_loss(scores: Scores, batch: GroupBatch, *, settings: GrpoSettings) -> L
         "entropy": (jnp.sum(weight * scores.entropy), count),
     }
     if settings.beta > 0:
-        gap = scores.ref_logp - scores.logp
+        gap = gap_to(scores.ref_logp)
         penalty = jnp.exp(gap) - gap - 1
         per_token = per_token + settings.beta * penalty
         metrics["kl"] = (jnp.sum(weight * penalty), count)
     if scores.rollout_logp is not None:
-        drift = jnp.abs(scores.logp - scores.rollout_logp)
+        drift = jnp.abs(gap_to(scores.rollout_logp))
         metrics["rollout_gap"] = (jnp.sum(weight * drift), count)
     return LossParts(sums={"policy": jnp.sum(weight * per_token)}, metrics=jax.lax.stop_gradient(metrics))
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 from matplotlib.axes import Axes
+from matplotlib.transforms import blended_transform_factory
 
 from vlmalign.reporting.svg import (
     BAND,
@@ -26,10 +27,10 @@ from vlmalign.reporting.svg import (
     inline_svg,
 )
 from vlmalign.reporting.tables import Headline
-from vlmalign.reporting.words import STAGE_NAMES, number, shorten
+from vlmalign.reporting.words import STAGE_NAMES, UNDEFINED, number, shorten
 
 LANE = 10  # between the stages of one label
-ROW = 34  # between labels: three lanes and some air
+ROW = 33  # between labels: three lanes and some air
 _SET_STYLES = {"sft": (SFT, "s"), "rl": (GRPO, "D")}  # as the stages that are trained on them
 
 
@@ -42,7 +43,7 @@ def coverage_figure(coverage: Mapping[str, Any]) -> Markup:
         for name, films in sets.items()
     }
     left = _label_margin(labels)
-    with canvas(520, 26 * len(labels) + 62, left=left, right=14, top=24, bottom=38) as (figure, axes, *_):
+    with canvas(430, 26 * len(labels) + 62, left=left, right=14, top=24, bottom=38) as (figure, axes, *_):
         rows = range(len(labels))
         if "pool" in sets:
             axes.barh(rows, shares["pool"], height=0.62, color=BASE, alpha=0.32, linewidth=0)
@@ -71,7 +72,7 @@ def coverage_figure(coverage: Mapping[str, Any]) -> Markup:
 
 def overview_figure(rows: Sequence[Headline]) -> Markup:
     """Macro-F1 of every stage with its interval, and the best trivial baseline, per data set and label subset."""
-    step, width = 74, 480
+    step, width = 74, 410
     with canvas(width, step * len(rows) + 44, left=12, right=12, top=6, bottom=36) as (figure, axes, *_):
         for place, row in enumerate(rows):
             if place % 2 == 0:
@@ -105,20 +106,29 @@ def label_figure(
     labels = next(iter(blocks.values()))["per_label"]
     height = ROW * len(labels) + 56
     left = _label_margin([label["label"] for label in labels])
-    with canvas(460, height, left=left, right=40, top=20, bottom=36) as (figure, axes, *_):
+    with canvas(380, height, left=left, right=40, top=20, bottom=36) as (figure, axes, *_):
         for place in range(0, len(labels), 2):
             axes.axhspan(place - 0.5, place + 0.5, color=BAND, linewidth=0)
+        nowhere = [
+            place
+            for place in range(len(labels))
+            if all(block["per_label"][place]["f1"]["value"] is None for block in blocks.values())
+        ]
+        for place in nowhere:
+            axes.text(0.02, place, UNDEFINED, va="center", fontsize=FONT - 1.5, style="italic")
         for lane, (stage, block) in enumerate(blocks.items()):
             for place, label in enumerate(block["per_label"]):
+                if place in nowhere:
+                    continue
                 _interval(axes, label["f1"], place + (lane - (len(blocks) - 1) / 2) * LANE / ROW, stage)
         for place, label in enumerate(baseline["per_label"] if baseline else ()):
             if label["f1"]["value"] is not None:
                 axes.vlines(label["f1"]["value"], place - 0.42, place + 0.42, color=INK, linewidth=1.4)
         _label_rows(axes, [label["label"] for label in labels])
-        beside = axes.get_yaxis_transform()
-        axes.text(1.12, -0.6, "films", transform=beside, ha="right", va="bottom", fontsize=FONT - 1.5)
+        beside = blended_transform_factory(figure.transFigure, axes.transData)
+        axes.text(0.985, -0.6, "films", transform=beside, ha="right", va="bottom", fontsize=FONT - 1.5)
         for place, label in enumerate(labels):
-            axes.text(1.12, place, str(label["support"]), transform=beside, ha="right", va="center", fontsize=FONT - 1)
+            axes.text(0.985, place, str(label["support"]), transform=beside, ha="right", va="center", fontsize=FONT - 1)
         _f1_axis(axes, "F1")
         alt = (
             f"F1 per label on {dataset} for {', '.join(STAGE_NAMES[stage] for stage in blocks)}, "
@@ -131,7 +141,7 @@ def _interval(axes: Axes, score: Mapping[str, Any], y: float, stage: str) -> Non
     """A score as the stage's marker on its interval; an undefined score as the word."""
     colour = STAGE_COLOURS[stage]
     if score["value"] is None:
-        axes.text(0.012, y, "undefined", color=colour, va="center", fontsize=FONT - 2.5)
+        axes.text(0.02, y, UNDEFINED, color=colour, va="center", fontsize=FONT - 2.5)
         return
     if score["low"] is not None and score["high"] is not None:
         axes.hlines(y, score["low"], score["high"], color=colour, linewidth=2, alpha=0.65)

@@ -24,12 +24,12 @@ HERE = Path(__file__).resolve().parent
 
 #: stage, column -> title, what it means. A column that was not recorded is left out.
 CURVES = (
-    ("sft", "loss", SFT, "SFT loss", "cross-entropy of the answer's tokens, nat per token"),
+    ("sft", "loss", SFT, "SFT loss", "cross-entropy of the answer, nat per token"),
     ("grpo", "reward", GRPO, "GRPO reward", "mean over the sampled answers of a step"),
     ("grpo", "valid", GRPO, "Valid answers", "share of sampled answers in the required form"),
     ("grpo", "length", GRPO, "Answer length", "mean, tokens"),
-    ("grpo", "kl", OTHER, "KL to the reference", "mean per token, nat: how far GRPO has moved from SFT"),
-    ("grpo", "entropy", BASE, "Entropy", "mean per token, nat: how undecided the model is"),
+    ("grpo", "kl", OTHER, "KL to the reference", "nat per token: how far from the SFT model"),
+    ("grpo", "entropy", BASE, "Entropy", "nat per token: how undecided the model is"),
 )
 
 
@@ -71,6 +71,7 @@ def render(run: RunFolder) -> str:
         css=Markup((HERE / "report.css").read_text(encoding="utf-8")),
         facts=tables.facts(run),
         stage_names=words.STAGE_NAMES,
+        headings={stage: name[0].upper() + name[1:] for stage, name in words.STAGE_NAMES.items()},
         set_names=words.SET_NAMES,
         coverage=None if run.coverage is None else coverage_figure(run.coverage),
         training=_training(run),
@@ -87,13 +88,14 @@ def render(run: RunFolder) -> str:
 def _training(run: RunFolder) -> dict[str, Any]:
     """The curves as figures, and for each stage the means over the first and last fifth of all that was recorded."""
     rows = {"sft": run.sft, "grpo": run.grpo}
-    figures = []
+    figures: list[dict[str, Any]] = []
+    windows: dict[str, int] = {}
     for stage, column, colour, title, meaning in CURVES:
         line = curves.curve(rows[stage], column) if rows[stage] is not None else None
         if line is not None:
             svg = curves.curve_figure(line, f"{stage}-{column}", title, colour)
-            window = min(len(line.values), curves.rolling_window(len(line.values)))
-            figures.append({"title": title, "meaning": meaning, "svg": svg, "window": window})
+            figures.append({"title": title, "meaning": meaning, "svg": svg})
+            windows[stage.upper()] = min(len(line.values), curves.rolling_window(len(line.values)))
     recorded = {
         stage: {name: curves.fifths(curves.curve(found, name)) for name in curves.columns(found)}
         for stage, found in rows.items()
@@ -102,6 +104,7 @@ def _training(run: RunFolder) -> dict[str, Any]:
     reward = run.evaluation.reward if run.evaluation is not None else None
     return {
         "figures": figures,
+        "windows": windows,
         "recorded": recorded,
         "reward": None if reward is None else tables.reward_sentence(reward),
     }
@@ -109,23 +112,16 @@ def _training(run: RunFolder) -> dict[str, Any]:
 
 def _evaluation(run: RunFolder) -> dict[str, Any]:
     """Everything that comes from results.json; None and empty where it is not there yet."""
-    if run.evaluation is None:
-        return {"headlines": [], "shown_stages": [], "overview": None, "reading": "", "label_sets": []}
-    lines = tables.headlines(run.evaluation)
+    lines = tables.headlines(run.evaluation) if run.evaluation is not None else []
+    findings = tables.findings(lines)
     return {
         "headlines": lines,
+        "findings": findings,
         "shown_stages": [stage for stage in STAGES if any(stage in line.stages for line in lines)],
         "overview": overview_figure(lines) if lines else None,
-        "reading": tables.reading(run.evaluation),
-        "label_sets": [
-            _labels(run, place, line) for place, line in enumerate(lines) if line is _widest(lines, line.dataset)
-        ],
+        "reading": tables.reading(run.evaluation) if run.evaluation is not None else "",
+        "label_sets": [_labels(run, place, finding.line) for place, finding in enumerate(findings)],
     }
-
-
-def _widest(lines: list[tables.Headline], dataset: str) -> tables.Headline:
-    """The label subset of a data set that holds most labels: F1 of a label is the same in every subset."""
-    return max((line for line in lines if line.dataset == dataset), key=lambda line: line.labels)
 
 
 def _labels(run: RunFolder, place: int, line: tables.Headline) -> dict[str, Any]:

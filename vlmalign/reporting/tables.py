@@ -61,17 +61,33 @@ class Headline:
         return None if value is None or self.baseline is None else value - self.baseline.macro["value"]
 
     @property
-    def sentence(self) -> str:
-        """How the stages compare with the best trivial baseline, whichever way it came out."""
-        scores = [f"{number(each.macro['value'])} ({STAGE_NAMES[stage]})" for stage, each in self.stages.items()]
-        text = f"Macro-F1 over {self.supported} labels: {listed(scores)}."
+    def comparison(self) -> str:
+        """How the stages compare with the best trivial baseline, whichever way it came out; empty without one."""
         if self.baseline is None:
-            return text
-        text += f" The best trivial baseline, \u201c{self.baseline.name}\u201d, has {scored(self.baseline.macro)}."
-        for stage, each in self.stages.items():
-            if stage != "base":
-                text += f" The model {STAGE_NAMES[stage]} {_verdict(each.macro, self.baseline.macro)}."
-        return text
+            return ""
+        verdicts = [
+            f"{STAGE_NAMES[stage]} {_verdict(each.macro, self.baseline.macro)}"
+            for stage, each in self.stages.items()
+            if stage != "base"
+        ]
+        trivial = f"Best trivial baseline, \u201c{self.baseline.name}\u201d: {scored(self.baseline.macro)}"
+        return f"{trivial}; {', '.join(verdicts)}." if verdicts else f"{trivial}."
+
+
+class Finding(NamedTuple):
+    """One data set in the headline."""
+
+    line: Headline  #: the subset with most labels: F1 of a label is the same in every subset
+    lines: list[Headline]  #: all subsets, that one first
+
+
+def findings(lines: list[Headline]) -> list[Finding]:
+    """Headlines by data set, in their order, the subset with most labels first."""
+    datasets = dict.fromkeys(line.dataset for line in lines)
+    grouped = [
+        sorted((line for line in lines if line.dataset == name), key=lambda line: -line.labels) for name in datasets
+    ]
+    return [Finding(group[0], group) for group in grouped]
 
 
 def headlines(evaluation: Evaluation) -> list[Headline]:
@@ -111,10 +127,10 @@ def difference_verdict(interval: Mapping[str, Any]) -> str:
     if interval["low"] is None or interval["high"] is None:
         return "not determined"
     if interval["low"] > 0:
-        return "higher: the interval leaves out 0"
+        return "higher (interval excludes\u00a00)"
     if interval["high"] < 0:
-        return "lower: the interval leaves out 0"
-    return "no difference shown: the interval holds 0"
+        return "lower (interval excludes\u00a00)"
+    return "no difference shown (interval holds\u00a00)"
 
 
 def reward_sentence(reward: Mapping[str, Any]) -> str:
@@ -186,20 +202,15 @@ def _stage_scores(results: Mapping[str, Any], block: Mapping[str, Any]) -> Stage
 
 
 def _verdict(model: Mapping[str, Any], baseline: Mapping[str, Any]) -> str:
-    """The model against a baseline, by value and by whether the intervals meet."""
+    """A model against a baseline, by value and by whether the intervals meet."""
     if model["value"] is None:
-        return "cannot be compared with it"
-    if None in (model["low"], model["high"], baseline["low"], baseline["high"]):
-        return f"{_side(model, baseline)} (without intervals)"
-    apart = model["low"] > baseline["high"] or model["high"] < baseline["low"]
-    return f"{_side(model, baseline)}, and the intervals {'do not overlap' if apart else 'overlap'}"
-
-
-def _side(model: Mapping[str, Any], baseline: Mapping[str, Any]) -> str:
+        return "undefined"
     difference = model["value"] - baseline["value"]
-    if difference == 0:
-        return "is level with it"
-    return f"is {number(abs(difference))} {'above' if difference > 0 else 'below'} it"
+    side = f"{number(abs(difference))} {'above' if difference > 0 else 'below'} it" if difference else "level with it"
+    if None in (model["low"], model["high"], baseline["low"], baseline["high"]):
+        return f"{side} (no intervals)"
+    apart = model["low"] > baseline["high"] or model["high"] < baseline["low"]
+    return f"{side} (intervals {'apart' if apart else 'overlap'})"
 
 
 def _mean(fifth: Mapping[str, Any]) -> str:

@@ -69,7 +69,8 @@ def share(value: float, digits: int = 1) -> str:
 
 
 def count(value: int) -> str:
-    """
+    """A whole number with its thousands set apart.
+
     >>> count(112120)
     '112,120'
     """
@@ -77,7 +78,8 @@ def count(value: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """
+    """Seconds as a person would say them.
+
     >>> duration(7.25), duration(95), duration(7384)
     ('7.2 s', '1 min 35 s', '2 h 3 min')
     """
@@ -97,7 +99,8 @@ def measured(value: float | None) -> str:
 
 
 def shorten(text: str, letters: int = _LONGEST) -> str:
-    """
+    """At most `letters` letters of a text.
+
     >>> shorten("Enlarged Cardiomediastinum", 12)
     'Enlarged Ca…'
     """
@@ -105,7 +108,8 @@ def shorten(text: str, letters: int = _LONGEST) -> str:
 
 
 def listed(items: list[str]) -> str:
-    """
+    """A list in a sentence; at least one item.
+
     >>> listed(["a", "b", "c"])
     'a, b and c'
     """

@@ -41,9 +41,7 @@ class HardReward:
     """
 
     labels: tuple[str, ...]  #: the label schema
-    min_tokens: int = (
-        250  #: tokens, >= 0; shorter valid completions pay lambda_len; 0 turns the length term off
-    )
+    min_tokens: int = 250  #: tokens, >= 0; shorter valid completions pay lambda_len; 0 turns the length term off
     lambda_len: float = 0.2  #: in [0, 1], the range of J
 
     def __post_init__(self) -> None:
@@ -65,9 +63,7 @@ class HardReward:
                 f"truth must hold labels of the schema {self.labels}, found {unlisted}; map or drop them when reading"
             )
         if completion_tokens < 0:
-            raise ValueError(
-                f"completion_tokens must be >= 0, found {completion_tokens}; give the length in tokens"
-            )
+            raise ValueError(f"completion_tokens must be >= 0, found {completion_tokens}; give the length in tokens")
         parsed = parse_completion(completion, self.labels)
         if not parsed.valid:
             return Breakdown(valid=False, jaccard=0.0, length_penalty=0.0, total=0.0)
@@ -95,9 +91,7 @@ class HardReward:
             "completion_tokens": len(completion_tokens),
         }
         if len(set(lengths.values())) > 1:
-            raise ValueError(
-                f"columns must have one entry per completion, found {lengths}; repeat each prompt's entry"
-            )
+            raise ValueError(f"columns must have one entry per completion, found {lengths}; repeat each prompt's entry")
         rows = zip(completions, truth, completion_tokens, strict=True)
         return [self.score(text, truth=true, completion_tokens=length).total for text, true, length in rows]
 

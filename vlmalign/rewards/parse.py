@@ -29,9 +29,7 @@ class Parsed:
     valid: bool  #: exactly one think block, followed by exactly one solution block
     reasoning: str  #: text of the think block, trimmed
     predicted: tuple[str, ...]  #: known labels, spelled as in the schema, in its order, each once
-    unknown: tuple[
-        str, ...
-    ]  #: every mention of a name that is not in the schema, trimmed, in the order written
+    unknown: tuple[str, ...]  #: every mention of a name that is not in the schema, trimmed, in the order written
     duplicates: int  #: mentions of a known label after its first
     outside: str  #: what stands before, between and after the blocks, trimmed, one piece per line
     reason: str | None  #: in words, why the completion is not valid; None if it is
@@ -88,9 +86,7 @@ def parse_completion(text: str, labels: tuple[str, ...]) -> Parsed:
     tags = list(_TAG.finditer(text))
     reason = _fault([tag.group() for tag in tags])
     if reason is not None:
-        return Parsed(
-            valid=False, reasoning="", predicted=(), unknown=(), duplicates=0, outside="", reason=reason
-        )
+        return Parsed(valid=False, reasoning="", predicted=(), unknown=(), duplicates=0, outside="", reason=reason)
     think, think_end, solution, solution_end = tags
 
     names = [name.strip() for name in _SEPARATOR.split(text[solution.end() : solution_end.start()])]

@@ -47,6 +47,8 @@ class _State(NamedTuple):
 
 def prefill(model: Model, network: Network, batch: GroupBatch) -> tuple[Float[Array, "n embed"], list[KeyValue]]:
     """The last real state of each prompt, and every layer's prompt keys and values [n, p, kv_heads, head_dim]."""
+    if batch.features is None and batch.pixels is not None:
+        raise ValueError("a rollout reads image features, found pixels; attach features first (FeatureStore.attach)")
     x = network.embed(batch.tokens, batch.image, batch.features)
     both_ways = model.config.image_tokens is not None and model.config.image_tokens.bidirectional
     places = Places(batch.segment, batch.order, batch.block if both_ways else jnp.full_like(batch.block, -1))
@@ -185,5 +187,3 @@ def generate(
     )
     end = jax.lax.while_loop(lambda s: (s.step < completion) & ~jnp.all(s.stopped), block, start)
     return Rollout(end.tokens, end.length, end.stopped, end.logp, end.kept_logp)
-
-

@@ -29,7 +29,9 @@ class Checkpoints:
     def save(self, state: TrainState, position: Mapping[str, Any]) -> None:
         """Write the state after `state.step` updates with its JSON position."""
         arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(state._asdict()), position=ocp.args.JsonSave(dict(position))
+            state=ocp.args.StandardSave(state._asdict()),
+            position=ocp.args.JsonSave(dict(position)),
+            shapes=ocp.args.JsonSave(_shapes(state)),
         )
         self._manager.save(int(state.step), args=arguments)
 
@@ -42,6 +44,16 @@ class Checkpoints:
         step = self._manager.latest_step()
         if step is None:
             return None
+        found = self._manager.restore(step, args=ocp.args.Composite(shapes=ocp.args.JsonRestore()))["shapes"]
+        expected = _shapes(like)
+        differ = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+        if differ:
+            name = differ[0]
+            raise ValueError(
+                f"the checkpoint in {self._manager.directory} is of another model, adapter or optimiser: "
+                f"{len(differ)} arrays differ, such as {name}, which is {found.get(name, 'absent')} there and "
+                f"{expected.get(name, 'absent')} here; go back to the settings of that run or choose a new run folder"
+            )
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
         arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore())
         found = self._manager.restore(step, args=arguments)
@@ -55,3 +67,9 @@ class Checkpoints:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _shapes(state: TrainState) -> dict[str, str]:
+    """Shape and dtype of every array by its path, compared before anything is read."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(state._asdict())
+    return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in flat}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import optax
@@ -18,7 +18,7 @@ from vlmalign.log import MetricsWriter
 from vlmalign.models.model import Params
 from vlmalign.progress import Progress
 from vlmalign.training.checkpoints import Checkpoints
-from vlmalign.training.step import MicroBatch, Trainer, TrainState
+from vlmalign.training.step import MicroBatch, Trainer
 
 
 class Work(NamedTuple):
@@ -28,6 +28,7 @@ class Work(NamedTuple):
     metrics: Mapping[str, float | None]
 
 
+@runtime_checkable
 class Source(Protocol):
     """Makes optimiser batches: from data (SFT, DPO) or by rolling out the current policy (GRPO, PPO)."""
 

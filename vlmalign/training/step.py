@@ -91,9 +91,7 @@ class Trainer:
         params = dict(params)
         return TrainState(params, self.optimiser.init(params), jnp.zeros((), jnp.int32))
 
-    def step(
-        self, state: TrainState, frozen: Params, batches: Sequence[MicroBatch]
-    ) -> tuple[TrainState, StepMetrics]:
+    def step(self, state: TrainState, frozen: Params, batches: Sequence[MicroBatch]) -> tuple[TrainState, StepMetrics]:
         """One update from all micro-batches. `state` is donated."""
         counts = self.objective.counts([b.groups for b in batches])
         grads = jax.tree.map(jnp.zeros_like, state.params)
@@ -131,7 +129,7 @@ class Trainer:
     def _update(self, state: TrainState, grads: dict[str, Array]) -> tuple[TrainState, Array]:
         updates, opt_state = self.optimiser.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(params, opt_state, state.step + 1), optax.global_norm(grads)
+        return TrainState(params, opt_state, state.step + 1), optax.tree.norm(grads)
 
     def _reference_scores(self, frozen: Params, extra: Params, groups: GroupBatch) -> Float[Array, "n k c"]:
         model = self.reference[0]

@@ -54,8 +54,11 @@ def load_config(folder: Path) -> ModelConfig:
 def tensor_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint: those its index names, or the single file."""
     if (folder / INDEX).exists():
-        names = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
-        if any("/" in name or "\\" in name for name in names):
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ValueError(f"{folder / INDEX} has no weight_map from tensor names to file names")
+        names = sorted(set(weight_map.values()))
+        if any(name in ("", ".", "..") or "/" in name or "\\" in name for name in names):
             raise ValueError(f"{folder / INDEX} names a file outside its folder")
         files = [folder / name for name in names]
     else:
@@ -63,7 +66,9 @@ def tensor_files(folder: Path) -> list[Path]:
     missing = [file.name for file in files if not file.exists()]
     if missing:
         other = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
-        hint = f" (found {', '.join(other)}: pickled weights are never read; convert them to safetensors)" if other else ""
+        hint = (
+            f" (found {', '.join(other)}: pickled weights are never read; convert them to safetensors)" if other else ""
+        )
         raise ValueError(f"{folder} lacks {', '.join(missing[:SHOWN])}{hint}")
     return files
 

@@ -30,7 +30,7 @@ class Films(Config):
     name: str
     format: str
     root: str
-    options: dict[str, Any] = {}  #: of the format's reader: split, views, on_bad ...
+    options: dict[str, Any] = Field(default_factory=dict)  #: of the format's reader: split, views, on_bad ...
     label_map: str | None = None  #: read the labels through this map; None keeps the data set's own
     phantom: Phantom | None = None
 
@@ -58,7 +58,9 @@ class Data(Config):
     train: Films
     sample: Sample
     traces: str | None = None  #: JSONL {"id", "trace"}; "{run}" as in roots; None: reasoning that names the labels
-    on_bad: Literal["error", "skip"] = "error"  #: a film that cannot be decoded stops the run, or is left out and listed
+    on_bad: Literal["error", "skip"] = (
+        "error"  #: a film that cannot be decoded stops the run, or is left out and listed
+    )
 
 
 class Lora(Config):

@@ -115,12 +115,18 @@ def predict(
                 "completion": text,
                 "tokens": len(answer.tokens),
                 "stopped": answer.stopped,
-                "image": str(example.image),
+                "image": _film_path(config.run, example.image),
             }
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_predictions(path, rows)
     return rows
+
+
+def _film_path(run: Path, image: Path) -> str:
+    """Relative to the run folder where the film lies in it, so that the folder can be moved; else absolute."""
+    image, run = image.resolve(), run.resolve()
+    return str(image.relative_to(run)) if image.is_relative_to(run) else str(image)
 
 
 def evaluate(

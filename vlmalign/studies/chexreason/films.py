@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,9 +72,8 @@ def _write_phantom(films: Films, root: Path) -> None:
     os.replace(beside, root)
 
 
-def draw_patients(patients: Sequence, films: int, *, seed: int) -> np.ndarray:
+def draw_patients(patients: np.ndarray, films: int, *, seed: int) -> np.ndarray:
     """Rows of whole patients in random order until `films` of them are reached, the last patient cut: ascending."""
-    patients = np.asarray(patients)
     if films > len(patients):
         raise ValueError(f"{films} films were asked for, the data set has {len(patients)}")
     names, owner = np.unique(patients, return_inverse=True)

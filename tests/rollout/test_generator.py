@@ -1,0 +1,140 @@
+"""Features are encoded once per distinct image; prompts come back in order whatever the batches."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from tiny_checkpoints import SOFT_TOKENS, adapted, assert_close, group, picture, pictures, put, vlm
+
+from vlmalign.rollout.completions import Generator
+from vlmalign.rollout.features import FeatureStore
+from vlmalign.rollout.sampling import Sampling
+from vlmalign.types import Layout
+
+PROMPTS = [
+    group(70, list(range(3, 19))),
+    group(71, [2, 40, "a", 41, 42, 43]),
+    group(72, [2, "b", "c", 44]),
+    group(73, [2, "c", "a", 45]),
+]
+
+
+class Reader:
+    """Counts what is read."""
+
+    def __init__(self):
+        self.read: list[str] = []
+
+    def __call__(self, keys):
+        self.read += keys
+        return pictures(keys)
+
+
+@pytest.fixture
+def reader() -> Reader:
+    return Reader()
+
+
+@pytest.fixture
+def store(reader) -> FeatureStore:
+    return FeatureStore(vlm().model, vlm().params, reader, chunk=2)
+
+
+def generator(store: FeatureStore | None, **changes) -> Generator:
+    fields = {
+        "model": vlm().model,
+        "features": store,
+        "stop_ids": (1,),
+        "rows": 3,
+        "group": 3,
+        "completion": 5,
+        "sampling": Sampling(temperature=0.7),
+        "multiple": 16,
+        "images": 1,
+    }
+    return Generator(**{**fields, **changes})
+
+
+def test_each_distinct_image_is_encoded_once(store, reader):
+    first = store.features(["a", "b", "a", "c"])
+    assert first.shape == (4, SOFT_TOKENS, 32)
+    assert np.array_equal(first[0], first[2])
+    again = store.features(["c", "b"])
+    assert np.array_equal(again, first[[3, 1]])
+    assert store.encoded == 3
+    assert reader.read == ["a", "b", "c"]
+
+
+def test_features_are_the_towers(store):
+    for key, found in zip("ab", store.features(["a", "b"]), strict=True):
+        assert_close(found, jax.jit(vlm().model.encode)(vlm().params, picture(key)[None])[0], 1e-5)
+
+
+def test_the_last_call_of_a_chunk_is_padded_not_recompiled(store):
+    for keys in (["a"], ["b", "c", "d"], ["e", "f"]):
+        store.features(keys)
+    assert store.encoded == 6
+    assert store._encode._cache_size() == 1
+
+
+def test_the_least_recently_used_goes_first(reader):
+    store = FeatureStore(vlm().model, vlm().params, reader, capacity=2, chunk=2)
+    store.features(["a", "b"])
+    store.features(["a"])
+    store.features(["c"])  # b goes
+    store.features(["a"])
+    assert reader.read == ["a", "b", "c"]
+    store.features(["b"])
+    assert reader.read == ["a", "b", "c", "b"]
+    assert store.features(["d", "e", "f"]).shape[0] == 3, "one call may need more than is held"
+
+
+def test_a_model_with_an_adapter_can_be_given(reader):
+    """The tower carries none."""
+    store = FeatureStore(adapted().model, vlm().params, reader, chunk=2)
+    assert_close(store.features(["a"]), FeatureStore(vlm().model, vlm().params, reader, chunk=2).features(["a"]), 0)
+
+
+def test_attach_gives_every_place_its_features(store):
+    batch = put(PROMPTS[1:], Layout(16, 0, 0))._replace(pixels=None)
+    attached = store.attach(batch, ["a", "b", "c"], images=4)
+    assert attached.features.shape == (4 * SOFT_TOKENS, 32)
+    assert not attached.features[3 * SOFT_TOKENS :].any()
+    rows = attached.features[attached.image[1][attached.image[1] >= 0]]
+    assert np.array_equal(rows, store.features(["b", "c"]).reshape(-1, 32))
+    with pytest.raises(ValueError, match="3 distinct images does not fit 2"):
+        store.attach(batch, ["a", "b", "c"], images=2)
+
+
+def test_completions_come_back_in_order(store, reader):
+    done: list[int] = []
+    found = generator(store).run(vlm().params, PROMPTS, jax.random.key(0), advance=done.append)
+    assert done == [3, 1]
+    assert [len(answers) for answers in found] == [3] * 4
+    assert reader.read == ["a", "b", "c"]
+    assert store.encoded == 3
+    turned = generator(store).run(vlm().params, PROMPTS[::-1], jax.random.key(0))[::-1]
+    for one, two in zip(found, turned, strict=True):
+        for a, b in zip(one, two, strict=True):
+            assert np.array_equal(a.tokens, b.tokens)
+            assert np.array_equal(a.logp, b.logp)
+            assert a.stopped == b.stopped == (a.tokens[-1] == 1)
+            assert len(a.tokens) == len(a.logp) <= 5
+    assert store.encoded == 3, "a second pass encodes nothing"
+
+
+def test_text_only_models_need_no_store():
+    found = generator(None).run(vlm().params, PROMPTS[:1], jax.random.key(0))
+    assert len(found) == 1
+
+
+def test_images_without_a_store_are_an_error():
+    with pytest.raises(ValueError, match="group 71: image a"):
+        generator(None).run(vlm().params, PROMPTS[1:2], jax.random.key(0))
+
+
+def test_more_images_than_the_batch_has_room_for(store):
+    few = [replace(PROMPTS[2], id=1), PROMPTS[1], group(9, [2, "d", "e", 5])]
+    with pytest.raises(ValueError, match="5 distinct images does not fit 3"):
+        generator(store).run(vlm().params, few, jax.random.key(0))

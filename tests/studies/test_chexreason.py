@@ -1,0 +1,204 @@
+"""The whole pipeline in a minute: from films on disk to a report, killed and continued, and on bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vlmalign.config import load_config
+from vlmalign.data.images import BadImage
+from vlmalign.progress import Progress
+from vlmalign.studies.chexreason import ChexReasonConfig, run
+from vlmalign.studies.chexreason.films import open_films
+from vlmalign.studies.chexreason.prepare import prepare
+
+STAGES, SETS = ("base", "sft", "grpo"), ("mimic-like test", "chexpert-like test", "nih-like test")
+
+SMALL = [
+    "data.train.phantom={films: {train: 120, validate: 2, test: 10}, seed: 1, size: 64}",
+    "data.sample={sft: 16, rl: 8, validation: 4, floor: 0.0}",
+    "sft.epochs=3", "sft.batch=8", "sft.shapes.rows=8", "sft.checkpoint_every=2",
+    "grpo.steps=3", "grpo.prompts=4", "grpo.rollout={rows: 4, group: 2, completion: 32}",
+    "grpo.shapes={rows: 4, prompt_multiple: 16, completion_multiple: 32}", "grpo.checkpoint_every=2",
+    "evaluation.rows=8", "evaluation.completion=16", "evaluation.draws=50",
+    "evaluation.sets.1.films.phantom={films: {train: 2, valid: 2, test: 6}, seed: 2, size: 64}",
+    "evaluation.sets.2.films.phantom={films: {train_val: 2, test: 6}, seed: 3, size: 64}",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def quickstart(repository) -> Path:
+    return repository / "configs" / "chexreason" / "quickstart.yaml"
+
+
+@pytest.fixture
+def in_repository(repository, monkeypatch):
+    """Paths in configs are relative to the working directory."""
+    monkeypatch.chdir(repository)
+
+
+def small(quickstart: Path, folder: Path, *overrides: str) -> ChexReasonConfig:
+    return load_config(ChexReasonConfig, quickstart, [*SMALL, f"run={folder}", *overrides])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, quickstart, repository) -> Path:
+    folder = tmp_path_factory.mktemp("chexreason") / "whole"
+    before = Path.cwd()
+    os.chdir(repository)
+    try:
+        run(small(quickstart, folder))
+    finally:
+        os.chdir(before)
+    return folder
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_run_folder_holds_everything(finished):
+    assert yaml.safe_load((finished / "config.yaml").read_text())["sft"]["batch"] == 8
+    environment = json.loads((finished / "environment.json").read_text())
+    assert environment["matmul_gflops"] > 0
+    assert environment["packages"]["jax"]
+    assert [r["step"] for r in rows(finished / "sft" / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in rows(finished / "grpo" / "metrics.jsonl")] == [1, 2, 3]
+    assert {r["stage"] for r in rows(finished / "timing.jsonl")} == {
+        "films", "load model", "sft", "grpo", "evaluation", "report",
+    }  # fmt: skip
+    for name in ("sft", "grpo"):
+        assert any((finished / name / "checkpoints").iterdir())
+
+
+def test_every_film_is_answered_by_every_stage(finished):
+    found = rows(finished / "evaluation" / "predictions.jsonl")
+    assert [(r["stage"], r["dataset"]) for r in found] == [
+        (stage, name) for stage in STAGES for name, n in zip(SETS, (10, 6, 6), strict=True) for _ in range(n)
+    ]
+    assert all((finished / r["image"]).is_file() for r in found)
+
+
+def test_sets_share_no_patient(finished):
+    patients = [
+        {r["patient"] for r in rows(finished / "data" / f"{name}.jsonl")} for name in ("sft", "rl", "validation")
+    ]
+    assert [len(rows(finished / "data" / f"{name}.jsonl")) for name in ("sft", "rl", "validation")] == [16, 8, 4]
+    assert len(set.union(*patients)) == sum(map(len, patients))
+
+
+def test_results_name_schema_and_both_averages(finished):
+    results = json.loads((finished / "evaluation" / "results.json").read_text())
+    assert [(d["name"], d["role"], len(d["labels"])) for d in results["datasets"]] == [
+        (SETS[0], "in-schema", 14), (SETS[1], "in-schema", 14), (SETS[2], "cross-schema", 9),
+    ]  # fmt: skip
+    blocks = {r["dataset"]: list(r["results"]["blocks"]) for r in results["results"]}
+    assert blocks == {SETS[0]: ["all 14", "shared 9"], SETS[1]: ["all 14", "shared 9"], SETS[2]: ["all 9"]}
+    assert len({b["name"] for b in results["baselines"]}) == 4
+    assert {(d["from"], d["to"]) for d in results["differences"]} == {("base", "sft"), ("sft", "grpo")}
+    assert results["reward"]["first"]["steps"] == 2
+
+
+def test_report_is_one_page_with_figures(finished):
+    page = (finished / "report.html").read_text()
+    assert page.count("<svg") >= 4
+    assert "data:image/" in page
+    for name in SETS:
+        assert name in page
+
+
+def test_killed_run_continues_with_the_same_command(finished, tmp_path, quickstart, repository):
+    """Kill -9 in the middle of SFT, then of GRPO; the same command ends with the same metrics, answers and scores."""
+    folder = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "vlmalign.cli",
+        "chexreason",
+        str(quickstart),
+        "--run",
+        str(folder),
+        "--set",
+        *SMALL,
+    ]
+    for stage, lines in (("sft", 3), ("grpo", 1)):
+        metrics = folder / stage / "metrics.jsonl"
+        with subprocess.Popen(command, cwd=repository, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+            deadline = time.monotonic() + 240
+            while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= lines):
+                assert process.poll() is None, process.stderr.read().decode()[-2000:]
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            process.send_signal(signal.SIGKILL)
+    assert not (folder / "evaluation").exists()
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "report:" in done.stdout
+    for name in ("sft/metrics.jsonl", "grpo/metrics.jsonl", "evaluation/predictions.jsonl", "evaluation/results.json"):
+        assert (folder / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+def test_finished_run_only_writes_its_report_again(finished, quickstart, in_repository):
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("metrics.jsonl")}
+    trained = {p: p.read_bytes() for p in before}
+    run(small(quickstart, finished))
+    assert {p: p.read_bytes() for p in before} == trained
+
+
+def test_run_folder_of_another_config_is_refused(finished, quickstart, in_repository):
+    with pytest.raises(ValueError, match="holds a run of another config"):
+        run(small(quickstart, finished, "seed=1"))
+
+
+@pytest.fixture
+def films_with_one_torn(finished, tmp_path, quickstart, in_repository):
+    """The finished run's data set, with one film of the SFT set cut in half."""
+    chosen = rows(finished / "data" / "sft.jsonl")[0]["id"]
+    copy = tmp_path / "films"
+    subprocess.run(["cp", "-r", str(finished / "films" / "mimic"), str(copy)], check=True)
+    (torn,) = copy.rglob(f"{chosen}.jpg")
+    torn.write_bytes(torn.read_bytes()[: torn.stat().st_size // 2])
+    return copy, chosen
+
+
+def test_torn_film_stops_the_run_by_default(films_with_one_torn, tmp_path, quickstart):
+    root, chosen = films_with_one_torn
+    config = small(quickstart, tmp_path / "run", f"data.train.root={root}", "data.train.phantom=null")
+    with pytest.raises(BadImage, match=chosen), Progress() as progress:
+        prepare(config, open_films(config.data.train, config), progress)
+
+
+def test_torn_film_is_skipped_and_listed_when_allowed(films_with_one_torn, tmp_path, quickstart):
+    root, chosen = films_with_one_torn
+    config = small(
+        quickstart, tmp_path / "run", f"data.train.root={root}", "data.train.phantom=null", "data.on_bad=skip"
+    )
+    with Progress() as progress:
+        films = open_films(config.data.train, config)
+        sets = prepare(config, films, progress)
+        again = prepare(config, films, progress)
+    skipped = rows(config.run / "data" / "skipped.jsonl")
+    assert [row["id"] for row in skipped if "unreadable" in row["reason"]] == [chosen]
+    drawn = {r["id"] for name in sets.rows for r in rows(config.run / "data" / f"{name}.jsonl")}
+    assert chosen not in drawn
+    assert len(sets.rows["sft"]) == 16
+    assert all((sets.rows[name] == again.rows[name]).all() for name in sets.rows)
+
+
+def test_missing_trace_is_named(finished, tmp_path, quickstart, in_repository):
+    traces = tmp_path / "traces.jsonl"
+    traces.write_text('{"id": "nobody", "trace": "Nothing."}\n')
+    config = small(
+        quickstart, tmp_path / "run", f"data.traces={traces}", "evaluation.sets=[]",
+        f"data.train.root={finished / 'films' / 'mimic'}", "data.train.phantom=null",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="has no trace for film"):
+        run(config)
