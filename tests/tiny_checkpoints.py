@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from vlmalign.data.groups import collate
-from vlmalign.models.lora import LoraSpec, init_adapter
+from vlmalign.models.lora import LoraSpec, is_adapter
 from vlmalign.models.model import Model
 from vlmalign.rollout.engine import output_logits
 from vlmalign.training.step import token_scores
@@ -163,17 +163,23 @@ def vlm() -> Checkpoint:
     return read(write(module, "vlm"), module)
 
 
+def random_adapter(model: Model, *, seed: int) -> dict[str, jax.Array]:
+    """An adapter whose B is not zero, drawn by NumPy: JAX would compile a program for every shape."""
+    rng = np.random.default_rng(seed)
+    return {
+        name: jnp.asarray(0.3 * rng.normal(size=shape.shape).astype(np.float32))
+        for name, shape in model.shapes.items()
+        if is_adapter(name)
+    }
+
+
 @functools.cache
 def adapted() -> Checkpoint:
     """`vlm` with an adapter whose B is not zero; the torch model holds the merged weights."""
     base = vlm()
     spec = LoraSpec(rank=2, alpha=3.0)
     model = Model(base.model.config, lora=spec)
-    adapter = init_adapter(model.shapes, key=jax.random.key(1))
-    key = jax.random.key(2)
-    for index, (name, value) in enumerate(sorted(adapter.items())):
-        if ".lora_B." in name:
-            adapter[name] = 0.3 * jax.random.normal(jax.random.fold_in(key, index), value.shape)
+    adapter = random_adapter(model, seed=1)
     module = vlm_model()
     state = module.state_dict()
     for name, a in adapter.items():
