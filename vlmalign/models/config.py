@@ -6,11 +6,26 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Llama3Scaling:
+    """Llama 3.1's stretch of the rotary wavelengths: long ones divided by the factor, short ones kept, a ramp between."""
+
+    low: float  #: wavelengths above `original` / low are stretched in full
+    high: float  #: wavelengths below `original` / high are kept
+    original: int  #: context length of pretraining, tokens
+
+
+@dataclass(frozen=True)
 class Rope:
-    """Rotary embedding of one kind of layer: frequencies `theta^(-2i/h) / factor` (linear scaling; 1 = none)."""
+    """Rotary embedding of one kind of layer: frequencies `theta^(-2i/h) / factor`, unless `llama3` shapes the factor.
+
+    With `sections` (M-RoPE) positions are triples (time, row, column): frequency i turns by the coordinate whose
+    section it lies in, sections counted in frequencies.
+    """
 
     theta: float
     factor: float = 1.0
+    llama3: Llama3Scaling | None = None
+    sections: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -36,7 +51,9 @@ class DecoderConfig:
     norm_offset: float  #: RMSNorm multiplies by (offset + weight): 1 for Gemma, 0 for Llama
     sandwich_norm: bool  #: also normalise each block's output before it joins the residual stream
     qk_norm: bool  #: RMSNorm over head_dim on queries and keys, before the rotary embedding
-    attention_bias: bool
+    qkv_bias: bool
+    out_bias: bool  #: of the attention's output projection
+    ffn_bias: bool
     activation: str  #: of the gate: "gelu_tanh" or "silu"
     query_scale: float  #: multiplies queries, usually head_dim ** -0.5
     embed_scale: float  #: multiplies token embeddings (not image features)

@@ -36,11 +36,11 @@ class Attention(nnx.Module):
     def __init__(self, config: DecoderConfig, spec: LayerSpec, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.config, self.spec = config, spec
         width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        bias = config.attention_bias
+        bias = config.qkv_bias
         self.q_proj = Linear(config.embed, width, dims=("heads", "embed"), bias=bias, dtype=dtype, rngs=rngs)
         self.k_proj = Linear(config.embed, kv_width, dims=("kv_heads", "embed"), bias=bias, dtype=dtype, rngs=rngs)
         self.v_proj = Linear(config.embed, kv_width, dims=("kv_heads", "embed"), bias=bias, dtype=dtype, rngs=rngs)
-        self.o_proj = Linear(width, config.embed, dims=("embed", "heads"), bias=bias, dtype=dtype, rngs=rngs)
+        self.o_proj = Linear(width, config.embed, dims=("embed", "heads"), bias=config.out_bias, dtype=dtype, rngs=rngs)
         self.q_norm, self.k_norm = (
             nnx.data(
                 RMSNorm(config.head_dim, eps=config.norm_eps, offset=config.norm_offset, dtype=dtype, dim="head_dim")
@@ -66,9 +66,9 @@ class FeedForward(nnx.Module):
     """down(act(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202)."""
 
     def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.gate_proj = Linear(config.embed, config.ffn, dims=("ffn", "embed"), dtype=dtype, rngs=rngs)
-        self.up_proj = Linear(config.embed, config.ffn, dims=("ffn", "embed"), dtype=dtype, rngs=rngs)
-        self.down_proj = Linear(config.ffn, config.embed, dims=("embed", "ffn"), dtype=dtype, rngs=rngs)
+        self.gate_proj = Linear(config.embed, config.ffn, dims=("ffn", "embed"), bias=config.ffn_bias, dtype=dtype, rngs=rngs)
+        self.up_proj = Linear(config.embed, config.ffn, dims=("ffn", "embed"), bias=config.ffn_bias, dtype=dtype, rngs=rngs)
+        self.down_proj = Linear(config.ffn, config.embed, dims=("embed", "ffn"), bias=config.ffn_bias, dtype=dtype, rngs=rngs)
         self.activation = config.activation
 
     def __call__(self, x: Float[Array, "n t embed"]) -> Float[Array, "n t embed"]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vlmalign.models import gemma3
+from vlmalign.models import gemma3, llama
 from vlmalign.models.config import ModelConfig
 
 
@@ -21,7 +21,9 @@ class Family:
 
 GEMMA3 = Family(gemma3.read_config, gemma3.parameter_name, gemma3.file_name)
 
-FAMILIES = {"gemma3": GEMMA3, "gemma3_text": GEMMA3}
+LLAMA = Family(llama.read_config, llama.parameter_name, llama.file_name)
+
+FAMILIES = {"gemma3": GEMMA3, "gemma3_text": GEMMA3, "llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA}
 
 
 def read_config(config: Mapping[str, Any]) -> ModelConfig:
