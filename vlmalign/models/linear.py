@@ -22,9 +22,11 @@ class Matrix(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """y = x W^T (+ b) (+ scale (x A^T) B^T): W [out, in]; A [rank, in], B [out, rank] when adapted.
+    """y = x W^T (+ b), with W [out, in]; adapted by A [rank, in] and B [out, rank], and for DoRA by m [out].
 
-    LoRA: Hu et al., arXiv 2106.09685, eq. 3, with scale = alpha / rank.
+    LoRA (Hu et al., arXiv 2106.09685, eq. 3): x W^T + s (x A^T) B^T, s = alpha / rank, or alpha / sqrt(rank) for
+    rsLoRA (arXiv 2312.03732). DoRA (arXiv 2402.09353, eq. 5 and 11): that, times m / |W + s B A| for each output, the
+    norm over inputs held constant in the gradient.
     """
 
     def __init__(
@@ -44,22 +46,39 @@ class Linear(nnx.Module):
         # Declared as data although empty: an attribute first set to None would be static, and could not hold weights.
         self.lora_A = nnx.data(None)
         self.lora_B = nnx.data(None)
+        self.lora_magnitude_vector = nnx.data(None)
         self.lora_scale = 0.0
 
-    def add_lora(self, *, rank: int, scale: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        """Fill the adapter slots: A normal with standard deviation 1/sqrt(in), B zero, so the output is unchanged."""
+    def add_lora(self, *, rank: int, scale: float, magnitude: bool, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        """Fill the adapter slots with their shapes; first values come from `lora.init_adapter`."""
         size_out, size_in = self.weight.shape
         dim_out, dim_in = self.weight.get_metadata()["dims"]
         self.lora_A = Matrix(init_normal(rngs, (rank, size_in), size_in**-0.5, dtype), ("rank", dim_in))
         self.lora_B = Matrix(jnp.zeros((size_out, rank), dtype), (dim_out, "rank"))
+        if magnitude:
+            self.lora_magnitude_vector = nnx.Param(jnp.ones((size_out,), dtype), dims=(dim_out,))
         self.lora_scale = scale
 
     def __call__(self, x: Float[Array, "*batch size_in"]) -> Float[Array, "*batch size_out"]:
         y = jnp.einsum("...i,oi->...o", x, self.weight[...])
-        if self.bias is not None:
-            y = y + self.bias[...]
         if self.lora_A is not None:
             # The adapter is float32 while the base may be bfloat16: its product runs in the dtype of x.
             low = jnp.einsum("...i,ri->...r", x, self.lora_A.weight[...].astype(x.dtype))
             y = y + self.lora_scale * jnp.einsum("...r,or->...o", low, self.lora_B.weight[...].astype(x.dtype))
-        return y
+            if self.lora_magnitude_vector is not None:
+                norm = output_norms(self.weight[...], self.lora_A.weight[...], self.lora_B.weight[...], self.lora_scale)
+                y = y * (self.lora_magnitude_vector[...] / jax.lax.stop_gradient(norm)).astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...]
+
+
+def output_norms(
+    weight: Float[Array, "out in"], a: Float[Array, "rank in"], b: Float[Array, "out rank"], scale: float
+) -> Float[Array, "out"]:
+    """|W + scale B A| of each output, in float32.
+
+    Expanded, so that no matrix of the size of W is made: |w|^2 + 2 s b (A w) + s^2 b (A A^T) b^T.
+    """
+    wide = weight.astype(jnp.float32)
+    cross = jnp.einsum("or,or->o", b, jnp.einsum("oi,ri->or", wide, a))
+    square = jnp.einsum("or,rq,oq->o", b, jnp.einsum("ri,qi->rq", a, a), b)
+    return jnp.sqrt(jnp.sum(wide * wide, axis=1) + 2 * scale * cross + scale**2 * square)

@@ -56,7 +56,11 @@ class Model:
                         for name, child in vars(owner).items():
                             if isinstance(child, Linear) and name in self.lora.targets:
                                 child.add_lora(
-                                    rank=self.lora.rank, scale=self.lora.scale, dtype=jnp.dtype("float32"), rngs=rngs
+                                    rank=self.lora.rank,
+                                    scale=self.lora.scale,
+                                    magnitude=self.lora.magnitude,
+                                    dtype=jnp.dtype("float32"),
+                                    rngs=rngs,
                                 )
             return network
 

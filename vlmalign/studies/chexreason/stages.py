@@ -46,7 +46,7 @@ def run_sft(
         seed=config.seed,
     )
     stage = Stage("sft", config.run / "sft", steps, settings.checkpoint_every, learning_rate(optimiser, steps))
-    adapter = init_adapter(system.model.shapes, key=key_for(config.seed, 0, "adapter"))
+    adapter = init_adapter(system.model.shapes, system.base, key=key_for(config.seed, 0, "adapter"))
     return train(stage, trainer, adapter, system.base, source, progress)
 
 
