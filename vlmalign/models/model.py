@@ -75,7 +75,7 @@ class Model:
 
     def without_lora(self) -> Model:
         """The same model without adapter parameters: the base, or a merged copy."""
-        return replace(self, lora=None)
+        return self if self.lora is None else replace(self, lora=None)
 
     def init(self, key: Key[Array, ""]) -> dict[str, Array]:
         """Random parameters, for a model trained from nothing."""
