@@ -45,7 +45,7 @@ SIDE = 64  # pixels
 SOFT_TOKENS = 16
 VOCAB = 1024
 BATCH = 48
-STEPS = 2000
+STEPS = 1600
 PASS = 800  # steps until films come again
 #: the loss of every step, beside the weights
 CURVE = "loss_curve.json"
@@ -286,11 +286,12 @@ def train(out: Path, *, steps: int, total: int, seed: int) -> list[float]:
             order = [int(key) for key in keys] + [0] * (BATCH - len(keys))
             pixels = np.repeat(films[order][:, None].astype(np.float32) / 127.5 - 1.0, 3, axis=1)
             state, metrics = trainer.step(state, {}, [MicroBatch(batch._replace(pixels=pixels), {})])
-            losses.append(float(metrics.loss))
+            losses.append(metrics.loss)  # still on the device: the next batch is made while this one is computed
             if step % 100 == 99:
-                mean = np.mean(losses[-100:])
+                mean = np.mean(jax.device_get(losses[-100:]))
                 print(f"step {step + 1} of {steps}: loss {mean:.3f}, {time.perf_counter() - started:.0f} s", flush=True)
 
+    losses = [float(loss) for loss in losses]
     saved = {name: value.astype(jnp.bfloat16) for name, value in state.params.items()}
     save_params(out, saved, model, json.loads(config.to_json_string(use_diff=False)))
     record = {"seed": seed, "total": total, "losses": [round(loss, 5) for loss in losses]}
