@@ -3,7 +3,7 @@
     python scripts/make_tiny_base.py --out configs/models/tiny-medgemma
 
 MedGemma's architecture with 1.3 M parameters and 64 px films. It is taught on invented films of an institution of its
-own ("base"), in that institution's wording: to report a film in sentences and to list what is on it. It has never
+own ("base"), in that institution's wording: to report a film in sentences and to list what is on it, however asked. It has never
 seen the films, the label conventions or the answer format of the institutions it is later aligned on.
 About 12 minutes on 2 CPU cores; the same seed and machine give the same files.
 """
@@ -45,16 +45,42 @@ SIDE = 64  # pixels
 SOFT_TOKENS = 16
 VOCAB = 1024
 BATCH = 48
-STEPS = 2000
+STEPS = 1600
 PASS = 800  # steps until films come again
 #: the loss of every step, beside the weights
 CURVE = "loss_curve.json"
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
 IMAGE = {"boi_token": "<start_of_image>", "image_token": "<image_soft_token>", "eoi_token": "<end_of_image>"}
 
-#: what the base institution asks, and how many tokens an answer may take
-REPORT, LIST = "Report the film.", "List the findings."
-LAYOUTS = {LIST: Layout(40, 1, 24), REPORT: Layout(40, 1, 72)}
+#: what the base institution asks for, in which words, and how many tokens question and answer may take
+LIST, REPORT = "list", "report"
+LAYOUTS = {LIST: Layout(56, 1, 24), REPORT: Layout(56, 1, 72)}
+QUESTIONS = {
+    LIST: (
+        "List the findings.",
+        "What is on this film?",
+        "Findings?",
+        "Look at the film and list the findings.",
+        "Name what you see and where it is.",
+        "Please read the chest film, then list every finding with its side and zone.",
+    ),
+    REPORT: (
+        "Report the film.",
+        "Describe the film in sentences.",
+        "Report.",
+        "Please read the chest film and write a report.",
+        "Look at the film, then say what you see and why you call it so.",
+    ),
+}
+#: said before every other question: a model that has met one length of prompt only would be lost in another
+CONTEXT = (
+    "The patient is an old woman.",
+    "The patient is a young man.",
+    "The patient has a cough.",
+    "Earlier films are not at hand.",
+    "The film was taken in bed.",
+    "This is a chest film.",
+)
 
 #: findings are drawn more evenly than in life, so that a short training sees enough of the rare ones
 PREVALENCE_TAUGHT = {
@@ -121,6 +147,13 @@ def make_answers(number: int, seed: int) -> dict[str, str]:
     return {REPORT: " ".join(reason(row)), LIST: _list(row)}
 
 
+def make_question(number: int, task: str, seed: int) -> str:
+    """How the question about film `number` is put."""
+    rng = np.random.default_rng([seed, number, 2])
+    before = rng.choice(CONTEXT, size=rng.integers(0, 2), replace=False)
+    return " ".join([*before, rng.choice(QUESTIONS[task])])
+
+
 def _list(row: dict) -> str:
     """What is on the film and where, in the fewest words."""
     found = []
@@ -148,15 +181,8 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
         texts += 200 * [*wording.evidence.values(), *wording.ratios.values(), *wording.absent.values()]
     labels = [*CHEXPERT.labels, *NIH14.labels]
     texts += 200 * [*labels, *map(spoken, labels), f"<solution>{', '.join(labels)}</solution>"]
-    texts += 200 * [
-        REPORT,
-        LIST,
-        "<think>",
-        "</think>",
-        "user\n",
-        "model\n",
-        "Read this chest film. Give your reasoning.",
-    ]
+    texts += 200 * [*CONTEXT, *(question for asked in QUESTIONS.values() for question in asked)]
+    texts += 200 * ["<think>", "</think>", "user\n", "model\n", "Read this film. Give your reasoning, then the labels."]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -222,9 +248,10 @@ def make_groups(chat: Chat, step: int, task: str, seed: int) -> list[Group]:
     """The conversations of one step; the few answers that are too long for the layout are left out."""
     groups = []
     for i in range(BATCH):
+        number = step % PASS * BATCH + i
         image = {"type": "image", "image": str(i)}
-        question = {"role": "user", "content": [image, {"type": "text", "text": task}]}
-        answer = {"role": "assistant", "content": make_answers(step % PASS * BATCH + i, seed)[task]}
+        question = {"role": "user", "content": [image, {"type": "text", "text": make_question(number, task, seed)}]}
+        answer = {"role": "assistant", "content": make_answers(number, seed)[task]}
         group = chat.example([question, answer], group_id=i)
         if len(group.continuations[0]) <= LAYOUTS[task].completion:
             groups.append(group)
@@ -259,11 +286,12 @@ def train(out: Path, *, steps: int, total: int, seed: int) -> list[float]:
             order = [int(key) for key in keys] + [0] * (BATCH - len(keys))
             pixels = np.repeat(films[order][:, None].astype(np.float32) / 127.5 - 1.0, 3, axis=1)
             state, metrics = trainer.step(state, {}, [MicroBatch(batch._replace(pixels=pixels), {})])
-            losses.append(float(metrics.loss))
+            losses.append(metrics.loss)  # still on the device: the next batch is made while this one is computed
             if step % 100 == 99:
-                mean = np.mean(losses[-100:])
+                mean = np.mean(jax.device_get(losses[-100:]))
                 print(f"step {step + 1} of {steps}: loss {mean:.3f}, {time.perf_counter() - started:.0f} s", flush=True)
 
+    losses = [float(loss) for loss in losses]
     saved = {name: value.astype(jnp.bfloat16) for name, value in state.params.items()}
     save_params(out, saved, model, json.loads(config.to_json_string(use_diff=False)))
     record = {"seed": seed, "total": total, "losses": [round(loss, 5) for loss in losses]}

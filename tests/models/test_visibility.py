@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_checkpoints import assert_close
+from tiny_checkpoints import QUICK, assert_close
 
 from vlmalign.models.attention import (
     IMPLEMENTATIONS,
@@ -118,7 +118,7 @@ def test_every_implementation_is_attention_under_the_rule(name, window, monkeypa
         pytest.skip(f"attention 'cudnn' not run: {reason}")
     monkeypatch.setitem(IMPLEMENTATIONS, "chunked", SMALL_CHUNK)
     layout = Layout(12, 3, 7)
-    attend = jax.jit(partial(group_attention, layout=layout, window=window, name=name))
+    attend = jax.jit(partial(group_attention, layout=layout, window=window, name=name), compiler_options=QUICK)
     for seed in range(5):
         rng = np.random.default_rng(seed)
         places = random_places(rng, 4, layout)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from tiny_checkpoints import assert_close
+from tiny_checkpoints import QUICK, assert_close
 
 from vlmalign.objectives.logprobs import token_logprobs
 
@@ -46,7 +46,7 @@ def reference(temperature: float = 1.0, softcap: float | None = None):
     ],
 )
 def test_values_and_gradients_equal_torch(chunk, options):
-    @jax.jit
+    @partial(jax.jit, compiler_options=QUICK)
     def run(states, head):
         def total(states, head):
             found = token_logprobs(states, head, jnp.asarray(TOKENS), chunk=chunk, **options)

@@ -129,6 +129,8 @@ def test_grpo_is_its_formula(beta, old):
     assert_close(gradient * count, slope * count, 1e-5)
     assert metrics["clipped"] == (seen["clipped"], seen["tokens"])
     assert seen["clipped"] == 0 if old is None else 5 < seen["clipped"] < seen["tokens"]
+    if old is None:
+        assert metrics["ratio"][0] == metrics["ratio"][1], "on-policy every ratio is exactly 1"
     if beta:
         assert_close(metrics["kl"][0], seen["kl"], 1e-5)
     else:

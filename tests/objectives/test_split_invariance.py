@@ -4,6 +4,7 @@ And the two references a policy can be held against: the adapter switched off, o
 """
 
 from functools import cache, partial
+from unittest.mock import patch
 
 import jax
 import jax.numpy as jnp
@@ -127,7 +128,9 @@ def trainer(kind: str) -> Trainer:
         "off": (model().without_lora(), {}),
         "frozen": (model(), adapter(2)),
     }[reference]
-    return Trainer(model(), objective, optax.sgd(0.5), reference=policy)
+    # The trainer's own programs, compiled without LLVM's optimisations.
+    with patch.object(jax, "jit", partial(jax.jit, compiler_options=QUICK)):
+        return Trainer(model(), objective, optax.sgd(0.5), reference=policy)
 
 
 @cache
@@ -212,11 +215,9 @@ def test_a_policy_equal_to_its_reference_has_no_penalty():
     state = trainer("grpo, adapter off").init(
         {name: value * (".lora_A." in name) for name, value in adapter(1).items()}
     )
-    _, metrics = trainer("grpo, adapter off").step(state, base().params, [MicroBatch(whole_batch(), {})])
+    _, metrics = trainer("grpo, adapter off").step(state, base().params, [MicroBatch(whole_batch(), old_logp())])
     total, count = metrics.parts["kl"]
     assert float(total) <= 1e-9 * float(count)
-    total, count = metrics.parts["ratio"]
-    assert float(total) == float(count), "without old_logp every ratio is exactly 1"
 
 
 def test_an_objective_that_needs_a_reference_says_so():

@@ -124,11 +124,6 @@ def test_completions_come_back_in_order(store, reader):
     assert store.encoded == 3, "a second pass encodes nothing"
 
 
-def test_text_only_models_need_no_store():
-    found = generator(None).run(vlm().params, PROMPTS[:1], jax.random.key(0))
-    assert len(found) == 1
-
-
 def test_images_without_a_store_are_an_error():
     with pytest.raises(ValueError, match="group 71: image a"):
         generator(None).run(vlm().params, PROMPTS[1:2], jax.random.key(0))

@@ -32,7 +32,8 @@ def sharded(tmp_path) -> Path:
 
 
 def load(folder: Path):
-    return load_params(folder, Model(load_config(folder)))
+    assert load_config(folder) == vlm().model.config
+    return load_params(folder, vlm().model)
 
 
 def retensor(folder: Path, change) -> None:

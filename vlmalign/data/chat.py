@@ -111,24 +111,26 @@ class Chat:
 
     def _segment(self, text: str, *, weight: float, first_image: int, images: Sequence[str]) -> tuple[Segment, int]:
         """Tokens of a piece of rendered text, and the number of image occurrences seen so far."""
-        count = 0
-        if self.image_text is not None:
-            count = text.count(self.image_text.placeholder)
-            text = text.replace(self.image_text.placeholder, self.image_text.expansion)
+        rule, count = self.image_text, 0
+        if rule is not None:
+            count = text.count(rule.placeholder)
+            text = text.replace(rule.placeholder, rule.expansion)
         tokens = np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
         image = np.full(tokens.shape, -1, np.int32)
-        if count:
+        if rule is not None:
             distinct = _distinct(images)
-            soft = np.flatnonzero(tokens == self.image_text.soft_id)
-            if len(soft) != count * self.image_text.count or first_image + count > len(images):
+            soft = np.flatnonzero(tokens == rule.soft_id)
+            if len(soft) != count * rule.count or first_image + count > len(images):
                 raise ValueError(
-                    f"{count} images need {count * self.image_text.count} soft tokens and {len(images)} were given; "
+                    f"{count} images need {count * rule.count} soft tokens and {len(images)} were given; "
                     f"the text holds {len(soft)} soft tokens"
                 )
             for i in range(count):
                 key = images[first_image + i]
-                image[soft[i * self.image_text.count : (i + 1) * self.image_text.count]] = distinct.index(key)
-        return Segment(tokens, image, np.full(tokens.shape, weight, np.float32)), first_image + count
+                image[soft[i * rule.count : (i + 1) * rule.count]] = distinct.index(key)
+        # A soft token is never a label, whoever shows the image.
+        weights = np.where(image >= 0, 0.0, weight).astype(np.float32)
+        return Segment(tokens, image, weights), first_image + count
 
     def _end_at_stop(self, piece: Segment) -> Segment:
         stops = np.flatnonzero(np.isin(piece.tokens, self.stop_ids))

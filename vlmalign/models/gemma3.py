@@ -172,7 +172,7 @@ def parameter_name(name: str, config: ModelConfig) -> str | None:
     `vision_tower.vision_model...`, as `model.language_model.layers...`, and as `language_model.model.layers...`
     with `vision_tower.encoder...`; text-only checkpoints as `model.layers...`.
     """
-    if name.endswith("lm_head.weight"):
+    if name in ("lm_head.weight", "language_model.lm_head.weight", "model.lm_head.weight"):
         # Written by some tools although it is the embedding table again.
         return None if config.decoder.tied_head else "lm_head.weight"
     if config.vision is None:

@@ -79,7 +79,7 @@ class Model:
 
     def without_lora(self) -> Model:
         """The same model without adapter parameters: the base, or a merged copy."""
-        return replace(self, lora=None)
+        return self if self.lora is None else replace(self, lora=None)
 
     def init(self, key: Key[Array, ""]) -> dict[str, Array]:
         """Random parameters, for a model trained from nothing."""
@@ -106,9 +106,7 @@ class Model:
             features = network.encode(batch.pixels)
             features = features.reshape(-1, features.shape[-1])
         x = network.embed(batch.tokens, batch.image, features)
-        # Only some families let the tokens of one image see each other in both directions.
-        both_ways = self.config.image_tokens is not None and self.config.image_tokens.bidirectional
-        places = Places(batch.segment, batch.order, batch.block if both_ways else jnp.full_like(batch.block, -1))
+        places = self.places(batch)
         choice = resolve_attention(
             self.attention, layout=batch.layout, head_dim=self.config.decoder.head_dim, dtype=x.dtype
         )
@@ -121,6 +119,11 @@ class Model:
             return group_attention(q, kv, places, batch.layout, window, name=choice.name)
 
         return network.language_model(x, batch.position, attend, remat=self.remat)
+
+    def places(self, batch: GroupBatch) -> Places:
+        """Where tokens stand. Only some families let the tokens of one image see each other in both directions."""
+        both_ways = self.config.image_tokens is not None and self.config.image_tokens.bidirectional
+        return Places(batch.segment, batch.order, batch.block if both_ways else jnp.full_like(batch.block, -1))
 
     def states(self, params: Params, batch: GroupBatch) -> Float[Array, "n k c embed"]:
         """The state that predicts each continuation token; the prompt's last state serves all K continuations."""

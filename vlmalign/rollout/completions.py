@@ -67,6 +67,8 @@ class Generator:
                     completion=self.completion,
                     stop_ids=self.stop_ids,
                     sampling=self.sampling,
+                    # An array, not a constant of the program: other first samples need no new compilation.
+                    first_sample=np.int32(0),
                 )
             )
             for row in range(len(part)):

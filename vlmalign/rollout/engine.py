@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vlmalign.models.attention import KeyValue, Places, attend_segments, group_attention, resolve_attention
+from vlmalign.models.attention import KeyValue, attend_segments, group_attention, resolve_attention
 from vlmalign.models.model import Model, Params
 from vlmalign.models.network import Network
 from vlmalign.randomness import sample_keys
@@ -50,9 +50,7 @@ def prefill(model: Model, network: Network, batch: GroupBatch) -> tuple[Float[Ar
     if batch.features is None and batch.pixels is not None:
         raise ValueError("a rollout reads image features, found pixels; attach features first (FeatureStore.attach)")
     x = network.embed(batch.tokens, batch.image, batch.features)
-    both_ways = model.config.image_tokens is not None and model.config.image_tokens.bidirectional
-    places = Places(batch.segment, batch.order, batch.block if both_ways else jnp.full_like(batch.block, -1))
-    layout, cache = batch.layout, []
+    places, layout, cache = model.places(batch), batch.layout, []
     choice = resolve_attention(
         model.attention, layout=layout, head_dim=model.config.decoder.head_dim, dtype=jnp.dtype(model.dtype)
     )

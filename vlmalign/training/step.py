@@ -94,6 +94,12 @@ class Trainer:
     def step(self, state: TrainState, frozen: Params, batches: Sequence[MicroBatch]) -> tuple[TrainState, StepMetrics]:
         """One update from all micro-batches. `state` is donated."""
         counts = self.objective.counts([b.groups for b in batches])
+        empty = [part for part, count in counts.items() if not count > 0]
+        if empty:
+            raise ValueError(
+                f"nothing to learn from in this optimiser batch: the count of {', '.join(empty)} is 0; "
+                "check that examples have loss tokens"
+            )
         grads = jax.tree.map(jnp.zeros_like, state.params)
         losses, parts = [], []
         for groups, recorded in batches:

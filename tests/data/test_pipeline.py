@@ -1,0 +1,65 @@
+"""Batches: every item once per pass, a new shuffle each pass, and a position that resumes to the very same sequence."""
+
+import json
+
+import pytest
+
+from vlmalign.data.pipeline import shuffled_batches
+
+ITEMS = [f"film {i}" for i in range(12)]
+
+
+def take(batches, count: int) -> list[list[str]]:
+    return [next(batches) for _ in range(count)]
+
+
+def test_every_item_once_per_pass_in_a_new_order():
+    batches = shuffled_batches(ITEMS, batch=4, seed=0)
+    passes = [[item for batch in take(batches, 3) for item in batch] for _ in range(4)]
+    assert all(sorted(order) == sorted(ITEMS) for order in passes)
+    assert len({tuple(order) for order in passes}) == 4
+    assert ITEMS not in passes
+
+
+def test_a_pass_that_batches_do_not_divide_leaves_out_other_items_each_time():
+    """Never an item twice in a pass, so never in a batch: groups of one batch are told apart by their prompt."""
+    batches = shuffled_batches(ITEMS, batch=5, seed=0)
+    left_out = set()
+    for _ in range(20):
+        seen = [item for batch in take(batches, 2) for item in batch]
+        assert len(set(seen)) == 10
+        left_out |= set(ITEMS) - set(seen)
+    assert left_out == set(ITEMS)
+
+
+def test_the_seed_is_the_sequence():
+    one, same, other = (take(shuffled_batches(ITEMS, batch=4, seed=s), 6) for s in (3, 3, 4))
+    assert one == same != other
+
+
+@pytest.mark.parametrize("at", [0, 1, 3, 7])
+def test_a_saved_position_resumes_to_the_same_sequence(at):
+    """In a new process: through JSON, into an iterator that has gone elsewhere, across the end of a pass."""
+    batches = shuffled_batches(ITEMS, batch=5, seed=1, threads=2)
+    take(batches, at)
+    state = json.loads(json.dumps(batches.get_state()))
+    expected = take(batches, 8)
+    again = shuffled_batches(ITEMS, batch=5, seed=1, threads=1)
+    take(again, 2)
+    again.set_state(state)
+    assert take(again, 8) == expected
+
+
+def test_reading_the_position_does_not_move_it():
+    batches = shuffled_batches(ITEMS, batch=5, seed=1)
+    plain = take(shuffled_batches(ITEMS, batch=5, seed=1), 4)
+    found = []
+    for _ in range(4):
+        batches.get_state()
+        found += take(batches, 1)
+    assert found == plain
+
+
+def test_fewer_items_than_a_batch():
+    with pytest.raises(ValueError, match="a batch of 13 needs at least as many examples, found 12"):
+        shuffled_batches(ITEMS, batch=13, seed=0)
