@@ -21,7 +21,7 @@ def adapter_of(params):
 
 def test_a_new_adapter_changes_no_bit():
     model = adapted().model
-    fresh = init_adapter(model.shapes, key=jax.random.key(0))
+    fresh = init_adapter(model.shapes, {}, key=jax.random.key(0))
     assert all(np.any(v) == (".lora_A." in name) for name, v in fresh.items())
     found = logits(model, {**vlm().params, **fresh}, BATCH)
     assert np.array_equal(found, logits(model.without_lora(), vlm().params, BATCH))
@@ -79,14 +79,14 @@ def test_every_adapter_tensor_gets_a_gradient():
     found = gradients(adapter_of(adapted().params))
     assert len(found) == 2 * 2 * 7
     assert all(np.abs(g).max() > 1e-3 for g in found.values())
-    fresh = gradients(init_adapter(model.shapes, key=jax.random.key(0)))
+    fresh = gradients(init_adapter(model.shapes, {}, key=jax.random.key(0)))
     assert all((np.abs(g).max() > 1e-3) == (".lora_B." in name) for name, g in fresh.items())
 
 
 def test_first_values_depend_on_name_and_key_only():
     def first(targets, key):
         model = Model(vlm().model.config, lora=LoraSpec(rank=2, alpha=2.0, targets=targets))
-        return init_adapter(model.shapes, key=jax.random.key(key))
+        return init_adapter(model.shapes, {}, key=jax.random.key(key))
 
     few, more, other = first(("q_proj",), 0), first(("q_proj", "k_proj"), 0), first(("q_proj",), 1)
     name = "language_model.layers.1.self_attn.q_proj.lora_A.weight"

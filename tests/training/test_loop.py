@@ -29,7 +29,7 @@ def model() -> Model:
     """One layer, 16 wide, with an adapter."""
     decoder = DecoderConfig(
         vocab=40, embed=16, ffn=32, heads=2, kv_heads=1, head_dim=8, layers=(LayerSpec(Rope(10_000.0), None),),
-        norm_eps=1e-6, norm_offset=1.0, sandwich_norm=True, qk_norm=True, attention_bias=False,
+        norm_eps=1e-6, norm_offset=1.0, sandwich_norm=True, qk_norm=True, qkv_bias=False, out_bias=False, ffn_bias=False,
         activation="gelu_tanh", query_scale=8**-0.5, embed_scale=4.0, tied_head=True,
     )  # fmt: skip
     return Model(ModelConfig("gemma3", decoder, None, None), lora=LoraSpec(rank=2, alpha=4))
@@ -59,7 +59,7 @@ def examples(count: int = 12) -> list[Group]:
 def run_stage(folder, trainer, model, base, *, source=None, checkpoint_every=2):
     source = source or new_source()
     stage = Stage("sft", folder, STEPS, checkpoint_every, learning_rate(OptimiserSettings(1e-2), STEPS))
-    adapter = init_adapter(model.shapes, key=jax.random.key(1))
+    adapter = init_adapter(model.shapes, {}, key=jax.random.key(1))
     return train(stage, trainer, adapter, base, source, Progress())
 
 
@@ -127,7 +127,7 @@ def test_checkpoint_of_another_adapter_is_refused(tmp_path, trainer, model, base
 
 def test_half_written_checkpoint_is_not_seen(tmp_path, trainer, model):
     """What a kill in the middle of a save leaves behind has another name than a whole checkpoint."""
-    state = trainer.init(init_adapter(model.shapes, key=jax.random.key(1)))
+    state = trainer.init(init_adapter(model.shapes, {}, key=jax.random.key(1)))
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state, {"metrics": 0})
     (tmp_path / "7.orbax-checkpoint-tmp").mkdir()
