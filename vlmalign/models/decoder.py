@@ -66,9 +66,15 @@ class FeedForward(nnx.Module):
     """down(act(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202)."""
 
     def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.gate_proj = Linear(config.embed, config.ffn, dims=("ffn", "embed"), bias=config.ffn_bias, dtype=dtype, rngs=rngs)
-        self.up_proj = Linear(config.embed, config.ffn, dims=("ffn", "embed"), bias=config.ffn_bias, dtype=dtype, rngs=rngs)
-        self.down_proj = Linear(config.ffn, config.embed, dims=("embed", "ffn"), bias=config.ffn_bias, dtype=dtype, rngs=rngs)
+        self.gate_proj = Linear(
+            config.embed, config.ffn, dims=("ffn", "embed"), bias=config.ffn_bias, dtype=dtype, rngs=rngs
+        )
+        self.up_proj = Linear(
+            config.embed, config.ffn, dims=("ffn", "embed"), bias=config.ffn_bias, dtype=dtype, rngs=rngs
+        )
+        self.down_proj = Linear(
+            config.ffn, config.embed, dims=("embed", "ffn"), bias=config.ffn_bias, dtype=dtype, rngs=rngs
+        )
         self.activation = config.activation
 
     def __call__(self, x: Float[Array, "n t embed"]) -> Float[Array, "n t embed"]:

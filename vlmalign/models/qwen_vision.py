@@ -63,9 +63,7 @@ class Windows(NamedTuple):
     order: Int[Array, "f"]  #: place of each soft token among the w x (s / merge^2) merged ones
 
 
-def lay_out(
-    patches: Float[np.ndarray, "patches numbers"], grid: tuple[int, int], config: QwenVisionConfig
-) -> Windows:
+def lay_out(patches: Float[np.ndarray, "patches numbers"], grid: tuple[int, int], config: QwenVisionConfig) -> Windows:
     """One image in the processor's patch order (2 x 2 blocks in raster order) as windows; `grid` counts patches."""
     rows, columns = grid[0] // config.merge, grid[1] // config.merge
     unit, side = config.merge**2, config.window
@@ -117,7 +115,9 @@ class QwenTowerAttention(nnx.Module):
 
     def __init__(self, config: QwenVisionConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.heads = config.heads
-        self.qkv = Linear(config.embed, 3 * config.embed, dims=("heads", "tower_embed"), bias=True, dtype=dtype, rngs=rngs)
+        self.qkv = Linear(
+            config.embed, 3 * config.embed, dims=("heads", "tower_embed"), bias=True, dtype=dtype, rngs=rngs
+        )
         self.proj = Linear(config.embed, config.embed, dims=("tower_embed", "heads"), bias=True, dtype=dtype, rngs=rngs)
 
     def __call__(

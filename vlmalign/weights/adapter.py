@@ -96,9 +96,13 @@ def read_spec(folder: Path, targets: tuple[str, ...]) -> LoraSpec:
     kind = settings.get("peft_type")
     if kind != "LORA":
         raise ValueError(f"{folder / CONFIG}: peft_type must be LORA, found {kind!r}")
-    odd = [f"{key} = {settings[key]!r}" for key, known in PLAIN.items() if key in settings and settings[key] not in known]
+    odd = [
+        f"{key} = {settings[key]!r}" for key, known in PLAIN.items() if key in settings and settings[key] not in known
+    ]
     if odd:
-        raise ValueError(f"{folder / CONFIG}: not understood here: {', '.join(odd)}; merge the adapter where it was made")
+        raise ValueError(
+            f"{folder / CONFIG}: not understood here: {', '.join(odd)}; merge the adapter where it was made"
+        )
     return LoraSpec(
         rank=settings["r"],
         alpha=settings["lora_alpha"],
@@ -116,7 +120,9 @@ def load_adapter(folder: Path, config: ModelConfig) -> Adapter:
             outside the decoder's projections, or is of a kind that would compute something else.
     """
     if not (folder / WEIGHTS).exists():
-        raise ValueError(f"{folder} is not a PEFT adapter folder: it has no {WEIGHTS} (pickled adapters are never read)")
+        raise ValueError(
+            f"{folder} is not a PEFT adapter folder: it has no {WEIGHTS} (pickled adapters are never read)"
+        )
     found: dict[str, Any] = load_file(folder / WEIGHTS)
     ours = {_our_name(name, config): (name, value) for name, value in found.items()}
     if None in ours:

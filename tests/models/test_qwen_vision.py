@@ -1,0 +1,66 @@
+"""The Qwen2.5-VL tower equals transformers' on images of any size: whole windows, ragged edges, one narrow strip."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from tiny_checkpoints import assert_close
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+
+from vlmalign.models.qwen_vision import QwenTower, QwenVisionConfig, lay_out
+
+CONFIG = QwenVisionConfig(
+    embed=32, ffn=48, layers=3, heads=2, patch=4, frames=2, channels=3, merge=2, window=4, full_blocks=(1,), out=24
+)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    config = Qwen2_5_VLVisionConfig(
+        depth=3, hidden_size=32, intermediate_size=48, num_heads=2, patch_size=4, window_size=32, out_hidden_size=24,
+        fullatt_block_indexes=[1], in_channels=3, attn_implementation="eager",
+    )  # fmt: skip
+    module = Qwen2_5_VisionTransformerPretrainedModel(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for value in module.parameters():
+            value.copy_(0.15 * torch.randn(value.shape, generator=generator) + float(value.ndim < 2))
+    return module
+
+
+@pytest.fixture(scope="module")
+def tower(reference):
+    """Our tower over the reference's weights; every name of the one is a name of the other."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: QwenTower(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(0))))
+    theirs = {name: jnp.asarray(value.detach().numpy()) for name, value in reference.state_dict().items()}
+    ours = [(".".join(map(str, path)), path, slot) for path, slot in nnx.to_flat_state(state)]
+    assert {name for name, _, _ in ours} == set(theirs)
+    return nnx.merge(graph, nnx.from_flat_state([(path, slot.replace(theirs[name])) for name, path, slot in ours]))
+
+
+@pytest.mark.parametrize("grid", [(8, 8), (10, 14), (4, 22), (2, 2)], ids=str)
+def test_soft_tokens(tower, reference, grid):
+    """`grid` counts patches; windows are 8 x 8 of them."""
+    patches = np.random.default_rng(0).normal(size=(grid[0] * grid[1], CONFIG.patch_size)).astype(np.float32)
+    with torch.no_grad():
+        expected = reference(torch.from_numpy(patches), torch.tensor([[1, *grid]])).pooler_output.numpy()
+    found = np.asarray(tower(jax.tree.map(jnp.asarray, lay_out(patches, grid, CONFIG))))
+    assert found.shape == (grid[0] * grid[1] // 4, 24)
+    assert_close(found, expected, 1e-5)
+
+
+def test_layout_by_hand():
+    """A grid of 2 x 5 soft tokens, windows of 4 x 4: the fifth column opens a second window."""
+    patches = np.repeat(np.arange(10, dtype=np.float32), 4)[:, None] * np.ones((1, CONFIG.patch_size), np.float32)
+    image = lay_out(patches, (4, 10), CONFIG)
+    tokens = image.patches[:, ::4, 0]
+    assert tokens[0].tolist() == [0, 1, 2, 3, 5, 6, 7, 8] + [0] * 8
+    assert tokens[1].tolist() == [4, 9] + [0] * 14
+    assert image.order.tolist() == [0, 1, 2, 3, 16, 4, 5, 6, 7, 17]
+    assert image.real.sum(axis=1).tolist() == [32, 8]
+    assert image.position[0, :4].tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
