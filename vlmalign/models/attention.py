@@ -212,7 +212,9 @@ def resolve_attention(requested: str, *, layout: Layout, head_dim: int, dtype: j
     if longest > 2 * CHUNK:
         return Choice("chunked", f"{longest} queries in one segment: a whole score matrix would not be held")
     # cuDNN would work on every pair of the row, T x T; the rectangle leaves out the pairs of different continuations.
-    why = refusal or "cuDNN would also compute what continuations never see of each other; request it where memory binds"
+    why = (
+        refusal or "cuDNN would also compute what continuations never see of each other; request it where memory binds"
+    )
     return Choice("joint", f"the longest segment has {longest} queries; {why}")
 
 
