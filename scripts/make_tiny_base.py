@@ -5,7 +5,7 @@
 MedGemma's architecture with 1.3 M parameters and 64 px films. It is taught on invented films of an institution of its
 own ("base"), in that institution's wording: to report a film in sentences and to list what is on it, however asked. It has never
 seen the films, the label conventions or the answer format of the institutions it is later aligned on.
-About 12 minutes on 2 CPU cores; the same seed and machine give the same files.
+About 14 minutes on 2 CPU cores; the same seed and machine give the same files.
 """
 
 from __future__ import annotations
