@@ -9,7 +9,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/_environment.sh"
 whole_run() {
   "$python" -m ruff format --check --quiet --output-format concise . || fail "some files are not formatted; run: ruff format ."
   "$python" -m ruff check --quiet --output-format concise . || fail "ruff found the problems above"
-  "$python" -m pytest -m "not study and not soak" "$@"
+  # Two processes, whole files each: most of the time goes into compiling, which uses one core.
+  "$python" -m pytest -m "not study and not soak" -n 2 --dist loadfile "$@"
 }
 
 environment test
