@@ -57,7 +57,11 @@ def run(config: ChexReasonConfig) -> Path:
             results = evaluate(config, system, films, tests, {"base": None, "sft": sft, "grpo": grpo}, progress)
     with stage_timer(config.run / "timing.jsonl", "report"):
         report = write_report(config.run)
-    Console().print(*summary(results), _timing(config.run / "timing.jsonl"), sep="\n")
+    console = Console()
+    if not console.is_terminal:
+        # A log file has no width of its own, and 80 columns would fold every row into four.
+        console = Console(width=150)
+    console.print(*summary(results), _timing(config.run / "timing.jsonl"), sep="\n")
     machine = json.loads((config.run / "environment.json").read_text(encoding="utf-8"))
     print(f"this machine multiplies float32 matrices at {machine['matmul_gflops']:.0f} GFLOP/s")
     print(f"report: {report}")
