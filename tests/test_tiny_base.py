@@ -6,11 +6,15 @@ import importlib.util
 import json
 import sys
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from vlmalign.data.chat import open_chat
+from vlmalign.data.groups import collate
 from vlmalign.models.model import Model
+from vlmalign.types import Layout
 from vlmalign.weights.checkpoint import load_config, load_params
 
 STEPS = 20
@@ -64,7 +68,26 @@ def test_transformers_opens_the_kept_folder(folder):
     torch = pytest.importorskip("torch")
     from transformers import Gemma3ForConditionalGeneration
 
-    reference = Gemma3ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    assert sum(p.numel() for p in reference.parameters()) == sum(
-        s.size for s in Model(load_config(folder)).shapes.values()
-    )
+    model = Model(load_config(folder))
+    params = load_params(folder, model)
+    chat = open_chat(folder, family="gemma3", image_tokens=model.config.vision.tokens)
+    question = [{"role": "user", "content": [{"type": "image", "image": "film"}, {"type": "text", "text": "Report."}]}]
+    prompt = chat.prompt(question)
+    length = len(prompt.prompt)
+    batch, _ = collate([prompt], Layout(length, 0, 0), rows=1, image_tokens=lambda key: model.config.vision.tokens)
+    pixels = np.random.default_rng(0).uniform(-1, 1, (1, 3, 64, 64)).astype(np.float32)
+    hidden = jax.jit(model.hidden)(params, batch._replace(pixels=pixels))
+    found = np.asarray(hidden[0] @ model.head(params).T)
+
+    reference = Gemma3ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        expected = (
+            reference.eval()(
+                input_ids=torch.from_numpy(prompt.prompt.tokens[None].astype(np.int64)),
+                token_type_ids=torch.from_numpy((prompt.prompt.image[None] >= 0).astype(np.int64)),
+                pixel_values=torch.from_numpy(pixels),
+            )
+            .logits[0]
+            .numpy()
+        )
+    assert np.abs(found - expected).max() <= 1e-4 * max(1.0, np.abs(expected).max())

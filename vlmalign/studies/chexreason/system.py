@@ -13,7 +13,7 @@ import numpy as np
 from vlmalign.data.answers import film_question
 from vlmalign.data.chat import Chat, open_chat
 from vlmalign.data.pixels import open_pixels
-from vlmalign.models.lora import LoraSpec, is_adapter, merge_adapter
+from vlmalign.models.lora import LoraSpec, merge_adapter
 from vlmalign.models.model import Model
 from vlmalign.rollout.completions import Generator
 from vlmalign.rollout.features import FeatureStore
@@ -54,10 +54,6 @@ class System:
     def merge(self):
         """Adapter -> parameters of the model without adapter."""
         return jax.jit(lambda adapter: merge_adapter(self.base, adapter, self.model.lora.scale))
-
-    @property
-    def adapter_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        return {name: shape for name, shape in self.model.shapes.items() if is_adapter(name)}
 
 
 def open_system(config: ChexReasonConfig) -> System:
