@@ -25,6 +25,25 @@ class Example:
     meta: Mapping[str, Any] = field(default_factory=dict)  #: study, view, sex, age, ... where the format has them
 
 
+class Grid(NamedTuple):
+    """How the soft tokens of one image lie, in raster order: `rows` x `columns` of them."""
+
+    rows: int
+    columns: int
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.columns
+
+
+class Patches(NamedTuple):
+    """One image cut into patches by its processor, for towers that take images of any size."""
+
+    values: np.ndarray  #: [rows * columns, numbers] float32, in the processor's order
+    rows: int  #: of patches
+    columns: int
+
+
 @dataclass(frozen=True)
 class Segment:
     """A run of tokens: a prompt, or one continuation of it.
