@@ -38,7 +38,7 @@ from vlmalign.objectives.sft import sft_counts, sft_loss
 from vlmalign.randomness import key_for
 from vlmalign.training.optimiser import OptimiserSettings, build_optimiser
 from vlmalign.training.step import MicroBatch, Objective, Trainer
-from vlmalign.types import Group, Layout
+from vlmalign.types import Grid, Group, Layout
 from vlmalign.weights.checkpoint import save_params
 
 SIDE = 64  # pixels
@@ -241,7 +241,7 @@ def write_text_side(folder: Path, tokenizer: PreTrainedTokenizerFast, config: Ge
     GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=tokenizer.pad_token_id
     ).save_pretrained(folder)
-    return open_chat(folder, family="gemma3", image_tokens=SOFT_TOKENS)
+    return open_chat(folder, family="gemma3", image_tokens=lambda key: SOFT_TOKENS)
 
 
 def make_groups(chat: Chat, step: int, task: str, seed: int) -> list[Group]:
@@ -281,7 +281,7 @@ def train(out: Path, *, steps: int, total: int, seed: int) -> list[float]:
         for step, films in enumerate(pool.imap(partial(make_films, seed=seed), (step % PASS for step in range(steps)))):
             task = task_of(step, total)
             groups = make_groups(chat, step, task, seed)
-            batch, keys = collate(groups, LAYOUTS[task], rows=BATCH, image_tokens=lambda key: SOFT_TOKENS)
+            batch, keys = collate(groups, LAYOUTS[task], rows=BATCH, grid=lambda key: Grid(1, SOFT_TOKENS))
             # Distinct images in the order in which the batch asks for them; rows left out are filled up.
             order = [int(key) for key in keys] + [0] * (BATCH - len(keys))
             pixels = np.repeat(films[order][:, None].astype(np.float32) / 127.5 - 1.0, 3, axis=1)

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from vlmalign.data.chat import open_chat
 from vlmalign.data.groups import collate
 from vlmalign.models.model import Model
-from vlmalign.types import Layout
+from vlmalign.types import Grid, Layout
 from vlmalign.weights.checkpoint import load_config, load_params
 
 STEPS = 20
@@ -70,11 +70,11 @@ def test_transformers_opens_the_kept_folder(folder):
 
     model = Model(load_config(folder))
     params = load_params(folder, model)
-    chat = open_chat(folder, family="gemma3", image_tokens=model.config.vision.tokens)
+    chat = open_chat(folder, family="gemma3", image_tokens=lambda key: model.config.vision.tokens)
     question = [{"role": "user", "content": [{"type": "image", "image": "film"}, {"type": "text", "text": "Report."}]}]
     prompt = chat.prompt(question)
     length = len(prompt.prompt)
-    batch, _ = collate([prompt], Layout(length, 0, 0), rows=1, image_tokens=lambda key: model.config.vision.tokens)
+    batch, _ = collate([prompt], Layout(length, 0, 0), rows=1, grid=lambda key: Grid(1, model.config.vision.tokens))
     pixels = np.random.default_rng(0).uniform(-1, 1, (1, 3, 64, 64)).astype(np.float32)
     hidden = jax.jit(model.hidden)(params, batch._replace(pixels=pixels))
     found = np.asarray(hidden[0] @ model.head(params).T)

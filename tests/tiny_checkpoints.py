@@ -32,7 +32,7 @@ from vlmalign.models.lora import LoraSpec, is_adapter
 from vlmalign.models.model import Model
 from vlmalign.rollout.engine import output_logits
 from vlmalign.training.step import token_scores
-from vlmalign.types import Group, GroupBatch, Layout, Segment
+from vlmalign.types import Grid, Group, GroupBatch, Layout, Segment
 from vlmalign.weights.checkpoint import load_config, load_params
 
 BEGIN, END, SOFT = 90, 91, 92  #: ids around and inside an image
@@ -245,7 +245,7 @@ def occurrences(item: Group, k: int | None = None) -> list[str]:
 def put(groups: Sequence[Group], layout: Layout, *, rows: int | None = None, images: int | None = 3) -> GroupBatch:
     """A batch with the pixels of its images, padded to `images` of them (None: no pixels)."""
     batch, keys = collate(
-        groups, layout, rows=len(groups) if rows is None else rows, image_tokens=lambda key: SOFT_TOKENS
+        groups, layout, rows=len(groups) if rows is None else rows, grid=lambda key: Grid(1, SOFT_TOKENS)
     )
     if images is None:
         assert not keys

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from vlmalign.data.groups import collate, layout_of, round_up
-from vlmalign.types import Group, Layout, Segment
+from vlmalign.types import Grid, Group, Layout, Segment
 
-TOKENS = {"a": 2, "b": 3}
+GRIDS = {"a": Grid(1, 2), "b": Grid(1, 3)}
 
 
 def segment(tokens, image=None, weight=1.0) -> Segment:
@@ -19,7 +19,7 @@ def segment(tokens, image=None, weight=1.0) -> Segment:
 
 
 def put(groups, layout, rows=None):
-    return collate(groups, layout, rows=rows or len(groups), image_tokens=TOKENS.__getitem__)
+    return collate(groups, layout, rows=rows or len(groups), grid=GRIDS.__getitem__)
 
 
 def test_a_batch_by_hand():
@@ -129,4 +129,4 @@ def test_an_image_where_images_have_no_soft_tokens():
     """A model without a tower: not an endless search for the end of a run of none."""
     group = Group(42, segment([9, 9], [0, 0]), ONE, ("a",))
     with pytest.raises(ValueError, match="group 42: image a stands in the text"):
-        collate([group], Layout(4, 1, 4), rows=1, image_tokens=lambda key: 0)
+        collate([group], Layout(4, 1, 4), rows=1, grid=None)

@@ -12,7 +12,10 @@ from tiny_checkpoints import assert_close
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
-from vlmalign.models.qwen_vision import QwenTower, QwenVisionConfig, lay_out
+from vlmalign.models.config import QwenVisionConfig
+from vlmalign.models.qwen_vision import QwenTower, lay_out
+from vlmalign.models.towers import arrange, size_class
+from vlmalign.types import Patches
 
 CONFIG = QwenVisionConfig(
     embed=32, ffn=48, layers=3, heads=2, patch=4, frames=2, channels=3, merge=2, window=4, full_blocks=(1,), out=24
@@ -43,15 +46,40 @@ def tower(reference):
     return nnx.merge(graph, nnx.from_flat_state([(path, slot.replace(theirs[name])) for name, path, slot in ours]))
 
 
+def picture(rows: int, columns: int) -> Patches:
+    rng = np.random.default_rng([rows, columns])
+    return Patches(rng.normal(size=(rows * columns, CONFIG.patch_size)).astype(np.float32), rows, columns)
+
+
+def expected_tokens(reference, image: Patches) -> np.ndarray:
+    with torch.no_grad():
+        grid = torch.tensor([[1, image.rows, image.columns]])
+        return reference(torch.from_numpy(image.values), grid).pooler_output.numpy()
+
+
 @pytest.mark.parametrize("grid", [(8, 8), (10, 14), (4, 22), (2, 2)], ids=str)
 def test_soft_tokens(tower, reference, grid):
     """`grid` counts patches; windows are 8 x 8 of them."""
-    patches = np.random.default_rng(0).normal(size=(grid[0] * grid[1], CONFIG.patch_size)).astype(np.float32)
-    with torch.no_grad():
-        expected = reference(torch.from_numpy(patches), torch.tensor([[1, *grid]])).pooler_output.numpy()
-    found = np.asarray(tower(jax.tree.map(jnp.asarray, lay_out(patches, grid, CONFIG))))
-    assert found.shape == (grid[0] * grid[1] // 4, 24)
-    assert_close(found, expected, 1e-5)
+    image = picture(*grid)
+    expected = expected_tokens(reference, image)
+    assert expected.shape == (grid[0] * grid[1] // 4, 24)
+    found = np.asarray(tower(jax.tree.map(jnp.asarray, arrange(CONFIG, [image]))))
+    assert_close(found[: len(expected)], expected, 1e-5)
+
+
+def test_images_of_different_sizes_in_one_call(tower, reference):
+    """One, two and three windows, padded to three: each image's tokens end to end, whatever stands beside it."""
+    images = [picture(8, 8), picture(4, 22), picture(10, 6)]
+    found = np.asarray(tower(jax.tree.map(jnp.asarray, arrange(CONFIG, images))))
+    expected = np.concatenate([expected_tokens(reference, image) for image in images])
+    assert_close(found[: len(expected)], expected, 1e-5)
+
+
+def test_size_classes_waste_little():
+    """Windows 1..24 -> the next of 1, 2, 3, 4, 6, 8, 12, 16, 24."""
+    classes = [size_class(CONFIG, Patches(np.zeros((0, 96), np.float32), 8, 8 * n)) for n in range(1, 25)]
+    assert sorted(set(classes)) == [1, 2, 3, 4, 6, 8, 12, 16, 24]
+    assert all(n <= c <= max(n, 1.5 * (n - 1)) for n, c in enumerate(classes, 1))
 
 
 def test_layout_by_hand():

@@ -44,7 +44,7 @@ PROMPTS = (
 
 @cache
 def encoded(key: str) -> np.ndarray:
-    return np.asarray(jax.jit(vlm().model.encode)(vlm().params, pictures([key])))[0]
+    return np.asarray(jax.jit(vlm().model.encode)(vlm().params, pictures([key])))
 
 
 def batch_of(prompts: tuple[Group, ...] | list[Group], *, rows: int = 3, width: int = PROMPT) -> GroupBatch:

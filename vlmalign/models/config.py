@@ -60,9 +60,14 @@ class DecoderConfig:
     tied_head: bool  #: the output head is the embedding table
     logit_softcap: float | None = None  #: z -> cap * tanh(z / cap) on output logits
 
+    @property
+    def position_axes(self) -> int:
+        """Coordinates of a rotary position: 1, or 3 (time, row, column) under M-RoPE."""
+        return 3 if any(spec.rope.sections for spec in self.layers) else 1
+
 
 @dataclass(frozen=True)
-class VisionConfig:
+class SiglipConfig:
     """A SigLIP tower and the projector that turns its patches into `tokens` soft tokens of the decoder."""
 
     embed: int
@@ -83,6 +88,38 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
+class QwenVisionConfig:
+    """The tower of Qwen2.5-VL, for images of any size; `out` is the decoder's width."""
+
+    embed: int
+    ffn: int
+    layers: int
+    heads: int
+    patch: int  #: pixels per side of a patch
+    frames: int  #: a still image is repeated this many times in time
+    channels: int
+    merge: int  #: patches per side of a soft token
+    window: int  #: soft tokens per side of a window
+    full_blocks: tuple[int, ...]
+    out: int
+
+    @property
+    def slots(self) -> int:
+        """Patches in a whole window."""
+        return (self.window * self.merge) ** 2
+
+    @property
+    def patch_size(self) -> int:
+        """Numbers in one patch: channels x frames x pixels."""
+        return self.channels * self.frames * self.patch**2
+
+    @property
+    def tokens(self) -> None:
+        """Soft tokens per image: not one number, they follow from the size of the image."""
+        return None
+
+
+@dataclass(frozen=True)
 class ImageTokens:
     """The ids around and inside an image, and whether its soft tokens see each other in both directions."""
 
@@ -98,5 +135,5 @@ class ModelConfig:
 
     family: str
     decoder: DecoderConfig
-    vision: VisionConfig | None
+    vision: SiglipConfig | QwenVisionConfig | None
     image_tokens: ImageTokens | None

@@ -133,9 +133,14 @@ class Decoder(nnx.Module):
         return jnp.take(table, tokens, axis=0) * jnp.asarray(self.config.embed_scale, table.dtype)
 
     def __call__(
-        self, x: Float[Array, "n t embed"], position: Int[Array, "n t"], attend: Attend, *, remat: str
+        self, x: Float[Array, "n t embed"], position: Int[Array, "n t *axes"], attend: Attend, *, remat: str
     ) -> Float[Array, "n t embed"]:
-        """States after the final norm. `remat`: "none" keeps every activation, "full" recomputes each layer."""
+        """States after the final norm. `remat`: "none" keeps every activation, "full" recomputes each layer.
+
+        `position` is [n, t], or [n, t, 3] under M-RoPE, where [n, t] stands for three equal coordinates (text).
+        """
+        if self.config.position_axes == 3 and position.ndim == 2:
+            position = jnp.broadcast_to(position[..., None], (*position.shape, 3))
         ropes = {spec.rope for spec in self.config.layers}
         tables = {rope: rotary_tables(position, rope, self.config.head_dim, x.dtype) for rope in ropes}
         for index, (block, spec) in enumerate(zip(self.layers, self.config.layers, strict=True)):

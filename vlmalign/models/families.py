@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vlmalign.models import gemma3, llama
+from vlmalign.models import gemma3, llama, qwen2_5_vl
 from vlmalign.models.config import ModelConfig
 
 
@@ -23,7 +23,16 @@ GEMMA3 = Family(gemma3.read_config, gemma3.parameter_name, gemma3.file_name)
 
 LLAMA = Family(llama.read_config, llama.parameter_name, llama.file_name)
 
-FAMILIES = {"gemma3": GEMMA3, "gemma3_text": GEMMA3, "llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA}
+QWEN2_5_VL = Family(qwen2_5_vl.read_config, qwen2_5_vl.parameter_name, qwen2_5_vl.file_name)
+
+FAMILIES = {
+    "gemma3": GEMMA3,
+    "gemma3_text": GEMMA3,
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen2_5_vl": QWEN2_5_VL,
+}
 
 
 def read_config(config: Mapping[str, Any]) -> ModelConfig:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from vlmalign.models.config import DecoderConfig, ImageTokens, LayerSpec, ModelConfig, Rope, VisionConfig
+from vlmalign.models.config import DecoderConfig, ImageTokens, LayerSpec, ModelConfig, Rope, SiglipConfig
 
 # Hub files leave out what equals the reference implementation's defaults (transformers, configuration_gemma3.py).
 TEXT_DEFAULTS = {
@@ -118,11 +118,11 @@ def _decoder(found: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
-def _vision(found: Mapping[str, Any], tokens: int) -> VisionConfig:
+def _vision(found: Mapping[str, Any], tokens: int) -> SiglipConfig:
     vision = {**VISION_DEFAULTS, **found}
     if vision["hidden_act"] != "gelu_pytorch_tanh":
         raise ValueError(f"config.json: vision hidden_act must be gelu_pytorch_tanh, found {vision['hidden_act']!r}")
-    config = VisionConfig(
+    config = SiglipConfig(
         embed=vision["hidden_size"],
         ffn=vision["intermediate_size"],
         layers=vision["num_hidden_layers"],

@@ -20,6 +20,7 @@ from vlmalign.models.config import ModelConfig
 from vlmalign.models.linear import Linear
 from vlmalign.models.lora import LoraSpec
 from vlmalign.models.network import Network
+from vlmalign.models.towers import Pixels
 from vlmalign.shapes import Array, Float, Key
 from vlmalign.types import GroupBatch
 
@@ -94,8 +95,8 @@ class Model:
             raise ValueError(f"parameters this model does not have: {', '.join(sorted(extra)[:5])}")
         return nnx.merge(graph, nnx.from_flat_state([(path, v.replace(params[_name(path)])) for path, v in flat]))
 
-    def encode(self, params: Params, pixels: Float[Array, "i channel height width"]) -> Float[Array, "i tokens embed"]:
-        """Soft tokens of images: what `GroupBatch.features` holds, end to end."""
+    def encode(self, params: Params, pixels: Pixels) -> Float[Array, "f embed"]:
+        """Soft tokens of images, end to end: what `GroupBatch.features` holds."""
         return self.bind(params).encode(pixels)
 
     def hidden(self, params: Params, batch: GroupBatch) -> Float[Array, "n t embed"]:
@@ -104,7 +105,6 @@ class Model:
         features = batch.features
         if features is None and batch.pixels is not None:
             features = network.encode(batch.pixels)
-            features = features.reshape(-1, features.shape[-1])
         x = network.embed(batch.tokens, batch.image, features)
         places = self.places(batch)
         choice = resolve_attention(

@@ -6,15 +6,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vlmalign.models.config import ModelConfig
+from vlmalign.models.config import ModelConfig, QwenVisionConfig, SiglipConfig
 from vlmalign.models.decoder import Decoder
 from vlmalign.models.linear import Matrix, init_normal
+from vlmalign.models.qwen_vision import QwenTower
 from vlmalign.models.siglip import Projector, SiglipTower
+from vlmalign.models.towers import Pixels
 from vlmalign.shapes import Array, Float, Int
 
 
 class Network(nnx.Module):
-    """Parameter paths: `language_model...`, `vision_tower...`, `multi_modal_projector...`, `lm_head.weight`."""
+    """Parameter paths: `language_model...`, `lm_head.weight`; a SigLIP tower is at `vision_tower...` with
+    `multi_modal_projector...`, Qwen's at `visual...`."""
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         decoder = config.decoder
@@ -22,18 +25,24 @@ class Network(nnx.Module):
         self.language_model = Decoder(decoder, dtype=dtype, rngs=rngs)
         self.vision_tower = nnx.data(None)
         self.multi_modal_projector = nnx.data(None)
+        self.visual = nnx.data(None)
         self.lm_head = nnx.data(None)
-        if config.vision is not None:
+        if isinstance(config.vision, QwenVisionConfig):
+            self.visual = QwenTower(config.vision, dtype=dtype, rngs=rngs)
+        elif isinstance(config.vision, SiglipConfig):
             self.vision_tower = SiglipTower(config.vision, dtype=dtype, rngs=rngs)
             self.multi_modal_projector = Projector(config.vision, decoder.embed, dtype=dtype, rngs=rngs)
         if not decoder.tied_head:
             shape = (decoder.vocab, decoder.embed)
             self.lm_head = Matrix(init_normal(rngs, shape, decoder.embed**-0.5, dtype), ("vocab", "embed"))
 
-    def encode(self, pixels: Float[Array, "i channel height width"]) -> Float[Array, "i tokens embed"]:
-        """Soft tokens of each image."""
+    def encode(self, pixels: Pixels) -> Float[Array, "f embed"]:
+        """Soft tokens of images as `towers.arrange` lays them out, end to end."""
         with jax.named_scope("encode_images"):
-            return self.multi_modal_projector(self.vision_tower(pixels))
+            if self.visual is not None:
+                return self.visual(pixels)
+            features = self.multi_modal_projector(self.vision_tower(pixels))  # [i, tokens, embed]
+            return features.reshape(-1, features.shape[-1])
 
     def embed(
         self, tokens: Int[Array, "*batch"], image: Int[Array, "*batch"], features: Float[Array, "f embed"] | None

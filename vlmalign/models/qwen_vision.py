@@ -10,7 +10,6 @@ right or lower edge leaves slots empty. So windows are plain batch rows, and not
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -18,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from vlmalign.models.attention import attend_both_ways
+from vlmalign.models.config import QwenVisionConfig
 from vlmalign.models.linear import Linear, init_normal
 from vlmalign.models.norms import RMSNorm
 from vlmalign.models.rope import rotate
@@ -27,40 +28,16 @@ THETA = 10_000.0
 NORM_EPS = 1e-6
 
 
-@dataclass(frozen=True)
-class QwenVisionConfig:
-    """Sizes of the tower; `out` is the decoder's width."""
-
-    embed: int
-    ffn: int
-    layers: int
-    heads: int
-    patch: int  #: pixels per side of a patch
-    frames: int  #: a still image is repeated this many times in time
-    channels: int
-    merge: int  #: patches per side of a soft token
-    window: int  #: soft tokens per side of a window
-    full_blocks: tuple[int, ...]
-    out: int
-
-    @property
-    def slots(self) -> int:
-        """Patches in a whole window."""
-        return (self.window * self.merge) ** 2
-
-    @property
-    def patch_size(self) -> int:
-        """Numbers in one patch: channels x frames x pixels."""
-        return self.channels * self.frames * self.patch**2
-
-
 class Windows(NamedTuple):
-    """One image laid out by window: w windows of s slots; f soft tokens in raster order."""
+    """Images laid out by window: w windows of s slots; f soft tokens, each image's in raster order.
 
-    patches: Float[Array, "w s numbers"]
-    position: Int[Array, "w s 2"]  #: row and column of each patch
-    real: Bool[Array, "w s"]
-    order: Int[Array, "f"]  #: place of each soft token among the w x (s / merge^2) merged ones
+    One image has no leading axis; several (`stack`) have an axis of images in front of all but `order`.
+    """
+
+    patches: Float[Array, "*i w s numbers"]
+    position: Int[Array, "*i w s 2"]  #: row and column of each patch
+    real: Bool[Array, "*i w s"]
+    order: Int[Array, "f"]  #: place of each soft token among the i x w x (s / merge^2) merged ones
 
 
 def lay_out(patches: Float[np.ndarray, "patches numbers"], grid: tuple[int, int], config: QwenVisionConfig) -> Windows:
@@ -85,6 +62,23 @@ def lay_out(patches: Float[np.ndarray, "patches numbers"], grid: tuple[int, int]
     layout = (high * wide, config.slots)
     return Windows(
         placed.reshape(*layout, -1), position.reshape(*layout, 2), real.reshape(layout), order.astype(np.int32)
+    )
+
+
+def stack(images: list[Windows], config: QwenVisionConfig, *, windows: int) -> Windows:
+    """Images side by side, each padded to `windows` windows; `order` runs through all of them, padded to its bound."""
+
+    def pad(x: np.ndarray, size: int) -> np.ndarray:
+        return np.pad(x, [(0, size - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+
+    merged = windows * config.window**2
+    order = np.concatenate([image.order + i * merged for i, image in enumerate(images)])
+    return Windows(
+        *(
+            np.stack([pad(getattr(image, name), windows) for image in images])
+            for name in ("patches", "position", "real")
+        ),
+        pad(order, len(images) * merged),
     )
 
 
@@ -121,18 +115,15 @@ class QwenTowerAttention(nnx.Module):
         self.proj = Linear(config.embed, config.embed, dims=("tower_embed", "heads"), bias=True, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "w s embed"], tables: tuple[Array, Array], real: Bool[Array, "w s"], *, full: bool
-    ) -> Float[Array, "w s embed"]:
-        w, s, _ = x.shape
-        q, k, v = jnp.moveaxis(self.qkv(x).reshape(w, s, 3, self.heads, -1), 2, 0)  # [w, s, heads, h]
+        self, x: Float[Array, "i w s embed"], tables: tuple[Array, Array], real: Bool[Array, "i w s"], *, full: bool
+    ) -> Float[Array, "i w s embed"]:
+        i, w, s, _ = x.shape
+        q, k, v = jnp.moveaxis(self.qkv(x).reshape(i, w, s, 3, self.heads, -1), 3, 0)  # [i, w, s, heads, h]
         # Positions turn in float32, as the reference does.
         q, k = (rotate(t.astype(jnp.float32), tables).astype(x.dtype) for t in (q, k))
-        keys = real
-        if full:
-            q, k, v = (t.reshape(1, w * s, self.heads, -1) for t in (q, k, v))
-            keys = real.reshape(1, w * s)
-        out = jax.nn.dot_product_attention(q, k, v, mask=keys[:, None, None, :])
-        return self.proj(out.reshape(x.shape))
+        rows = (i, w * s) if full else (i * w, s)
+        q, k, v = (t.reshape(*rows, self.heads, -1) for t in (q, k, v))
+        return self.proj(attend_both_ways(q, k, v, real.reshape(rows)).reshape(x.shape))
 
 
 class QwenTowerFeedForward(nnx.Module):
@@ -144,7 +135,7 @@ class QwenTowerFeedForward(nnx.Module):
         self.up_proj = Linear(config.embed, config.ffn, dims=up, bias=True, dtype=dtype, rngs=rngs)
         self.down_proj = Linear(config.ffn, config.embed, dims=down, bias=True, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "w s embed"]) -> Float[Array, "w s embed"]:
+    def __call__(self, x: Float[Array, "i w s embed"]) -> Float[Array, "i w s embed"]:
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -159,8 +150,8 @@ class QwenTowerBlock(nnx.Module):
         self.mlp = QwenTowerFeedForward(config, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "w s embed"], tables: tuple[Array, Array], real: Bool[Array, "w s"], *, full: bool
-    ) -> Float[Array, "w s embed"]:
+        self, x: Float[Array, "i w s embed"], tables: tuple[Array, Array], real: Bool[Array, "i w s"], *, full: bool
+    ) -> Float[Array, "i w s embed"]:
         x = x + self.attn(self.norm1(x), tables, real, full=full)
         return x + self.mlp(self.norm2(x))
 
@@ -184,7 +175,7 @@ class Merger(nnx.Module):
 
 
 class QwenTower(nnx.Module):
-    """One image laid out by window -> its soft tokens in raster order."""
+    """Images laid out by window -> their soft tokens, end to end."""
 
     def __init__(self, config: QwenVisionConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.config = config
@@ -192,22 +183,22 @@ class QwenTower(nnx.Module):
         self.blocks = nnx.List([QwenTowerBlock(config, dtype=dtype, rngs=rngs) for _ in range(config.layers)])
         self.merger = Merger(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, image: Windows) -> Float[Array, "f out"]:
+    def __call__(self, images: Windows) -> Float[Array, "f out"]:
         config = self.config
-        x = self.patch_embed(image.patches)  # [w, s, embed]
-        tables = axial_tables(image.position, config.embed // config.heads)
+        x = self.patch_embed(images.patches)  # [i, w, s, embed]
+        tables = axial_tables(images.position, config.embed // config.heads)
         for index, block in enumerate(self.blocks):
             with jax.named_scope(f"tower_{index}"):
-                x = block(x, tables, image.real, full=index in config.full_blocks)
+                x = block(x, tables, images.real, full=index in config.full_blocks)
         merged = self.merger(x.reshape(-1, config.merge**2, config.embed))
-        return jnp.take(merged, image.order, axis=0)
+        return jnp.take(merged, images.order, axis=0)
 
 
 def axial_tables(
-    position: Int[Array, "w s 2"], head_dim: int
-) -> tuple[Float[Array, "w s half"], Float[Array, "w s half"]]:
+    position: Int[Array, "i w s 2"], head_dim: int
+) -> tuple[Float[Array, "i w s half"], Float[Array, "i w s half"]]:
     """Cosine and sine, float32: the first half of the pairs turns by the row, the second by the column."""
     quarter = np.arange(0, head_dim // 2, 2, dtype=np.float32) / np.float32(head_dim // 2)
     frequency = np.float32(1.0) / (np.float32(THETA) ** quarter)
-    angle = (position[..., None].astype(jnp.float32) * frequency).reshape(*position.shape[:2], -1)
+    angle = (position[..., None].astype(jnp.float32) * frequency).reshape(*position.shape[:3], -1)
     return jnp.cos(angle), jnp.sin(angle)

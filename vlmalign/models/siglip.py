@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vlmalign.models.attention import cudnn_refusal
-from vlmalign.models.config import VisionConfig
+from vlmalign.models.attention import attend_both_ways
+from vlmalign.models.config import SiglipConfig
 from vlmalign.models.linear import Linear, init_normal
 from vlmalign.models.norms import LayerNorm, RMSNorm
 from vlmalign.shapes import Array, Float
@@ -19,7 +19,7 @@ from vlmalign.shapes import Array, Float
 class PatchEmbedding(nnx.Module):
     """A strided convolution, stored [embed, channel, patch, patch] as in the checkpoint."""
 
-    def __init__(self, config: VisionConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: SiglipConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         shape = (config.embed, config.channels, config.patch, config.patch)
         std = (config.channels * config.patch**2) ** -0.5
         self.weight = nnx.Param(init_normal(rngs, shape, std, dtype), dims=("embed", "channel", "patch", "patch"))
@@ -29,7 +29,7 @@ class PatchEmbedding(nnx.Module):
 class PositionEmbedding(nnx.Module):
     """One learned vector per patch, [patches, embed]."""
 
-    def __init__(self, config: VisionConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: SiglipConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         shape = (config.grid**2, config.embed)
         self.weight = nnx.Param(init_normal(rngs, shape, config.embed**-0.5, dtype), dims=("patch", "embed"))
 
@@ -37,7 +37,7 @@ class PositionEmbedding(nnx.Module):
 class Embeddings(nnx.Module):
     """Patches to vectors: the convolution written as one matrix product over flattened patches, plus positions."""
 
-    def __init__(self, config: VisionConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: SiglipConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.config = config
         self.patch_embedding = PatchEmbedding(config, dtype=dtype, rngs=rngs)
         self.position_embedding = PositionEmbedding(config, dtype=dtype, rngs=rngs)
@@ -53,7 +53,7 @@ class Embeddings(nnx.Module):
 class TowerAttention(nnx.Module):
     """Full attention between the patches of one image."""
 
-    def __init__(self, config: VisionConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: SiglipConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.heads = config.heads
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
             Linear(config.embed, config.embed, dims=dims, bias=True, dtype=dtype, rngs=rngs)
@@ -63,16 +63,13 @@ class TowerAttention(nnx.Module):
     def __call__(self, x: Float[Array, "i patches embed"]) -> Float[Array, "i patches embed"]:
         shape = (*x.shape[:2], self.heads, -1)
         q, k, v = (proj(x).reshape(shape) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        # Held whole, the scores of eight 896 px films take 12 GiB; cuDNN's kernel keeps them on the chip.
-        kind = "xla" if cudnn_refusal(q.shape[-1], q.dtype) else "cudnn"
-        out = jax.nn.dot_product_attention(q, k, v, implementation=kind)
-        return self.out_proj(out.reshape(x.shape))
+        return self.out_proj(attend_both_ways(q, k, v).reshape(x.shape))
 
 
 class TowerFeedForward(nnx.Module):
     """fc2(gelu_tanh(fc1(x)))."""
 
-    def __init__(self, config: VisionConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: SiglipConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.fc1 = Linear(config.embed, config.ffn, dims=("ffn", "embed"), bias=True, dtype=dtype, rngs=rngs)
         self.fc2 = Linear(config.ffn, config.embed, dims=("embed", "ffn"), bias=True, dtype=dtype, rngs=rngs)
 
@@ -83,7 +80,7 @@ class TowerFeedForward(nnx.Module):
 class TowerBlock(nnx.Module):
     """Pre-norm attention and feed-forward."""
 
-    def __init__(self, config: VisionConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: SiglipConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.layer_norm1 = LayerNorm(config.embed, eps=config.norm_eps, dtype=dtype, dim="embed")
         self.self_attn = TowerAttention(config, dtype=dtype, rngs=rngs)
         self.layer_norm2 = LayerNorm(config.embed, eps=config.norm_eps, dtype=dtype, dim="embed")
@@ -97,14 +94,14 @@ class TowerBlock(nnx.Module):
 class Encoder(nnx.Module):
     """The stack of blocks."""
 
-    def __init__(self, config: VisionConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: SiglipConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.layers = nnx.List([TowerBlock(config, dtype=dtype, rngs=rngs) for _ in range(config.layers)])
 
 
 class SiglipTower(nnx.Module):
     """Pixels to patch states after the last norm. The checkpoint's attention-pooling head, if any, is not used."""
 
-    def __init__(self, config: VisionConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: SiglipConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.embeddings = Embeddings(config, dtype=dtype, rngs=rngs)
         self.encoder = Encoder(config, dtype=dtype, rngs=rngs)
         self.post_layernorm = LayerNorm(config.embed, eps=config.norm_eps, dtype=dtype, dim="embed")
@@ -120,7 +117,7 @@ class SiglipTower(nnx.Module):
 class Projector(nnx.Module):
     """Average-pool the patch grid to `tokens` cells, RMSNorm, then a bare [tower, decoder] matrix (Gemma 3)."""
 
-    def __init__(self, config: VisionConfig, embed: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: SiglipConfig, embed: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.config = config
         self.mm_input_projection_weight = nnx.Param(
             init_normal(rngs, (config.embed, embed), config.embed**-0.5, dtype), dims=("tower_embed", "embed")

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from vlmalign.data.groups import collate, round_up
+from vlmalign.data.groups import round_up
 from vlmalign.models.model import Model, Params
 from vlmalign.rollout.engine import generate
-from vlmalign.rollout.features import FeatureStore
+from vlmalign.rollout.features import FeatureStore, assemble
 from vlmalign.rollout.sampling import Sampling
 from vlmalign.shapes import Key
 from vlmalign.types import Group, Layout
@@ -53,10 +53,7 @@ class Generator:
         for start in range(0, len(prompts), self.rows):
             part = prompts[start : start + self.rows]
             layout = Layout(round_up(max(len(g.prompt) for g in part), self.multiple), 0, 0)
-            count = (lambda key: 0) if self.features is None else self.features.image_tokens
-            batch, keys = collate(part, layout, rows=self.rows, image_tokens=count)
-            if self.features is not None:
-                batch = self.features.attach(batch, keys, images=self.rows * self.images)
+            batch = assemble(part, layout, rows=self.rows, images=self.rows * self.images, features=self.features)
             rollout = jax.device_get(
                 generate(
                     self.model,

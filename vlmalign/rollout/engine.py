@@ -65,6 +65,13 @@ def prefill(model: Model, network: Network, batch: GroupBatch) -> tuple[Float[Ar
     return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0], cache
 
 
+def after_prompt(batch: GroupBatch) -> Int[Array, "n"]:
+    """The rotary position of the token after each prompt: one past the largest coordinate, whatever the axis."""
+    axes = tuple(range(2, batch.position.ndim))
+    real = jnp.expand_dims(batch.segment == 0, axes)
+    return jnp.max(jnp.where(real, batch.position, -1), axis=(1, *axes)) + 1
+
+
 def output_logits(model: Model, network: Network, states: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
     """float32 logits, soft-capped where the family does so."""
     z = jnp.einsum("...d,vd->...v", states, network.head, preferred_element_type=jnp.float32)
@@ -109,6 +116,7 @@ def _decode_step(
         )
         return out.reshape(n, k, config.heads, config.head_dim)
 
+    # Generated text: under M-RoPE its three coordinates are equal, which is what the decoder makes of one.
     position = jnp.broadcast_to((next_position + step)[:, None], (n, k))
     hidden = network.language_model(network.language_model.embed(tokens), position, attend, remat="none")
     return output_logits(model, network, hidden), grown
@@ -138,7 +146,7 @@ def generate(
         last, shared = prefill(model, network, batch)
         first = output_logits(model, network, last)  # [n, vocab]
     prompt_length = jnp.sum(batch.segment == 0, axis=1)
-    next_position = jnp.max(jnp.where(batch.segment == 0, batch.position, -1), axis=1) + 1
+    next_position = after_prompt(batch)
     keys = sample_keys(key, batch.group_id, first_sample + jnp.arange(group)).reshape(n * group)
     stops = jnp.asarray(stop_ids, jnp.int32)
 

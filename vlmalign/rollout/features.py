@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections import OrderedDict, defaultdict
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
+from vlmalign.data.groups import collate
 from vlmalign.models.model import Model, Params
+from vlmalign.models.towers import Picture, arrange, size_class
 from vlmalign.shapes import Float
-from vlmalign.types import GroupBatch
+from vlmalign.types import Grid, Group, GroupBatch, Layout
+
+GIB = 2**30
+
+
+@runtime_checkable
+class Pictures(Protocol):
+    """Where images come from (`data.pixels.open_pixels`)."""
+
+    def grid(self, key: str) -> Grid:
+        """How the soft tokens of an image lie, known without decoding it."""
+        ...
+
+    def read(self, keys: list[str]) -> list[Picture]:
+        """The images, as the checkpoint's processor prepares them."""
+        ...
 
 
 class FeatureStore:
@@ -21,62 +39,96 @@ class FeatureStore:
     """
 
     def __init__(
-        self,
-        model: Model,
-        params: Params,
-        read_pixels: Callable[[Sequence[str]], np.ndarray],
-        *,
-        capacity: int = 100_000,
-        chunk: int = 16,
+        self, model: Model, params: Params, pictures: Pictures, *, capacity_bytes: int = 16 * GIB, chunk: int = 16
     ):
-        """`read_pixels(keys)` gives [i, channel, height, width]; `capacity` is in images; `chunk` images per call."""
+        """`capacity_bytes` of host memory are held at most; `chunk` images of like size go through the tower at once."""
         self._model = model.without_lora()
         self._params = params
         self._encode = jax.jit(self._model.encode)
-        self._read = read_pixels
-        self._capacity, self._chunk = capacity, chunk
+        self._pictures = pictures
+        self._capacity, self._chunk = capacity_bytes, chunk
         self._held: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._bytes = 0
         self.encoded = 0
 
     @property
-    def tokens(self) -> int:
-        """Soft tokens per image."""
-        return self._model.config.vision.tokens
+    def position_axes(self) -> int:
+        """Coordinates of a rotary position in the model's batches."""
+        return self._model.config.decoder.position_axes
 
-    def image_tokens(self, key: str) -> int:
-        """Soft tokens of one image, as `collate` asks for them."""
-        del key
-        return self.tokens
+    def grid(self, key: str) -> Grid:
+        """How the soft tokens of one image lie."""
+        return self._pictures.grid(key)
 
-    def features(self, keys: Sequence[str]) -> Float[np.ndarray, "i tokens embed"]:
+    def features(self, keys: Sequence[str]) -> list[Float[np.ndarray, "tokens embed"]]:
         """Features of these images in this order; those not held are read and encoded, `chunk` at a time."""
         missing = [key for key in dict.fromkeys(keys) if key not in self._held]
-        found: dict[str, np.ndarray] = {}
-        for start in range(0, len(missing), self._chunk):
-            part = missing[start : start + self._chunk]
-            pixels = self._read(part)
-            # One static shape: the last call repeats its final image instead of compiling for a smaller batch.
-            pixels = np.concatenate([pixels, np.repeat(pixels[-1:], self._chunk - len(part), axis=0)])
-            found.update(zip(part, np.asarray(self._encode(self._params, pixels))[: len(part)], strict=True))
+        found = self._encode_missing(missing)
         self.encoded += len(missing)
         for key in dict.fromkeys(keys):
-            value = found[key] if key in found else self._held[key]
-            found[key] = value
-            self._held[key] = value
+            if key in self._held:
+                found[key] = self._held[key]
+            else:
+                self._held[key] = found[key]
+                self._bytes += found[key].nbytes
             self._held.move_to_end(key)
-        while len(self._held) > self._capacity:
-            self._held.popitem(last=False)
-        return np.stack([found[key] for key in keys])
+        while self._bytes > self._capacity:
+            self._bytes -= self._held.popitem(last=False)[1].nbytes
+        return [found[key] for key in keys]
+
+    def _encode_missing(self, missing: list[str]) -> dict[str, np.ndarray]:
+        vision = self._model.config.vision
+        waiting: dict[int, list[tuple[str, Picture]]] = defaultdict(list)
+        found: dict[str, np.ndarray] = {}
+
+        def encode(part: list[tuple[str, Picture]]) -> None:
+            # One static shape: the last call repeats its final image instead of compiling for a smaller batch.
+            pictures = [picture for _, picture in part] + [part[-1][1]] * (self._chunk - len(part))
+            flat = np.asarray(self._encode(self._params, arrange(vision, pictures)))
+            start = 0
+            for key, _ in part:
+                tokens = self.grid(key).tokens
+                # A copy: a slice would keep the features of the whole call alive.
+                found[key] = flat[start : start + tokens].copy()
+                start += tokens
+
+        for start in range(0, len(missing), self._chunk):
+            keys = missing[start : start + self._chunk]
+            for key, picture in zip(keys, self._pictures.read(keys), strict=True):
+                alike = waiting[size_class(vision, picture)]
+                alike.append((key, picture))
+                if len(alike) == self._chunk:
+                    encode(alike)
+                    alike.clear()
+        for alike in waiting.values():
+            if alike:
+                encode(alike)
+        return found
 
     def attach(self, batch: GroupBatch, keys: Sequence[str], *, images: int) -> GroupBatch:
-        """The batch with the features of its distinct images, padded to `images` of them."""
+        """The batch with the features of its distinct images, with room for `images` of them.
+
+        Where images differ in size, the room is the next power of two of their soft tokens: few shapes, few programs.
+        """
         if len(keys) > images:
             raise ValueError(f"a batch with {len(keys)} distinct images does not fit {images}; raise the rows' images")
         if not images:
             return batch
-        width = self._model.config.decoder.embed
+        fixed = self._model.config.vision.tokens
+        total = sum(self.grid(key).tokens for key in keys)
+        room = images * fixed if fixed is not None else 1 << max(6, (total - 1).bit_length())
         dtype = np.dtype(self._model.shapes["language_model.embed_tokens.weight"].dtype)
-        features = np.zeros((images, self.tokens, width), dtype)
+        features = np.zeros((room, self._model.config.decoder.embed), dtype)
         if keys:
-            features[: len(keys)] = self.features(keys)
-        return batch._replace(features=features.reshape(-1, width))
+            features[:total] = np.concatenate(self.features(keys))
+        return batch._replace(features=features)
+
+
+def assemble(
+    groups: Sequence[Group], layout: Layout, *, rows: int, images: int, features: FeatureStore | None
+) -> GroupBatch:
+    """Groups as one batch of `rows` rows with the features of at most `images` distinct images."""
+    if features is None:
+        return collate(groups, layout, rows=rows, grid=None)[0]
+    batch, keys = collate(groups, layout, rows=rows, grid=features.grid, position_axes=features.position_axes)
+    return features.attach(batch, keys, images=images)

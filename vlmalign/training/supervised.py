@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vlmalign.data.groups import collate, layout_of
+from vlmalign.data.groups import layout_of
 from vlmalign.data.pipeline import Position, shuffled_batches
 from vlmalign.models.model import Params
-from vlmalign.rollout.features import FeatureStore
+from vlmalign.rollout.features import FeatureStore, assemble
 from vlmalign.training.loop import Work
 from vlmalign.training.step import MicroBatch
 from vlmalign.types import Group, GroupBatch
@@ -32,11 +32,7 @@ def micro_batches(groups: Sequence[Group], shapes: Shapes, features: FeatureStor
     for start in range(0, len(ordered), shapes.rows):
         part = ordered[start : start + shapes.rows]
         layout = layout_of(part, prompt_multiple=shapes.prompt_multiple, completion_multiple=shapes.completion_multiple)
-        count = (lambda key: 0) if features is None else features.image_tokens
-        batch, keys = collate(part, layout, rows=shapes.rows, image_tokens=count)
-        if features is not None:
-            batch = features.attach(batch, keys, images=shapes.rows * shapes.images)
-        found.append(batch)
+        found.append(assemble(part, layout, rows=shapes.rows, images=shapes.rows * shapes.images, features=features))
     return found
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import jax
-import numpy as np
 
 from vlmalign.data.answers import film_question
 from vlmalign.data.chat import Chat, open_chat
@@ -69,10 +67,11 @@ def open_system(config: ChexReasonConfig) -> System:
     lora = LoraSpec(settings.lora.rank, settings.lora.alpha, settings.lora.targets)
     model = Model(shape, lora=lora, dtype=settings.dtype, attention=settings.attention, remat=settings.remat)
     base = load_params(settings.path, model)
-    chat = open_chat(settings.path, family=shape.family, image_tokens=shape.vision.tokens)
-    read = open_pixels(settings.path)
-
-    def pixels(keys: Sequence[str]) -> np.ndarray:
-        return read([Path(key) for key in keys])
-
+    pixels = open_pixels(settings.path, family=shape.family, image_tokens=shape.vision.tokens)
+    chat = open_chat(
+        settings.path,
+        family=shape.family,
+        image_tokens=lambda key: pixels.grid(key).tokens,
+        vocab=shape.decoder.vocab,
+    )
     return System(model, base, chat, FeatureStore(model, base, pixels), config.prompt)
