@@ -7,7 +7,7 @@ import jax
 from vlmalign.shapes import Array, Int, Key
 
 #: what a key is for; numbers are part of every run's record and never change meaning
-PURPOSES = {"adapter": 0, "rollout": 1, "init": 2}
+PURPOSES = {"adapter": 0, "rollout": 1, "init": 2, "dropout": 3}
 
 
 def key_for(seed: int, step: int | Int[Array, ""], purpose: str) -> Key[Array, ""]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -14,11 +16,12 @@ from vlmalign.models.lora import LoraSpec, init_adapter
 from vlmalign.models.model import Model
 from vlmalign.objectives.sft import sft_counts, sft_loss
 from vlmalign.progress import Progress
+from vlmalign.training.best import Best
 from vlmalign.training.checkpoints import Checkpoints
-from vlmalign.training.loop import Stage, train
-from vlmalign.training.optimiser import OptimiserSettings, build_optimiser, learning_rate
-from vlmalign.training.step import Objective, Trainer
-from vlmalign.training.supervised import Shapes, SupervisedSource
+from vlmalign.training.loop import Stage, Work, train
+from vlmalign.training.optimiser import OPTIMISERS, OptimiserSettings, build_optimiser, learning_rate
+from vlmalign.training.step import MicroBatch, Objective, Trainer
+from vlmalign.training.supervised import Shapes, SupervisedSource, micro_batches
 from vlmalign.types import Group, Segment
 
 STEPS = 6
@@ -56,11 +59,11 @@ def examples(count: int = 12) -> list[Group]:
     return [Group(i, segment(3 + i % 3, 0.0), (segment(4 + i % 4, 1.0),), ()) for i in range(count)]
 
 
-def run_stage(folder, trainer, model, base, *, source=None, checkpoint_every=2):
+def run_stage(folder, trainer, model, base, *, source=None, evaluate=None, checkpoint_every=2, **more):
     source = source or new_source()
-    stage = Stage("sft", folder, STEPS, checkpoint_every, learning_rate(OptimiserSettings(1e-2), STEPS))
+    stage = Stage("sft", folder, STEPS, checkpoint_every, learning_rate(OptimiserSettings(1e-2), STEPS), **more)
     adapter = init_adapter(model.shapes, {}, key=jax.random.key(1))
-    return train(stage, trainer, adapter, base, source, Progress())
+    return train(stage, trainer, adapter, base, source, Progress(), evaluate)
 
 
 def new_source() -> SupervisedSource:
@@ -155,8 +158,163 @@ def test_weight_decay_and_clipping_are_optax(trainer):
     optimiser = build_optimiser(
         OptimiserSettings(1e-2, weight_decay=0.0, clip_norm=1.0, schedule="constant", warmup=0), 4
     )
-    params = {"a": np.ones(3, np.float32)}
-    big, small = ({"a": np.full(3, size, np.float32)} for size in (1e6, 1 / np.sqrt(3)))
+    params = {"a": jnp.ones(3)}
+    big, small = ({"a": jnp.full(3, size)} for size in (1e6, 1 / np.sqrt(3)))
     moved = [optimiser.update(g, optimiser.init(params), params)[0]["a"] for g in (big, small)]
     np.testing.assert_allclose(moved[0], moved[1], rtol=1e-5)
     assert isinstance(optimiser, optax.GradientTransformation)
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_only_matrices_decay(name):
+    """Without a gradient, a matrix shrinks and a vector stands."""
+    optimiser = build_optimiser(OptimiserSettings(0.1, name=name, weight_decay=0.5, schedule="constant", warmup=0), 4)
+    params = {"matrix": jnp.ones((2, 3)), "vector": jnp.ones(3)}
+    updates, _ = optimiser.update(jax.tree.map(jnp.zeros_like, params), optimiser.init(params), params)
+    assert (updates["matrix"] < 0).all()
+    assert not updates["vector"].any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"name": "adam"}, "optimiser must be one of"), ({"warmup": 2.0}, "share of all steps")],
+)
+def test_wrong_optimiser_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        OptimiserSettings(1e-3, **settings)
+
+
+# ------------------------------------------------------------------------------------- gradients that are not finite
+
+
+class Poison:
+    """The weights of some steps' tokens are so large that their sum overflows."""
+
+    def __init__(self, steps):
+        self.inner, self.steps = new_source(), steps
+
+    def work(self, step, params):
+        work = self.inner.work(step, params)
+        if step not in self.steps:
+            return work
+        batches = [
+            b._replace(groups=b.groups._replace(weight=b.groups.weight * np.float32(1e38))) for b in work.batches
+        ]
+        return Work(batches, work.metrics)
+
+    def get_state(self):
+        return self.inner.get_state()
+
+    def set_state(self, state):
+        self.inner.set_state(state)
+
+
+def lines(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(trainer, model, base):
+    state = trainer.init(init_adapter(model.shapes, {}, key=jax.random.key(1)))
+    before = jax.tree.map(np.asarray, (state.params, state.opt_state))
+    state, found = trainer.step(state, base, Poison({0}).work(0, {}).batches)
+    assert bool(found.skipped)
+    assert int(state.step) == 1
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, (state.params, state.opt_state)), before)
+
+
+def test_skipped_steps_are_counted_and_too_many_end_the_stage(tmp_path, trainer, model, base):
+    params = run_stage(tmp_path / "one", trainer, model, base, source=Poison({1, 4}))
+    assert [line["skipped"] for line in lines(tmp_path / "one")] == [0, 1, 0, 0, 1, 0]
+    assert all(np.isfinite(value).all() for value in params.values())
+    with pytest.raises(ValueError, match="2 steps in a row up to step 4 were not finite"):
+        run_stage(tmp_path / "two", trainer, model, base, source=Poison({2, 3}), max_skipped=2)
+    # What was saved before stands, and the count of steps in a row is part of it.
+    with pytest.raises(ValueError, match="2 steps in a row up to step 4"):
+        run_stage(tmp_path / "two", trainer, model, base, source=Poison({2, 3}), max_skipped=2)
+
+
+# ---------------------------------------------------------------------------------------------------- the best state
+
+
+class Losses:
+    """An evaluation with given results; remembers what it was called with."""
+
+    def __init__(self, values):
+        self.values, self.seen = values, {}
+
+    def __call__(self, step, params):
+        self.seen[step] = jax.tree.map(np.asarray, params)
+        return {"validation/loss": self.values[step]}
+
+
+CURVE = {1: 3.0, 2: 1.0, 3: 2.0, 4: float("nan"), 5: 0.5, 6: 4.0}
+
+
+def best_stage(folder, trainer, model, base, evaluate, *, source=None, **rule):
+    return run_stage(
+        folder, trainer, model, base, source=source, evaluate=evaluate, evaluate_every=1, best=Best(**rule)
+    )
+
+
+@pytest.mark.parametrize(
+    ("rule", "best", "last"),
+    [
+        ({}, 5, 6),
+        ({"patience": 2}, 2, 4),
+        ({"patience": 3}, 5, 6),
+        ({"mode": "max"}, 6, 6),
+        ({"mode": "max", "patience": 1}, 1, 2),
+    ],
+)
+def test_best_evaluation_is_returned(tmp_path, trainer, model, base, rule, best, last):
+    evaluate = Losses(CURVE)
+    params = best_stage(tmp_path, trainer, model, base, evaluate, **rule)
+    assert max(evaluate.seen) == last, "where the stage ended"
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, params), evaluate.seen[best])
+    again = best_stage(tmp_path, trainer, model, base, Losses({}), **rule)
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, again), evaluate.seen[best])
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_interrupted_search_ends_the_same(tmp_path, trainer, model, base, stop):
+    """Checkpoints come every two steps, so a best state may be newer than the checkpoint that is gone back to."""
+    evaluate = Losses(CURVE)
+    with pytest.raises(Interrupted):
+        best_stage(tmp_path, trainer, model, base, Losses(CURVE), source=StopAt(stop), patience=3)
+    params = best_stage(tmp_path, trainer, model, base, evaluate, patience=3)
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, params), evaluate.seen[5])
+    assert [line["validation/loss"] for line in lines(tmp_path)] == [3.0, 1.0, 2.0, None, 0.5, 4.0]
+
+
+def test_wrong_names_of_evaluations(tmp_path, trainer, model, base):
+    with pytest.raises(ValueError, match="no evaluation is called 'f1'; there are: validation/loss"):
+        best_stage(tmp_path, trainer, model, base, Losses(CURVE), metric="f1")
+    with pytest.raises(ValueError, match="mode min or max"):
+        Best(mode="lowest")
+    with pytest.raises(ValueError, match="needs a function"):
+        run_stage(tmp_path, trainer, model, base, evaluate_every=2)
+
+
+def test_evaluation_is_the_objective_without_an_update(trainer, model, base):
+    """Loss tokens of all batches together, whatever the batches."""
+    params = init_adapter(model.shapes, {}, key=jax.random.key(1))
+    found = []
+    for rows in (2, 4):
+        shapes = Shapes(rows=rows, prompt_multiple=8, completion_multiple=8)
+        batches = [MicroBatch(b, {}) for b in micro_batches(examples(), shapes, None)]
+        total, count = trainer.evaluate(params, base, batches)["loss"]
+        assert count == sum(len(g.continuations[0]) for g in examples())
+        found.append(float(total / count))
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------ token budget
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(None, 4), (1000, 4), (64, 4), (63, 2), (16, 1), (1, 1)])
+def test_rows_under_a_token_budget(tokens, rows):
+    """Rows of 8 + 8 tokens: the largest power of two of them within the budget, one at least."""
+    shapes = Shapes(rows=4, tokens=tokens, prompt_multiple=8, completion_multiple=8)
+    batches = micro_batches(examples(), shapes, None)
+    assert {b.tokens.shape for b in batches} == {(rows, 16)}
+    assert sorted(i for b in batches for i in b.group_id.tolist() if i >= 0) == list(range(12))

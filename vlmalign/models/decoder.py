@@ -13,6 +13,7 @@ from flax import nnx
 
 from vlmalign.models.attention import KeyValue
 from vlmalign.models.config import DecoderConfig, LayerSpec
+from vlmalign.models.dropout import Noise
 from vlmalign.models.linear import Linear, init_normal
 from vlmalign.models.norms import RMSNorm
 from vlmalign.models.rope import rotary_tables, rotate
@@ -51,15 +52,17 @@ class Attention(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "n t embed"], tables: tuple[Array, Array], layer: int, attend: Attend
+        self, x: Float[Array, "n t embed"], tables: tuple[Array, Array], layer: int, attend: Attend, noise: Noise | None
     ) -> Float[Array, "n t embed"]:
         shape = (*x.shape[:2], -1, self.config.head_dim)
-        q, k, v = (proj(x).reshape(shape) for proj in (self.q_proj, self.k_proj, self.v_proj))  # [n, t, heads, h]
+        q, k, v = (
+            proj(x, noise).reshape(shape) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )  # [n, t, heads, h]
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, tables) * self.config.query_scale, rotate(k, tables)
         out = attend(layer, q, KeyValue(k, v), self.spec.window)
-        return self.o_proj(out.reshape(*x.shape[:2], -1))
+        return self.o_proj(out.reshape(*x.shape[:2], -1), noise)
 
 
 class FeedForward(nnx.Module):
@@ -77,8 +80,9 @@ class FeedForward(nnx.Module):
         )
         self.activation = config.activation
 
-    def __call__(self, x: Float[Array, "n t embed"]) -> Float[Array, "n t embed"]:
-        return self.down_proj(ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))
+    def __call__(self, x: Float[Array, "n t embed"], noise: Noise | None) -> Float[Array, "n t embed"]:
+        inner = ACTIVATIONS[self.activation](self.gate_proj(x, noise)) * self.up_proj(x, noise)
+        return self.down_proj(inner, noise)
 
 
 class Block(nnx.Module):
@@ -97,15 +101,15 @@ class Block(nnx.Module):
         self.post_feedforward_layernorm = nnx.data(norm() if self.sandwich else None)
 
     def __call__(
-        self, x: Float[Array, "n t embed"], tables: tuple[Array, Array], layer: int, attend: Attend
+        self, x: Float[Array, "n t embed"], tables: tuple[Array, Array], layer: int, attend: Attend, noise: Noise | None
     ) -> Float[Array, "n t embed"]:
         with jax.named_scope("attention"):
-            out = self.self_attn(self.input_layernorm(x), tables, layer, attend)
+            out = self.self_attn(self.input_layernorm(x), tables, layer, attend, noise)
             x = x + (self.post_attention_layernorm(out) if self.sandwich else out)
         with jax.named_scope("feed_forward"):
             # Without sandwich norms, `post_attention_layernorm` is the norm before the feed-forward (Llama's name).
             before = self.pre_feedforward_layernorm if self.sandwich else self.post_attention_layernorm
-            out = self.mlp(before(x))
+            out = self.mlp(before(x), noise)
             return x + (self.post_feedforward_layernorm(out) if self.sandwich else out)
 
 
@@ -133,11 +137,17 @@ class Decoder(nnx.Module):
         return jnp.take(table, tokens, axis=0) * jnp.asarray(self.config.embed_scale, table.dtype)
 
     def __call__(
-        self, x: Float[Array, "n t embed"], position: Int[Array, "n t *axes"], attend: Attend, *, remat: str
+        self,
+        x: Float[Array, "n t embed"],
+        position: Int[Array, "n t *axes"],
+        attend: Attend,
+        *,
+        remat: str,
+        noise: Noise | None = None,
     ) -> Float[Array, "n t embed"]:
         """States after the final norm. `remat`: "none" keeps every activation, "full" recomputes each layer.
 
-        `position` is [n, t], or [n, t, 3] under M-RoPE, where [n, t] stands for three equal coordinates (text).
+        `noise` drops inputs of the adapters. `position` is [n, t], or [n, t, 3] under M-RoPE, where [n, t] stands for three equal coordinates (text).
         """
         if self.config.position_axes == 3 and position.ndim == 2:
             position = jnp.broadcast_to(position[..., None], (*position.shape, 3))
@@ -146,7 +156,7 @@ class Decoder(nnx.Module):
         for index, (block, spec) in enumerate(zip(self.layers, self.config.layers, strict=True)):
 
             def run(x: Array, block: Block = block, spec: LayerSpec = spec, index: int = index) -> Array:
-                return block(x, tables[spec.rope], index, attend)
+                return block(x, tables[spec.rope], index, attend, noise)
 
             with jax.named_scope(f"layer_{index}"):
                 x = REMAT[remat](run)(x)

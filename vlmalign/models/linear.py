@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from vlmalign.models.dropout import Noise, drop
 from vlmalign.shapes import Array, Float
 
 
@@ -48,22 +49,29 @@ class Linear(nnx.Module):
         self.lora_B = nnx.data(None)
         self.lora_magnitude_vector = nnx.data(None)
         self.lora_scale = 0.0
+        self.lora_path = ""
 
-    def add_lora(self, *, rank: int, scale: float, magnitude: bool, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        """Fill the adapter slots with their shapes; first values come from `lora.init_adapter`."""
+    def add_lora(
+        self, *, path: str, rank: int, scale: float, magnitude: bool, dtype: jnp.dtype, rngs: nnx.Rngs
+    ) -> None:
+        """Fill the adapter slots with their shapes; first values come from `lora.init_adapter`. `path` names the mask."""
         size_out, size_in = self.weight.shape
         dim_out, dim_in = self.weight.get_metadata()["dims"]
         self.lora_A = Matrix(init_normal(rngs, (rank, size_in), size_in**-0.5, dtype), ("rank", dim_in))
         self.lora_B = Matrix(jnp.zeros((size_out, rank), dtype), (dim_out, "rank"))
         if magnitude:
             self.lora_magnitude_vector = nnx.Param(jnp.ones((size_out,), dtype), dims=(dim_out,))
-        self.lora_scale = scale
+        self.lora_scale, self.lora_path = scale, path
 
-    def __call__(self, x: Float[Array, "*batch size_in"]) -> Float[Array, "*batch size_out"]:
+    def __call__(
+        self, x: Float[Array, "*batch size_in"], noise: Noise | None = None
+    ) -> Float[Array, "*batch size_out"]:
+        """With `noise`, the adapter (not the frozen matrix) sees x with some of its numbers dropped."""
         y = jnp.einsum("...i,oi->...o", x, self.weight[...])
         if self.lora_A is not None:
             # The adapter is float32 while the base may be bfloat16: its product runs in the dtype of x.
-            low = jnp.einsum("...i,ri->...r", x, self.lora_A.weight[...].astype(x.dtype))
+            seen = x if noise is None else drop(x, noise, self.lora_path)
+            low = jnp.einsum("...i,ri->...r", seen, self.lora_A.weight[...].astype(x.dtype))
             y = y + self.lora_scale * jnp.einsum("...r,or->...o", low, self.lora_B.weight[...].astype(x.dtype))
             if self.lora_magnitude_vector is not None:
                 norm = output_norms(self.weight[...], self.lora_A.weight[...], self.lora_B.weight[...], self.lora_scale)

@@ -17,6 +17,7 @@ from flax import nnx
 
 from vlmalign.models.attention import KeyValue, Places, group_attention, resolve_attention
 from vlmalign.models.config import ModelConfig
+from vlmalign.models.dropout import token_noise
 from vlmalign.models.linear import Linear
 from vlmalign.models.lora import LoraSpec
 from vlmalign.models.network import Network
@@ -52,11 +53,12 @@ class Model:
             rngs = nnx.Rngs(0)
             network = Network(self.config, dtype=jnp.dtype(self.dtype), rngs=rngs)
             if self.lora is not None:
-                for block in network.language_model.layers:
-                    for owner in (block.self_attn, block.mlp):
+                for index, block in enumerate(network.language_model.layers):
+                    for part, owner in (("self_attn", block.self_attn), ("mlp", block.mlp)):
                         for name, child in vars(owner).items():
                             if isinstance(child, Linear) and name in self.lora.targets:
                                 child.add_lora(
+                                    path=f"layers.{index}.{part}.{name}",
                                     rank=self.lora.rank,
                                     scale=self.lora.scale,
                                     magnitude=self.lora.magnitude,
@@ -99,8 +101,14 @@ class Model:
         """Soft tokens of images, end to end: what `GroupBatch.features` holds."""
         return self.bind(params).encode(pixels)
 
-    def hidden(self, params: Params, batch: GroupBatch) -> Float[Array, "n t embed"]:
-        """The state after every token, prompt included; padding rows hold finite garbage."""
+    def hidden(
+        self, params: Params, batch: GroupBatch, dropout: Key[Array, ""] | None = None
+    ) -> Float[Array, "n t embed"]:
+        """The state after every token, prompt included; padding rows hold finite garbage.
+
+        With a key, inputs of the adapters are dropped at the adapter's rate: for supervised training only, since
+        log-probabilities that are compared with others must be taken without.
+        """
         network = self.bind(params)
         features = batch.features
         if features is None and batch.pixels is not None:
@@ -118,16 +126,20 @@ class Model:
             del layer
             return group_attention(q, kv, places, batch.layout, window, name=choice.name)
 
-        return network.language_model(x, batch.position, attend, remat=self.remat)
+        rate = 0.0 if self.lora is None else self.lora.dropout
+        noise = token_noise(dropout, batch, rate) if dropout is not None and rate else None
+        return network.language_model(x, batch.position, attend, remat=self.remat, noise=noise)
 
     def places(self, batch: GroupBatch) -> Places:
         """Where tokens stand. Only some families let the tokens of one image see each other in both directions."""
         both_ways = self.config.image_tokens is not None and self.config.image_tokens.bidirectional
         return Places(batch.segment, batch.order, batch.block if both_ways else jnp.full_like(batch.block, -1))
 
-    def states(self, params: Params, batch: GroupBatch) -> Float[Array, "n k c embed"]:
+    def states(
+        self, params: Params, batch: GroupBatch, dropout: Key[Array, ""] | None = None
+    ) -> Float[Array, "n k c embed"]:
         """The state that predicts each continuation token; the prompt's last state serves all K continuations."""
-        return predictors(self.hidden(params, batch), batch)
+        return predictors(self.hidden(params, batch, dropout), batch)
 
     def head(self, params: Params) -> Float[Array, "vocab embed"]:
         """The output matrix for `token_logprobs`."""

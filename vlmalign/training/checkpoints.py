@@ -59,6 +59,11 @@ class Checkpoints:
         found = self._manager.restore(step, args=arguments)
         return Restored(TrainState(**found["state"]), found["position"])
 
+    def drop_after(self, step: int) -> None:
+        """Delete what was saved after this many updates."""
+        for found in [s for s in self._manager.all_steps() if s > step]:
+            self._manager.delete(found)
+
     def close(self) -> None:
         self._manager.close()
 

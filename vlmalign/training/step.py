@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,9 @@ import optax
 
 from vlmalign.models.model import Model, Params
 from vlmalign.objectives.logprobs import token_logprobs
-from vlmalign.shapes import Array, Float, Int
+from vlmalign.randomness import key_for
+from vlmalign.shapes import Array, Float, Int, Key
+from vlmalign.training.value_head import split_value_head, token_values
 from vlmalign.types import GroupBatch, LossParts, Scores
 
 
@@ -25,6 +27,8 @@ class Objective:
     counts: Callable[[Sequence[GroupBatch]], dict[str, float]]
     temperature: float = 1.0  #: of the distribution whose log-probabilities are taken
     needs_reference: bool = False
+    needs_values: bool = False  #: the trained parameters hold a value head
+    dropout: bool = False  #: drop inputs of the adapter at its rate; for supervised losses (see `Model.hidden`)
 
 
 class MicroBatch(NamedTuple):
@@ -37,9 +41,9 @@ class MicroBatch(NamedTuple):
 class TrainState(NamedTuple):
     """All that an update changes."""
 
-    params: dict[str, Array]  #: the trained parameters
+    params: dict[str, Array]  #: the trained parameters, float32 whatever the dtype they are used in
     opt_state: optax.OptState
-    step: Int[Array, ""]  #: updates done
+    step: Int[Array, ""]  #: optimiser batches seen, those skipped included
 
 
 class StepMetrics(NamedTuple):
@@ -48,27 +52,29 @@ class StepMetrics(NamedTuple):
     parts: dict[str, tuple[Array, Array]]
     loss: Float[Array, ""]
     grad_norm: Float[Array, ""]
+    skipped: Array  #: [] bool: loss or gradient was not finite and nothing was updated
 
 
-def token_scores(model: Model, params: Params, batch: GroupBatch, temperature: float) -> Scores:
-    """Log-probability and entropy of every continuation token, [N, K, C]."""
+def token_scores(
+    model: Model, params: Params, batch: GroupBatch, temperature: float, dropout: Key[Array, ""] | None = None
+) -> Scores:
+    """Log-probability and entropy of every continuation token, [N, K, C]; values where `params` hold a value head."""
     prompt, group, completion = batch.layout
     tokens = batch.tokens[:, prompt:].reshape(-1, group, completion)
+    params, head = split_value_head(params)
+    states = model.states(params, batch, dropout)
     scores = token_logprobs(
-        model.states(params, batch),
-        model.head(params),
-        tokens,
-        temperature=temperature,
-        softcap=model.config.decoder.logit_softcap,
+        states, model.head(params), tokens, temperature=temperature, softcap=model.config.decoder.logit_softcap
     )
-    return Scores(logp=scores.logp, entropy=scores.entropy)
+    return Scores(logp=scores.logp, entropy=scores.entropy, values=token_values(states, head) if head else None)
 
 
 class Trainer:
     """Compiled functions of one model, objective and optimiser. Frozen parameters are arguments, never constants.
 
+    Trained parameters and their moments are float32; where the model runs in bfloat16 they are cast as they are used.
     `reference` is (model, parameters it adds to the frozen ones): the base alone when the adapter starts from zero,
-    or a frozen copy of an earlier adapter.
+    or a frozen copy of an earlier adapter. `seed` is what dropout masks are drawn from.
     """
 
     def __init__(
@@ -78,21 +84,26 @@ class Trainer:
         optimiser: optax.GradientTransformation,
         *,
         reference: tuple[Model, Params] | None = None,
+        seed: int = 0,
     ):
         if objective.needs_reference and reference is None:
             raise ValueError(f"objective {objective.name} compares with a reference policy; none was given")
-        self.model, self.objective, self.optimiser, self.reference = model, objective, optimiser, reference
+        self.model, self.objective, self.optimiser = model, objective, optimiser
+        self.reference, self.seed = reference, seed
         self._accumulate = jax.jit(self._micro, donate_argnames=("sums",))
         self._apply = jax.jit(self._update, donate_argnames=("state",))
         self._reference_logp = jax.jit(self._reference_scores)
+        self._score = jax.jit(self._plain_scores)
+        self._measure = jax.jit(self._plain_loss)
 
     def init(self, params: Params) -> TrainState:
         """The state before the first update."""
-        params = dict(params)
+        params = {name: value.astype(jnp.float32) for name, value in params.items()}
         return TrainState(params, self.optimiser.init(params), jnp.zeros((), jnp.int32))
 
     def step(self, state: TrainState, frozen: Params, batches: Sequence[MicroBatch]) -> tuple[TrainState, StepMetrics]:
-        """One update from all micro-batches. `state` is donated."""
+        """One update from all micro-batches. `state` is donated. A loss or gradient that is not
+        finite changes nothing."""
         counts = self.objective.counts([b.groups for b in batches])
         empty = [part for part, count in counts.items() if not count > 0]
         if empty:
@@ -102,17 +113,38 @@ class Trainer:
             )
         grads = jax.tree.map(jnp.zeros_like, state.params)
         losses, parts = [], []
-        for groups, recorded in batches:
-            known = dict(recorded)
-            if self.objective.needs_reference:
-                assert self.reference is not None
-                known["ref_logp"] = self._reference_logp(frozen, self.reference[1], groups)
-            grads, (loss, metrics) = self._accumulate(grads, state.params, frozen, groups, known, counts)
+        for batch in batches:
+            known = self._with_reference(batch, frozen)
+            grads, (loss, metrics) = self._accumulate(
+                grads, state.params, frozen, batch.groups, known, counts, state.step
+            )
             losses.append(loss)
             parts.append(metrics)
-        state, norm = self._apply(state, grads)
-        summed = {name: tuple(sum(p[name][i] for p in parts) for i in (0, 1)) for name in parts[0]}
-        return state, StepMetrics(summed, sum(losses), norm)
+        state, norm, skipped = self._apply(state, grads, sum(losses))
+        return state, StepMetrics(_summed(parts), sum(losses), norm, skipped)
+
+    def evaluate(self, params: Params, frozen: Params, batches: Sequence[MicroBatch]) -> dict[str, tuple[Array, Array]]:
+        """The objective's metrics as (sum, count) over these batches, without dropout and without an update."""
+        parts = []
+        for batch in batches:
+            parts.append(self._measure(params, frozen, batch.groups, self._with_reference(batch, frozen)))
+        return _summed(parts)
+
+    def scores(self, params: Params, frozen: Params, groups: GroupBatch) -> Scores:
+        """Scores of every continuation token under these parameters, without dropout."""
+        return self._score(params, frozen, groups)
+
+    def _with_reference(self, batch: MicroBatch, frozen: Params) -> dict[str, Any]:
+        known = dict(batch.recorded)
+        if self.objective.needs_reference and "ref_logp" not in known:
+            assert self.reference is not None
+            known["ref_logp"] = self._reference_logp(frozen, self.reference[1], batch.groups)
+        return known
+
+    def _together(self, params: Params, frozen: Params) -> dict[str, Array]:
+        shapes = self.model.shapes
+        used = {k: v.astype(shapes[k].dtype) if k in shapes else v for k, v in params.items()}
+        return {**frozen, **used}
 
     def _micro(
         self,
@@ -122,9 +154,13 @@ class Trainer:
         groups: GroupBatch,
         recorded: Mapping[str, Array],
         counts: Mapping[str, Float[Array, ""]],
+        step: Int[Array, ""],
     ) -> tuple[dict[str, Array], tuple[Array, dict]]:
+        dropout = key_for(self.seed, step, "dropout") if self.objective.dropout else None
+
         def loss(params: Params) -> tuple[Array, dict]:
-            scores = token_scores(self.model, {**frozen, **params}, groups, self.objective.temperature)
+            together = self._together(params, frozen)
+            scores = token_scores(self.model, together, groups, self.objective.temperature, dropout)
             found = self.objective.loss(scores._replace(**recorded), groups)
             total = sum(value / counts[part] for part, value in found.sums.items())
             return total, found.metrics
@@ -132,11 +168,28 @@ class Trainer:
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(dict(params))
         return jax.tree.map(jnp.add, sums, grads), (value, metrics)
 
-    def _update(self, state: TrainState, grads: dict[str, Array]) -> tuple[TrainState, Array]:
+    def _update(self, state: TrainState, grads: dict[str, Array], loss: Array) -> tuple[TrainState, Array, Array]:
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         updates, opt_state = self.optimiser.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(params, opt_state, state.step + 1), optax.tree.norm(grads)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+        )
+        return TrainState(params, opt_state, state.step + 1), norm, ~finite
+
+    def _plain_scores(self, params: Params, frozen: Params, groups: GroupBatch) -> Scores:
+        return token_scores(self.model, self._together(params, frozen), groups, self.objective.temperature)
+
+    def _plain_loss(
+        self, params: Params, frozen: Params, groups: GroupBatch, recorded: Mapping[str, Array]
+    ) -> dict[str, tuple[Array, Array]]:
+        return self.objective.loss(self._plain_scores(params, frozen, groups)._replace(**recorded), groups).metrics
 
     def _reference_scores(self, frozen: Params, extra: Params, groups: GroupBatch) -> Float[Array, "n k c"]:
         model = self.reference[0]
         return token_scores(model, {**frozen, **extra}, groups, self.objective.temperature).logp
+
+
+def _summed(parts: Sequence[Mapping[str, tuple[Array, Array]]]) -> dict[str, tuple[Array, Array]]:
+    return {name: tuple(sum(p[name][i] for p in parts) for i in (0, 1)) for name in parts[0]}

@@ -12,27 +12,44 @@ from vlmalign.models.model import Params
 from vlmalign.rollout.features import FeatureStore, assemble
 from vlmalign.training.loop import Work
 from vlmalign.training.step import MicroBatch
-from vlmalign.types import Group, GroupBatch
+from vlmalign.types import Group, GroupBatch, Layout
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """How groups become arrays: rows per micro-batch, and the multiples that lengths are rounded up to, in tokens."""
+    """How groups become arrays: rows per micro-batch, and the multiples that lengths are rounded up to, in tokens.
+
+    With a budget of `tokens`, long rows are fewer: the largest power of two of them that fits, and at least one.
+    """
 
     rows: int
+    tokens: int | None = None
     prompt_multiple: int = 32
     completion_multiple: int = 64
     images: int = 1  #: images per group that a batch has room for
 
+    def layout(self, groups: Sequence[Group]) -> Layout:
+        """The smallest layout in whole multiples that holds the groups."""
+        return layout_of(groups, prompt_multiple=self.prompt_multiple, completion_multiple=self.completion_multiple)
+
+    def rows_of(self, layout: Layout) -> int:
+        """Rows of a micro-batch of this layout."""
+        if self.tokens is None:
+            return self.rows
+        return min(self.rows, 1 << max(0, (self.tokens // layout.row).bit_length() - 1))
+
 
 def micro_batches(groups: Sequence[Group], shapes: Shapes, features: FeatureStore | None) -> list[GroupBatch]:
-    """The groups, longest first so that neighbours have like lengths, in batches of `shapes.rows`."""
-    ordered = sorted(groups, key=lambda g: (-max(len(c) for c in g.continuations), -len(g.prompt), g.id))
+    """The groups, longest first so that neighbours have like lengths, in batches of at most `shapes.rows`."""
+    waiting = sorted(groups, key=lambda g: (-max(len(c) for c in g.continuations), -len(g.prompt), g.id))
     found = []
-    for start in range(0, len(ordered), shapes.rows):
-        part = ordered[start : start + shapes.rows]
-        layout = layout_of(part, prompt_multiple=shapes.prompt_multiple, completion_multiple=shapes.completion_multiple)
-        found.append(assemble(part, layout, rows=shapes.rows, images=shapes.rows * shapes.images, features=features))
+    while waiting:
+        part = waiting[: shapes.rows]
+        while len(part) > (rows := shapes.rows_of(shapes.layout(part))):
+            part = part[:rows]
+        waiting = waiting[len(part) :]
+        layout = shapes.layout(part)
+        found.append(assemble(part, layout, rows=rows, images=rows * shapes.images, features=features))
     return found
 
 
