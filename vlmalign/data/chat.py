@@ -1,169 +1,178 @@
 """Conversations -> segments of tokens through the checkpoint's own chat template.
 
-A conversation is cut at its assistant turns and the pieces are tokenised apart: the prompt's tokens are then the very
-ones a rollout starts from, whatever the answer begins with. Assistant text and the stop token that ends the turn carry
-weight 1; everything else carries 0.
+A conversation is cut at its answers and the pieces are tokenised apart: the tokens before an answer are then the very
+ones a rollout starts from, whatever the answer begins with. Assistant text and the stop token that ends the turn are
+labels (they carry the turn's weight); everything else carries 0.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from vlmalign.data.image_text import IMAGE_TEXT, ImageText
+from vlmalign.data.images import BadImage
+from vlmalign.data.messages import ControlTokens, Message, check_messages, for_template, image_keys, label_weight
+from vlmalign.data.turns import write
 from vlmalign.types import Group, Segment
 
-#: one message: {"role": ..., "content": text or [{"type": "text", "text": ...} | {"type": "image", "image": key}]}
-Message = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class ImageText:
-    """How an image is written: the template's `placeholder` becomes `expansion`, which holds `count` soft tokens."""
-
-    placeholder: str
-    expansion: str
-    soft_id: int
-    count: int
-
-
-def gemma3_image_text(tokenizer: PreTrainedTokenizerBase, count: int) -> ImageText:
-    """Gemma 3: begin, `count` soft tokens, end, set off by blank lines."""
-    begin, soft, end = (tokenizer.special_tokens_map[k] for k in ("boi_token", "image_token", "eoi_token"))
-    return ImageText(
-        placeholder=begin,
-        expansion=f"\n\n{begin}{soft * count}{end}\n\n",
-        soft_id=tokenizer.convert_tokens_to_ids(soft),
-        count=count,
-    )
-
-
-#: family -> how it writes images
-IMAGE_TEXT: dict[str, Callable[[PreTrainedTokenizerBase, int], ImageText]] = {"gemma3": gemma3_image_text}
+__all__ = ["Chat", "Message", "open_chat", "read_stop_ids"]
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A checkpoint's tokenizer, template, image rule and stop ids."""
+    """A checkpoint's tokenizer, template, image rule and stop ids; `image_tokens(key)` counts an image's soft tokens."""
 
     tokenizer: PreTrainedTokenizerBase
     image_text: ImageText | None
     stop_ids: tuple[int, ...]
+    image_tokens: Callable[[str], int] | None
 
-    def prompt(self, messages: Sequence[Message], *, group_id: int = 0) -> Group:
-        """The conversation so far with the header of the next assistant turn, as a group without continuations."""
-        text = self._render(messages, continues=True)
-        images = _image_keys(messages)
-        segment, used = self._segment(text, weight=0.0, first_image=0, images=images)
-        self._check_images(used, images)
-        return Group(group_id, segment, (), _distinct(images))
-
-    def example(self, messages: Sequence[Message], *, group_id: int = 0) -> Group:
-        """A whole conversation: prompt up to the first assistant turn, one continuation with the rest.
+    def prompt(self, messages: Sequence[Message], *, group_id: int = 0, name: str | None = None) -> Group:
+        """The conversation so far with the header of the next answer, as a group without continuations.
 
         Raises:
-            ValueError: when no assistant turn is there, when the template rewrites earlier turns as later ones come
-                (no prefix is stable then), or when a turn does not end in a stop token.
+            ValueError: as `example` does, beginning with the row's `name`.
         """
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if not turns:
-            raise ValueError(
-                "a training example needs an assistant turn, found " + ", ".join(m["role"] for m in messages)
-            )
-        whole = self._render(messages, continues=False)
-        cuts = []
-        for i in turns:
-            before = self._render(messages[:i], continues=True)
-            after = self._render(messages[: i + 1], continues=False)
-            if not (whole.startswith(before) and whole.startswith(after) and after.startswith(before)):
-                raise ValueError(
-                    f"the chat template changes earlier text when turn {i} is added; turns cannot be masked"
-                )
-            cuts.append((len(before), len(after)))
-        images = _image_keys(messages)
-        prompt, used = self._segment(whole[: cuts[0][0]], weight=0.0, first_image=0, images=images)
-        pieces: list[Segment] = []
-        at = cuts[0][0]
-        for start, end in cuts:
-            if start > at:
-                piece, used = self._segment(whole[at:start], weight=0.0, first_image=used, images=images)
-                pieces.append(piece)
-            piece, used = self._segment(whole[start:end], weight=1.0, first_image=used, images=images)
-            pieces.append(self._end_at_stop(piece))
-            # What the template writes after the stop token (a line break) opens the next turn, if there is one.
-            pieces.append(_slice(piece, len(pieces[-1]), weight=0.0))
-            at = end
-        self._check_images(used, images)
-        last = max(i for i, piece in enumerate(pieces) if piece.weight.any())
-        return Group(group_id, prompt, (_join(pieces[: last + 1]),), _distinct(images))
+        with _naming(name):
+            check_messages(messages)
+            pieces = self._pieces(messages, [0.0] * len(messages), continues=True)
+            return Group(group_id, _join(pieces), (), _distinct(image_keys(messages)))
+
+    def example(self, messages: Sequence[Message], *, group_id: int = 0, name: str | None = None) -> Group:
+        """A whole conversation: prompt up to the first answer with weight, one continuation with the rest.
+
+        What follows the last answer with weight changes no loss and is left out.
+
+        Raises:
+            ValueError: beginning with the row's `name`, when no answer carries weight, when a turn is malformed or
+                spells a control token, when the template refuses the conversation or its answers cannot be told
+                apart (see `turns`), or when images and their places in the text do not match.
+        """
+        with _naming(name):
+            check_messages(messages)
+            weights = [label_weight(message) for message in messages]
+            labelled = [i for i, weight in enumerate(weights) if weight > 0]
+            if not labelled:
+                roles = ", ".join(message["role"] for message in messages)
+                raise ValueError(f"a training example needs an assistant turn with weight > 0, found {roles}")
+            kept = messages[: labelled[-1] + 1]
+            pieces = self._pieces(kept, weights, continues=False)
+            first = next(i for i, piece in enumerate(pieces) if piece.weight.any())
+            continuation = _join(pieces[first:])
+            return Group(group_id, _join(pieces[:first]), (continuation,), _distinct(image_keys(kept)))
 
     def decode(self, tokens: np.ndarray) -> str:
         """Text of a completion without its stop token and other special tokens."""
         return self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
 
-    def _render(self, messages: Sequence[Message], *, continues: bool) -> str:
-        return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=continues)
+    def _pieces(self, messages: Sequence[Message], weights: Sequence[float], *, continues: bool) -> list[Segment]:
+        """Context and answers in turn, each tokenised for itself; what follows the last answer only if it continues."""
+        self._control.refuse(messages)
+        keys = image_keys(messages)
+        if keys and self.image_text is None:
+            raise ValueError(f"the conversation holds {len(keys)} images, but this chat is of text only")
+        turns = for_template(messages, parts=self.image_text is not None)
+        text, answers = write(self.tokenizer, turns, stops=self._stops, continues=continues)
+        pieces, at, used = [], 0, 0
+        for answer in answers:
+            for start, end, weight in (
+                (at, answer.start, 0.0),
+                (answer.start, answer.stop, weights[answer.message]),
+            ):
+                piece, used = self._segment(text[start:end], weight=weight, used=used, keys=keys)
+                pieces.append(piece)
+            if pieces[-1].tokens[-1] not in self.stop_ids:
+                raise ValueError(
+                    f"messages[{answer.message}] ends in {text[answer.words : answer.stop]!r}, which is not one token"
+                )
+            at = answer.stop
+        if continues:
+            piece, used = self._segment(text[at:], weight=0.0, used=used, keys=keys)
+            pieces.append(piece)
+        if used != len(keys):
+            raise ValueError(f"the conversation holds {len(keys)} images, its rendered text places for {used}")
+        return pieces
 
-    def _segment(self, text: str, *, weight: float, first_image: int, images: Sequence[str]) -> tuple[Segment, int]:
-        """Tokens of a piece of rendered text, and the number of image occurrences seen so far."""
-        rule, count = self.image_text, 0
+    def _segment(self, text: str, *, weight: float, used: int, keys: Sequence[str]) -> tuple[Segment, int]:
+        """Tokens of a piece of rendered text, and the number of image occurrences up to its end (`used` before)."""
+        rule, here, counts = self.image_text, (), []
         if rule is not None:
-            count = text.count(rule.placeholder)
-            text = text.replace(rule.placeholder, rule.expansion)
+            first, *rest = text.split(rule.placeholder)
+            here = keys[used : used + len(rest)]
+            if len(here) != len(rest):
+                raise ValueError(
+                    f"the conversation holds {len(keys)} images, its rendered text places for {used + len(rest)}"
+                )
+            counts = [self._count(key) for key in here]
+            text = first + "".join(rule.expansion(n) + part for n, part in zip(counts, rest, strict=True))
         tokens = np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
         image = np.full(tokens.shape, -1, np.int32)
+        weights = np.full(tokens.shape, weight, np.float32)
         if rule is not None:
-            distinct = _distinct(images)
-            soft = np.flatnonzero(tokens == rule.soft_id)
-            if len(soft) != count * rule.count or first_image + count > len(images):
-                raise ValueError(
-                    f"{count} images need {count * rule.count} soft tokens and {len(images)} were given; "
-                    f"the text holds {len(soft)} soft tokens"
-                )
-            for i in range(count):
-                key = images[first_image + i]
-                image[soft[i * rule.count : (i + 1) * rule.count]] = distinct.index(key)
-        # A soft token is never a label, whoever shows the image.
-        weights = np.where(image >= 0, 0.0, weight).astype(np.float32)
-        return Segment(tokens, image, weights), first_image + count
+            distinct = _distinct(keys)
+            for key, places in zip(here, _runs(np.flatnonzero(tokens == rule.soft_id), counts), strict=True):
+                image[places] = distinct.index(key)
+            # Not labels, whoever shows the image: the model cannot write one.
+            weights[np.isin(tokens, rule.ids)] = 0.0
+        return Segment(tokens, image, weights), used + len(here)
 
-    def _end_at_stop(self, piece: Segment) -> Segment:
-        stops = np.flatnonzero(np.isin(piece.tokens, self.stop_ids))
-        if len(stops) == 0:
-            raise ValueError("an assistant turn renders without a stop token: the model would never learn to stop")
-        return Segment(*(x[: stops[-1] + 1] for x in (piece.tokens, piece.image, piece.weight)))
+    def _count(self, key: str) -> int:
+        assert self.image_tokens is not None
+        count = self.image_tokens(key)
+        if count < 1:
+            raise ValueError(f"image {key} has {count} soft tokens; it needs at least one")
+        return count
 
-    def _check_images(self, used: int, images: Sequence[str]) -> None:
-        if used != len(images):
-            raise ValueError(f"the conversation holds {len(images)} images, its rendered text places for {used}")
+    @cached_property
+    def _stops(self) -> list[str]:
+        known = self.tokenizer.convert_ids_to_tokens(list(self.stop_ids))
+        return [token for token in known if token is not None]
+
+    @cached_property
+    def _control(self) -> ControlTokens:
+        added = self.tokenizer.added_tokens_decoder.values()
+        tokens = {*self._stops, *self.tokenizer.all_special_tokens, *(t.content for t in added if t.special)}
+        if self.image_text is not None:
+            tokens |= set(self.tokenizer.convert_ids_to_tokens(list(self.image_text.ids)))
+        return ControlTokens(tokens)
 
 
-def _image_keys(messages: Sequence[Message]) -> list[str]:
-    return [
-        part["image"]
-        for message in messages
-        if not isinstance(message["content"], str)
-        for part in message["content"]
-        if part["type"] == "image"
-    ]
+def _runs(soft: np.ndarray, counts: Sequence[int]) -> list[np.ndarray]:
+    """The places of soft tokens, cut into one contiguous run per image."""
+    if len(soft) != sum(counts):
+        raise ValueError(f"{len(counts)} images need {sum(counts)} soft tokens; the text holds {len(soft)}")
+    runs = np.split(soft, np.cumsum(counts)[:-1]) if counts else []
+    if any(run[-1] - run[0] != len(run) - 1 for run in runs):
+        raise ValueError("the soft tokens of an image are not in one run; the tokenizer does not fit the family")
+    return runs
 
 
 def _distinct(keys: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(keys))
 
 
-def _slice(piece: Segment, start: int, *, weight: float) -> Segment:
-    tokens = piece.tokens[start:]
-    return Segment(tokens, piece.image[start:], np.full(tokens.shape, weight, np.float32))
-
-
 def _join(pieces: Sequence[Segment]) -> Segment:
     return Segment(*(np.concatenate([getattr(p, name) for p in pieces]) for name in ("tokens", "image", "weight")))
+
+
+@contextmanager
+def _naming(name: str | None) -> Iterator[None]:
+    """Puts the row's name before what is said about it."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        if name is None:
+            raise
+        kind = BadImage if isinstance(error, BadImage) else ValueError
+        raise kind(f"{name}: {error}") from error
 
 
 def read_stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -184,18 +193,50 @@ def read_stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int
     return tuple(sorted(ids))
 
 
-def open_chat(folder: Path, *, family: str, image_tokens: int | None) -> Chat:
-    """The chat side of a checkpoint folder; `image_tokens` is the number of soft tokens per image (None: text only).
+def open_chat(
+    folder: Path, *, family: str, image_tokens: Callable[[str], int] | None, vocab: int | None = None
+) -> Chat:
+    """The chat side of a checkpoint folder.
+
+    `image_tokens(key)` is the number of soft tokens of an image (None: text only); `vocab` the number of rows of the
+    model's embedding, if the tokenizer is to be checked against it.
 
     Raises:
-        ValueError: when the folder has no chat template, or is a vision model of a family without an image rule.
+        ValueError: when the folder has no chat template, is a vision model of a family without an image rule, or has
+            a tokenizer that writes tokens which the model does not have.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if not tokenizer.chat_template:
-        raise ValueError(f"{folder} has no chat template (chat_template.jinja or in tokenizer_config.json)")
+        tokenizer.chat_template = _processor_template(folder)
+    if vocab is not None:
+        _check_vocab(folder, tokenizer, vocab)
     image_text = None
     if image_tokens is not None:
         if family not in IMAGE_TEXT:
             raise ValueError(f"no image rule for family {family!r}; known: {', '.join(IMAGE_TEXT)}")
-        image_text = IMAGE_TEXT[family](tokenizer, image_tokens)
-    return Chat(tokenizer, image_text, read_stop_ids(folder, tokenizer))
+        image_text = IMAGE_TEXT[family](tokenizer)
+    return Chat(tokenizer, image_text, read_stop_ids(folder, tokenizer), image_tokens)
+
+
+def _processor_template(folder: Path) -> str:
+    """The template of a vision model's processor, which older folders keep in a file that tokenizers do not read."""
+    path = folder / "chat_template.json"
+    template = json.loads(path.read_text(encoding="utf-8")).get("chat_template") if path.exists() else None
+    if not template:
+        raise ValueError(
+            f"{folder} has no chat template (chat_template.jinja, chat_template.json or in tokenizer_config.json); "
+            "a base model has none: copy that of the model whose format you want"
+        )
+    return template
+
+
+def _check_vocab(folder: Path, tokenizer: PreTrainedTokenizerBase, vocab: int) -> None:
+    """Embeddings are often larger than the tokenizer, never smaller; only soft tokens need no row of their own."""
+    soft = tokenizer.special_tokens_map.get("image_token")
+    beyond = sorted((id, token) for token, id in tokenizer.get_vocab().items() if id >= vocab and token != soft)
+    if beyond:
+        named = ", ".join(f"{token!r} ({id})" for id, token in beyond[:5]) + (", ..." if len(beyond) > 5 else "")
+        raise ValueError(
+            f"{folder}: the tokenizer has {len(beyond)} tokens that the model's embedding of {vocab} rows has not: "
+            f"{named}; use the tokenizer that the checkpoint came with, or resize the embedding before training"
+        )

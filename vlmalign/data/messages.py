@@ -1,0 +1,179 @@
+"""Conversations as data sets write them: turns with a role and a content, which is text or parts of text and images."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vlmalign.data.tables import inside
+
+#: one turn: {"role": ..., "content": text or [{"type": "text", "text": ...} | {"type": "image", "image": key}]};
+#: an assistant's may also hold "weight", the loss weight of its tokens (default 1)
+Message = Mapping[str, Any]
+
+
+class Conversation(NamedTuple):
+    """One row of a file."""
+
+    name: str  #: file and line, for messages about it
+    messages: list[Message]  #: image keys are absolute paths
+
+
+def check_messages(messages: Sequence[Any]) -> None:
+    """Raises ValueError naming the first turn that is not as `Message` says."""
+    if not messages:
+        raise ValueError("the conversation has no turns")
+    for i, message in enumerate(messages):
+        problem = _problem(message)
+        if problem:
+            raise ValueError(f"messages[{i}]: {problem}")
+
+
+def _problem(message: Any) -> str | None:
+    if not isinstance(message, Mapping):
+        return f"expected an object with role and content, found {type(message).__name__}"
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str):
+        return f"role must be text, found {type(role).__name__}"
+    if not isinstance(content, str | list | tuple):
+        return f"content must be text or a list of parts, found {type(content).__name__}"
+    for j, part in enumerate([] if isinstance(content, str) else content):
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind not in ("text", "image") or not isinstance(part.get(kind), str):
+            return f'content[{j}] must be {{"type": "text", "text": ...}} or {{"type": "image", "image": path}}'
+    if "weight" in message:
+        weight = message["weight"]
+        if role != "assistant":
+            return f"weight belongs to assistant turns, found it on {role}"
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+            return f"weight must be a finite number >= 0, found {weight!r}"
+    return None
+
+
+def label_weight(message: Message) -> float:
+    """Loss weight of a turn's tokens: 0 for all but the assistant's.
+
+    >>> label_weight({"role": "user", "content": "?"}), label_weight({"role": "assistant", "content": "!"})
+    (0.0, 1.0)
+    """
+    return float(message.get("weight", 1.0)) if message["role"] == "assistant" else 0.0
+
+
+def image_keys(messages: Sequence[Message]) -> list[str]:
+    """Key of each image, in order, repetitions kept."""
+    return [
+        part["image"]
+        for message in messages
+        if not isinstance(message["content"], str)
+        for part in message["content"]
+        if part["type"] == "image"
+    ]
+
+
+def for_template(messages: Sequence[Message], *, parts: bool) -> list[dict[str, Any]]:
+    """The turns as a chat template takes them: without weights, a lone text part as text.
+
+    Templates of text models write a list of parts out as code, so where images have no place (`parts` False) several
+    text parts become one text.
+    """
+    turns = []
+    for message in messages:
+        content = message["content"]
+        if not isinstance(content, str) and (not parts or len(content) == 1) and not image_keys([message]):
+            content = "".join(part["text"] for part in content)
+        turns.append({**{k: v for k, v in message.items() if k != "weight"}, "content": content})
+    return turns
+
+
+class ControlTokens:
+    """Finds tokens that only a chat template may write, in text that comes from elsewhere.
+
+    A report that spells an image's token would shift the images, one that spells the end of a turn would forge a turn.
+    """
+
+    def __init__(self, tokens: Iterable[str]):
+        self._tokens = frozenset(tokens)
+        self._lengths = sorted({len(token) for token in self._tokens})
+        # A tokenizer may have thousands; all begin with one of few characters.
+        first = "".join(sorted({token[0] for token in self._tokens}))
+        self._first = re.compile(f"[{re.escape(first)}]") if first else re.compile(r"(?!)")
+
+    def find(self, text: str) -> str | None:
+        """The first of the tokens in `text`.
+
+        >>> ControlTokens(["<eos>", "<bos>"]).find("p < 0.05 <bos>")
+        '<bos>'
+        """
+        for match in self._first.finditer(text):
+            for length in self._lengths:
+                if (found := text[match.start() : match.start() + length]) in self._tokens:
+                    return found
+        return None
+
+    def refuse(self, messages: Sequence[Message]) -> None:
+        """Raises ValueError naming the turn and the token, if any turn's text spells one."""
+        for i, message in enumerate(messages):
+            found = next(filter(None, map(self.find, _texts(message))), None)
+            if found:
+                raise ValueError(
+                    f"messages[{i}] ({message['role']}) spells {found!r} in its text, a token that only the chat "
+                    "template may write; images are given as parts of their own, and other such text must be removed"
+                )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a message that a template might write out; paths of images are not."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        if value.get("type") != "image":
+            for item in value.values():
+                yield from _texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
+
+
+def read_conversation(path: Path, row: int) -> Conversation:
+    """Line `row` (the first is 1) of a JSON Lines file of {"messages": [...]}; its other fields are left alone.
+
+    Image paths are relative to the file's folder and may not leave it.
+
+    Raises:
+        ValueError: naming file and line, when there is no such line or it is not as described.
+    """
+    path = Path(path)
+    name = f"{path.name}:{row}"
+    lines = 0
+    with path.open("rb") as file:
+        for lines, line in enumerate(file, start=1):
+            if lines == row:
+                return Conversation(name, _parse(line, name, path.parent))
+    raise ValueError(f"{path}: there is no row {row}; rows are lines 1 to {lines}")
+
+
+def _parse(line: bytes, name: str, root: Path) -> list[Message]:
+    try:
+        value = json.loads(line.decode("utf-8-sig"))
+    except ValueError as error:
+        # The error's own text quotes none of the line, which may be a patient's.
+        raise ValueError(f"{name}: not a line of JSON ({error})") from None
+    messages = value.get("messages") if isinstance(value, dict) else None
+    if not isinstance(messages, list):
+        raise ValueError(f'{name}: expected an object {{"messages": [...]}}')
+    try:
+        check_messages(messages)
+        return [_resolve(message, root) for message in messages]
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _resolve(message: Message, root: Path) -> Message:
+    if isinstance(message["content"], str):
+        return message
+    parts = [{**p, "image": str(inside(root, p["image"]))} if p["type"] == "image" else p for p in message["content"]]
+    return {**message, "content": parts}

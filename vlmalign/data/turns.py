@@ -1,0 +1,146 @@
+"""Where the answers stand in a conversation that a chat template has written out.
+
+There are two ways to know. Prefix rendering: the conversation written up to an answer, and up to its end, are both
+prefixes of the whole, and the answer is what lies between. Markers: some templates say so themselves, by
+`{% generation %}`. Markers are used where they are, prefixes always; where the two disagree nothing is trained on.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from vlmalign.data.messages import Message
+
+_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class Answer(NamedTuple):
+    """Characters of one assistant turn in the text."""
+
+    message: int  #: index of the turn
+    start: int  #: the first that the model writes
+    words: int  #: where its stop token begins
+    stop: int  #: behind its stop token
+    end: int  #: behind the turn; most templates write a line break after the stop token
+
+
+class Written(NamedTuple):
+    """A conversation as text."""
+
+    text: str
+    answers: list[Answer]
+
+
+def write(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, stops: Sequence[str], continues: bool
+) -> Written:
+    """The conversation as its template writes it, with the header of the next answer when it `continues`.
+
+    `stops` are the tokens that may end an answer.
+
+    Raises:
+        ValueError: naming the turn, when the template refuses the conversation, rewrites earlier turns as later ones
+            come (no prefix is stable then), ends a turn without a stop token, or marks other text as the answer.
+    """
+    if messages[0]["role"] == "assistant":
+        raise ValueError("messages[0] is an assistant turn: there is nothing it answers")
+    text = _render(tokenizer, messages, continues=continues)
+    answers = []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = _render(tokenizer, messages[:i], continues=True)
+        whole = i + 1 == len(messages) and not continues
+        after = text if whole else _render(tokenizer, messages[: i + 1], continues=False)
+        if not (text.startswith(before) and text.startswith(after) and after.startswith(before)):
+            raise ValueError(
+                f"the chat template changes earlier text when messages[{i}] is added; turns cannot be masked"
+            )
+        answer = _answer(i, text, len(before), len(after), stops)
+        if before == _render(tokenizer, messages[:i], continues=False):
+            _check_opening(message, text[answer.start : answer.words], i)
+        answers.append(answer)
+    if _MARKER.search(tokenizer.get_chat_template()):
+        spans = _marked(tokenizer, messages, text, continues=continues)
+        answers = _agreed(text, answers, spans)
+    return Written(text, answers)
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, continues: bool) -> str:
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=continues)
+    except (TemplateError, TypeError) as error:
+        raise ValueError(f"the chat template refuses the conversation: {error}") from error
+
+
+def _answer(i: int, text: str, start: int, end: int, stops: Sequence[str]) -> Answer:
+    words, stop = max((text.rfind(stop, start, end), stop) for stop in stops)
+    if words < 0:
+        raise ValueError(f"messages[{i}] renders without a stop token: the model would never learn to stop")
+    return Answer(i, start, words, words + len(stop), end)
+
+
+def _check_opening(message: Message, written: str, i: int) -> None:
+    """Some formats have no header (the answer follows at once); a template that forgets it makes it part of the answer."""
+    content = message["content"] or [{"text": ""}]
+    opening = content if isinstance(content, str) else content[0].get("text", "")
+    if not written.lstrip().startswith(opening.strip()):
+        raise ValueError(
+            f"messages[{i}]: the chat template writes a header before the answer, but not for an answer that is to "
+            "come; let it do so `if add_generation_prompt`"
+        )
+
+
+def _marked(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], text: str, *, continues: bool
+) -> list[tuple[int, int]]:
+    """Characters that the template's markers hold, runs that touch joined."""
+    texts, spans = render_jinja_template(
+        conversations=[list(messages)],
+        chat_template=tokenizer.get_chat_template(),
+        return_assistant_tokens_mask=True,
+        add_generation_prompt=continues,
+        **tokenizer.special_tokens_map,
+    )
+    assert texts == [text], "transformers renders a template with markers as without"
+    joined: list[tuple[int, int]] = []
+    for start, end in sorted(spans[0]):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+        else:
+            joined.append((start, end))
+    return joined
+
+
+def _agreed(text: str, answers: list[Answer], spans: list[tuple[int, int]]) -> list[Answer]:
+    """The answers that the markers hold; ValueError naming the turn where prefix rendering says otherwise.
+
+    Markers may leave out the stop token or include what is written after it, and some templates mark the line break
+    that ends the header: the label is what the model writes after the header, up to its stop token.
+    """
+    left = list(spans)
+    agreed = []
+    for answer in answers:
+        mine = [span for span in left if span[0] < answer.end and span[1] > answer.start]
+        left = [span for span in left if span not in mine]
+        # An empty answer whose stop token is not marked has no characters to mark.
+        (start, end), *more = mine or [(answer.start, answer.start)]
+        in_header = start < answer.start and not text[start : answer.start].strip()
+        start = answer.start if in_header else start
+        if more or start != answer.start or end not in (answer.words, answer.stop, answer.end):
+            raise ValueError(
+                f"messages[{answer.message}]: the chat template marks the characters {mine} as generated, but the "
+                f"answer and its stop token stand at {answer.start} to {answer.stop}; correct the template's "
+                "{% generation %} markers or remove them"
+            )
+        agreed.append(answer._replace(start=start))
+    left = [span for span in left if span[1] > span[0]]
+    if left:
+        raise ValueError(f"the chat template marks the characters {left} as generated, which are in no assistant turn")
+    return agreed
