@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -120,7 +121,9 @@ def test_a_truncated_shard_is_named(sharded):
 
 def test_pickled_weights_are_never_read(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"lacks model\.safetensors \(found pytorch_model\.bin: pickled"):
+    with pytest.raises(
+        ValueError, match=r"lacks model\.safetensors \(found pytorch_model\.bin: pickled.*save_pretrained"
+    ):
         load(folder)
 
 
@@ -202,6 +205,113 @@ def test_a_vision_config_with_a_part_missing(folder, missing):
         load_config(folder)
 
 
-def test_float16_is_refused():
-    with pytest.raises(ValueError, match="float16"):
+def test_a_file_that_the_index_does_not_describe(sharded):
+    """A shard of another save: what it holds and what the index says differ."""
+    victim = sorted(sharded.glob("*.safetensors"))[1]
+    edit_index(sharded, lambda index: index["weight_map"].pop(NORM))
+    other = next(name for name, file in json.loads((sharded / INDEX).read_text())["weight_map"].items()
+                 if file == victim.name)  # fmt: skip
+    tensors = load_file(victim)
+    del tensors[other]
+    save_file(tensors, victim)
+    with pytest.raises(
+        ValueError, match=r"not in the index \(1\): .*norm\.weight of model-.*not in the file \(1\)"
+    ) as e:
+        load(sharded)
+    assert f"{other}, which {INDEX} places in {victim.name}" in str(e.value)
+    assert "missing (1)" in str(e.value)
+
+
+def test_a_tensor_in_two_files_of_an_index(sharded):
+    first, second = sorted(sharded.glob("*.safetensors"))[:2]
+    shared = load_file(first)
+    name = next(iter(shared))
+    save_file({**load_file(second), name: shared[name]}, second)
+    with pytest.raises(ValueError, match=r"doubled \(1\): .* \(already read as .*\)"):
+        load(sharded)
+
+
+def test_two_sets_of_weights_in_one_folder(sharded):
+    """Which one was meant? transformers reads the single file, others the index."""
+    shutil.copy(vlm().folder / "model.safetensors", sharded)
+    with pytest.raises(ValueError, match=r"two sets of weights: model\.safetensors, and the files that model.*index"):
+        load(sharded)
+
+
+def test_an_index_over_a_single_file(folder):
+    names = load_file(folder / "model.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")}))
+    found = load(folder)
+    assert all(np.array_equal(found[name], value) for name, value in vlm().params.items())
+
+
+def test_shards_without_their_index(sharded):
+    (sharded / INDEX).unlink()
+    with pytest.raises(ValueError, match=r"lacks model\.safetensors \(found model-00001.*without .*index\.json; fetch"):
+        load(sharded)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "word"), [(np.int8, "I8"), (np.uint8, "U8"), (ml_dtypes.float8_e4m3fn, "F8_E4M3"), (np.float64, "F64")]
+)
+def test_tensors_of_a_dtype_that_is_not_read(folder, dtype, word):
+    retensor(folder, lambda tensors: tensors.update({QUERY: tensors[QUERY].astype(dtype)}))
+    with pytest.raises(ValueError, match=rf"dtype that is not read \(1\): {QUERY} is {word} \(.*BF16.*dequantise"):
+        load(folder)
+
+
+@pytest.mark.parametrize("place", ["top", "text_config"])
+def test_a_quantised_checkpoint_is_refused_with_what_to_do(folder, place):
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    config = json.loads((folder / "config.json").read_text())
+    if place == "top":
+        reconfigure(folder, quantization_config=settings)
+    else:
+        reconfigure(folder, text_config={**config["text_config"], "quantization_config": settings})
+    with pytest.raises(ValueError, match=r"quantised \(quantization_config: bitsandbytes\).*model\.dequantize\(\)"):
+        load_config(folder)
+    reconfigure(folder, quantization_config=None, text_config=config["text_config"])
+    load_config(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["Gemma3ForSequenceClassification", "Gemma3TextModel", "Gemma3ForTokenClassification", "RewardModel"]
+)
+def test_models_that_do_not_write_text_are_refused(folder, name):
+    """Their head would be an unknown tensor at best; a bare encoder may even attend in both directions."""
+    reconfigure(folder, architectures=[name])
+    with pytest.raises(ValueError, match=rf"describes a {name}; only models that write text .*ForCausalLM"):
+        load_config(folder)
+
+
+@pytest.mark.parametrize("architectures", [None, [], ["Gemma3ForConditionalGeneration"], ["Gemma3ForCausalLM"]])
+def test_models_that_write_text_are_read(folder, architectures):
+    reconfigure(folder, architectures=architectures)
+    assert load_config(folder) == vlm().model.config
+
+
+def test_everything_that_is_refused_is_said_at_once(folder):
+    reconfigure(folder, auto_map={}, quantization_config={"bits": 8}, architectures=["X"])
+    with pytest.raises(ValueError, match=r"auto_map.*of unknown kind.*describes a X"):
+        load_config(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"), [({"rope_scaling": {"rope_type": "linear"}}, "'factor'"), ({"hidden_size": "wide"}, "str")]
+)
+def test_a_setting_out_of_place(folder, changes, said):
+    config = json.loads((folder / "config.json").read_text())
+    text = {key: value for key, value in config["text_config"].items() if key != "rope_parameters"}
+    reconfigure(folder, text_config={**text, **changes})
+    with pytest.raises(ValueError, match=rf"config\.json: a setting is missing or of the wrong kind .*{said}"):
+        load_config(folder)
+
+
+def test_float16_is_refused_with_the_reason(folder):
+    """A folder that asks for float16 is read, in a dtype that holds its activations."""
+    with pytest.raises(ValueError, match=r"float32 or bfloat16, found 'float16': activations .* overflow float16"):
         Model(vlm().model.config, dtype="float16")
+    reconfigure(folder, torch_dtype="float16")
+    retensor(folder, lambda tensors: tensors.update({k: v.astype(np.float16) for k, v in tensors.items()}))
+    found = load(folder)
+    assert {value.dtype for value in found.values()} == {np.dtype(np.float32)}

@@ -1,129 +1,176 @@
-"""Hugging Face checkpoint folders: config.json and single or sharded safetensors, every tensor accounted for."""
+"""Hugging Face checkpoint folders: config.json and single or sharded safetensors, every tensor accounted for.
+
+Weights go from the file to their place tensor by tensor, and under a sharding slice by slice, so that loading needs
+little more host memory than what stays there.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from vlmalign.models.config import ModelConfig
 from vlmalign.models.families import FAMILIES, read_config
 from vlmalign.models.model import Model
 from vlmalign.shapes import Array
+from vlmalign.weights.layout import (
+    FLOATS,
+    INDEX,
+    SHOWN,
+    SINGLE,
+    Stored,
+    account,
+    describe,
+    read_json,
+    tensor_files,
+)
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+__all__ = [
+    "INDEX",
+    "SHOWN",
+    "load_config",
+    "load_params",
+    "parse_config",
+    "read_json",
+    "refusals",
+    "save_params",
+    "tensor_files",
+]
 
-#: problems of one kind named in an error before it says "and N more"
-SHOWN = 8
+#: where a parameter goes: its name, shape and dtype -> its sharding
+Placement = Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding]
+#: called as weights arrive, with bytes of the files read so far and in all
+Advance = Callable[[int, int], None]
+
+#: bytes of a tensor that are held in the file's dtype while they are cast
+CHUNK = 16 << 20
+
+#: endings of the class names, in a config's `architectures`, of models that write text
+GENERATORS = ("ForCausalLM", "ForConditionalGeneration")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; ValueError naming the file when it is missing or broken."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path.parent} is not a checkpoint folder: it has no {path.name}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold a JSON object, found {type(found).__name__}")
+def refusals(config: Mapping[str, Any]) -> list[str]:
+    """Why a parsed config.json describes nothing that is read here, whatever its family; empty when nothing is wrong."""
+    found = []
+    if "auto_map" in config:
+        found.append(
+            "config.json asks for code of its own (auto_map), which is never run; "
+            "use a checkpoint of a family that vlmalign knows"
+        )
+    for part in (config, config.get("text_config")):
+        settings = part.get("quantization_config") if isinstance(part, Mapping) else None
+        if settings:
+            method = settings.get("quant_method", "of unknown kind") if isinstance(settings, Mapping) else settings
+            found.append(
+                f"config.json says that the weights are quantised (quantization_config: {method}), which is not read "
+                "here; use the checkpoint they were made from, or dequantise them where they were made (in "
+                "transformers: model.dequantize(), then save_pretrained)"
+            )
+            break
+    others = [name for name in config.get("architectures") or () if not str(name).endswith(GENERATORS)]
+    if others:
+        found.append(
+            f"config.json describes a {', '.join(map(str, others))}; only models that write text are read here "
+            f"(architectures ending in {' or '.join(GENERATORS)}), not classifiers, rewards or bare encoders"
+        )
     return found
 
 
 def load_config(folder: Path) -> ModelConfig:
-    """The model that `folder/config.json` describes. Code in checkpoints is never run."""
-    config = read_json(folder / "config.json")
-    if "auto_map" in config:
-        raise ValueError(
-            f"{folder}/config.json asks for code of its own (auto_map), which is never run; "
-            "use a checkpoint of a family that vlmalign knows"
-        )
-    try:
-        return read_config(config)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
-
-
-def tensor_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those its index names, or the single file."""
-    if (folder / INDEX).exists():
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise ValueError(f"{folder / INDEX} has no weight_map from tensor names to file names")
-        names = sorted(set(weight_map.values()))
-        if any(name in ("", ".", "..") or "/" in name or "\\" in name for name in names):
-            raise ValueError(f"{folder / INDEX} names a file outside its folder")
-        files = [folder / name for name in names]
-    else:
-        files = [folder / SINGLE]
-    missing = [file.name for file in files if not file.exists()]
-    if missing:
-        other = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
-        hint = (
-            f" (found {', '.join(other)}: pickled weights are never read; convert them to safetensors)" if other else ""
-        )
-        raise ValueError(f"{folder} lacks {', '.join(missing[:SHOWN])}{hint}")
-    return files
-
-
-def _tensors(files: list[Path]) -> Iterator[tuple[str, Path, Any]]:
-    for file in files:
-        try:
-            with safe_open(file, framework="numpy") as opened:
-                for name in opened.keys():  # noqa: SIM118 - not a mapping
-                    yield name, file, opened
-        except SafetensorError as error:
-            raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
-
-
-def load_params(folder: Path, model: Model) -> dict[str, Array]:
-    """Base parameters of `model` from `folder`, cast to `model.dtype`.
+    """The model that `folder/config.json` describes. Code in checkpoints is never run.
 
     Raises:
-        ValueError: naming every unknown, missing, doubled and misshaped tensor.
+        ValueError: when the file is missing or broken, the family is unknown, or a setting is not supported.
     """
+    config = read_json(folder / "config.json")
+    if wrong := refusals(config):
+        raise ValueError(f"{folder}: {'; '.join(wrong)}")
+    try:
+        return parse_config(config)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error.__cause__
+
+
+def parse_config(config: Mapping[str, Any]) -> ModelConfig:
+    """The model that a parsed config.json describes; ValueError for an unknown family and for settings out of place."""
+    try:
+        return read_config(config)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"config.json: a setting is missing or of the wrong kind ({error!r})") from error
+
+
+def load_params(
+    folder: Path, model: Model, *, sharding: Placement | None = None, advance: Advance | None = None
+) -> dict[str, Array]:
+    """Base parameters of `model` from `folder`, cast to `model.dtype`, each where `sharding` places it.
+
+    Without `sharding` they go to JAX's default device. Names, shapes and dtypes are checked from the files' headers
+    before any tensor is read. Of a sharded tensor a process reads only the slices that its own devices hold, each
+    once however many devices hold it. Beyond the parameters, host memory holds one tensor (of the sharded ones: this
+    process's share of it) and `CHUNK` bytes.
+
+    Raises:
+        ValueError: naming every tensor that is unknown, missing, doubled, misshaped or of a dtype that is not read.
+    """
+    sources, problems = account(folder, model)
+    if problems:
+        raise ValueError(f"{folder} does not fit its config.json. " + "; ".join(describe(problems)))
     expected = model.without_lora().shapes
-    rename = FAMILIES[model.config.family].parameter_name
-    files = tensor_files(folder)
-    source: dict[str, str] = {}
-    problems: dict[str, list[str]] = {"unknown": [], "doubled": [], "misshaped": [], "missing": []}
+    by_file: dict[Path, list[str]] = {}
+    for name, stored in sources.items():
+        by_file.setdefault(stored.file, []).append(name)
+    total, done = sum(stored.nbytes for stored in sources.values()), 0
     params: dict[str, Array] = {}
-    for name, _, opened in _tensors(files):
-        ours = rename(name, model.config)
-        if ours is None:
-            continue
-        if ours not in expected:
-            problems["unknown"].append(name)
-            continue
-        if ours in source:
-            problems["doubled"].append(f"{name} (already read as {source[ours]})")
-            continue
-        source[ours] = name
-        shape = tuple(opened.get_slice(name).get_shape())
-        if shape != expected[ours].shape:
-            problems["misshaped"].append(f"{name} is {list(shape)}, config.json says {list(expected[ours].shape)}")
-            continue
-        params[ours] = jnp.asarray(opened.get_tensor(name), dtype=expected[ours].dtype)
-    problems["missing"] = [name for name in expected if name not in source]
-    if any(problems.values()):
-        raise ValueError(f"{folder} does not fit its config.json. " + _describe(problems))
-    return params
+    for file, names in by_file.items():
+        with safe_open(file, framework="numpy") as opened:
+            for name in names:
+                place = None if sharding is None else sharding(name, expected[name])
+                params[name] = _load(opened, sources[name], expected[name].dtype, place)
+                # One at a time: device copies run behind, and each keeps its host buffer until it is done.
+                jax.block_until_ready(params[name])
+                done += sources[name].nbytes
+                if advance is not None:
+                    advance(done, total)
+    return {name: params[name] for name in expected}
 
 
-def _describe(problems: Mapping[str, list[str]]) -> str:
-    parts = []
-    for kind, names in problems.items():
-        if names:
-            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-            parts.append(f"{kind} ({len(names)}): {', '.join(names[:SHOWN])}{more}")
-    return "; ".join(parts)
+def _load(opened: Any, stored: Stored, dtype: jnp.dtype, place: jax.sharding.Sharding | None) -> Array:
+    if place is None:
+        return jax.device_put(_read(opened, stored, dtype, tuple(slice(0, n) for n in stored.shape)))
+    read: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        # Devices that hold the same part of a tensor ask for it one by one.
+        bounds = tuple(s.indices(n)[:2] for s, n in zip(index, stored.shape, strict=True))
+        if bounds not in read:
+            read[bounds] = _read(opened, stored, dtype, tuple(slice(*b) for b in bounds))
+        return read[bounds]
+
+    return jax.make_array_from_callback(stored.shape, place, part, dtype=dtype)
+
+
+def _read(opened: Any, stored: Stored, dtype: jnp.dtype, index: tuple[slice, ...]) -> np.ndarray:
+    """Part of a tensor in host memory of its own, in `dtype`."""
+    piece = opened.get_slice(stored.name)
+    shape = tuple(s.stop - s.start for s in index)
+    kept = jnp.dtype(FLOATS[stored.dtype])
+    if kept == dtype:
+        return piece[index]
+    out = np.empty(shape, dtype)
+    rows = max(1, CHUNK // (out[0].size * kept.itemsize))
+    first = index[0].start
+    for start in range(0, len(out), rows):
+        stop = min(start + rows, len(out))
+        out[start:stop] = piece[(slice(first + start, first + stop), *index[1:])]
+    return out
 
 
 def save_params(folder: Path, params: Mapping[str, Array], model: Model, config: Mapping[str, Any]) -> None:
