@@ -1,7 +1,10 @@
-"""Supervised fine-tuning: the exact token mean of -log p over the whole optimiser batch.
+"""Supervised fine-tuning: the exact token mean of a loss of -log p over the whole optimiser batch.
 
-L = sum_t w_t (-log p(y_t)) / sum_t w_t, both sums over all micro-batches and devices. Weights are 1 on assistant
-tokens and the turn's stop token, 0 elsewhere, so cutting a batch differently never changes the result.
+    nll: L = sum_t w_t (-log p(y_t)) / sum_t w_t
+    dft: L = sum_t w_t p(y_t) (-log p(y_t)) / sum_t w_t,  p(y_t) a constant of the gradient (DFT, arXiv 2508.05629)
+
+both sums over all micro-batches and devices, so cutting a batch differently never changes the result. Weights are 1 on
+assistant tokens and the turn's stop token and 0 elsewhere; a turn whose tokens weigh 0.5 counts half, above and below.
 """
 
 from __future__ import annotations
@@ -10,23 +13,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vlmalign.objectives.names import require_known
 from vlmalign.types import GroupBatch, LossParts, Scores
 
+KINDS = ("nll", "dft")
 
-def sft_loss(scores: Scores, batch: GroupBatch) -> LossParts:
-    """Part "nll": the weighted sum of negative log-likelihoods; metrics over tokens of positive weight."""
+
+def sft_loss(scores: Scores, batch: GroupBatch, *, kind: str = "nll") -> LossParts:
+    """One part, named as `kind`. Metrics: "loss" is the negative log-likelihood for every kind; entropy over tokens.
+
+    Raises:
+        ValueError: for a kind other than "nll" and "dft".
+    """
+    require_known("kind of supervised loss", kind, KINDS)
     weight = batch.weight
-    nll = -jnp.sum(weight * scores.logp)
-    real = (weight > 0).astype(jnp.float32)
-    count = jnp.sum(real)
-    return LossParts(
-        sums={"nll": nll},
-        metrics=jax.lax.stop_gradient(
-            {"loss": (nll, jnp.sum(weight)), "entropy": (jnp.sum(real * scores.entropy), count)}
-        ),
-    )
+    real = weight > 0
+    # Whatever stands on padding must not reach the sum: 0 x inf is NaN for the whole batch.
+    logp = jnp.where(real, scores.logp, 0.0)
+    nll = -jnp.sum(weight * logp)
+    loss = nll if kind == "nll" else -jnp.sum(weight * jax.lax.stop_gradient(jnp.exp(logp)) * logp)
+    metrics = {
+        "loss": (nll, jnp.sum(weight)),
+        "entropy": (jnp.sum(jnp.where(real, scores.entropy, 0.0)), jnp.sum(real.astype(jnp.float32))),
+    }
+    return LossParts(sums={kind: loss}, metrics=jax.lax.stop_gradient(metrics))
 
 
-def sft_counts(batches: list[GroupBatch]) -> dict[str, float]:
-    """What each part of the loss is divided by: the loss tokens of the whole optimiser batch (host arrays)."""
-    return {"nll": float(sum(np.sum(b.weight, dtype=np.float64) for b in batches))}
+def sft_counts(batches: list[GroupBatch], *, kind: str = "nll") -> dict[str, float]:
+    """What the loss is divided by: the weight of all loss tokens of the whole optimiser batch (host arrays)."""
+    require_known("kind of supervised loss", kind, KINDS)
+    return {kind: float(sum(np.sum(b.weight, dtype=np.float64) for b in batches))}
