@@ -100,6 +100,8 @@ class GroupBatch(NamedTuple):
     features: Any = None  #: [F, d]: soft tokens of the distinct images, end to end
     pixels: Any = None  #: [I, channel, height, width]: the distinct images, when the tower is trained
     advantage: Any = None  #: [N, K] float32: one advantage per continuation, computed over whole groups
+    truncated: Any = None  #: [N, K] bool: sampling stopped at the length limit, not at a stop token
+    entropy_mask: Any = None  #: [N, K, C] bool: tokens whose policy term is kept, chosen over the whole optimiser batch
 
     @property
     def layout(self) -> Layout:
@@ -116,6 +118,10 @@ class Scores(NamedTuple):
     ref_logp: Any = None  #: under the reference (adapter off, or a frozen adapter)
     old_logp: Any = None  #: under the policy at the start of this optimiser batch
     rollout_logp: Any = None  #: as recorded while sampling
+    kept_logp: Any = None  #: as `rollout_logp`, over the tokens that top-p and top-k kept: what was sampled from
+    old_values: Any = None  #: value head at the start of this optimiser batch, for PPO
+    returns: Any = None  #: what the value head should predict, for PPO
+    advantage: Any = None  #: per token, for PPO
 
 
 class LossParts(NamedTuple):
