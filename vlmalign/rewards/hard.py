@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from vlmalign.rewards.contract import aligned
 from vlmalign.rewards.parse import label_index, parse_completion
 
 
@@ -74,7 +75,7 @@ class HardReward:
     def __call__(
         self,
         prompts: Sequence[Any],
-        completions: Sequence[str],
+        completions: Sequence[Any],
         *,
         truth: Sequence[Iterable[str]],
         completion_tokens: Sequence[int],
@@ -85,14 +86,7 @@ class HardReward:
         Raises ValueError if the columns differ in length.
         """
         del prompts, columns
-        lengths = {
-            "completions": len(completions),
-            "truth": len(truth),
-            "completion_tokens": len(completion_tokens),
-        }
-        if len(set(lengths.values())) > 1:
-            raise ValueError(f"columns must have one entry per completion, found {lengths}; repeat each prompt's entry")
-        rows = zip(completions, truth, completion_tokens, strict=True)
+        rows = aligned(completions, truth=truth, completion_tokens=completion_tokens)
         return [self.score(text, truth=true, completion_tokens=length).total for text, true, length in rows]
 
 

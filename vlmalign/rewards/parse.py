@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
+from typing import NamedTuple
 
 TAGS = (
     "<think>",
@@ -33,6 +34,15 @@ class Parsed:
     duplicates: int  #: mentions of a known label after its first
     outside: str  #: what stands before, between and after the blocks, trimmed, one piece per line
     reason: str | None  #: in words, why the completion is not valid; None if it is
+
+
+class Blocks(NamedTuple):
+    """The two blocks of a completion of valid form, trimmed, and what stands outside them; else why it is not."""
+
+    reasoning: str
+    solution: str
+    outside: str  #: before, between and after the blocks, one piece per line
+    reason: str | None  #: None if the form is valid
 
 
 @lru_cache(maxsize=64)
@@ -83,30 +93,56 @@ def parse_completion(text: str, labels: tuple[str, ...]) -> Parsed:
     Parsed(valid=True, reasoning='Fluid.', predicted=('Edema',), unknown=('flu',), duplicates=1, outside='', reason=None)
     """
     index = label_index(labels)
+    blocks = read_blocks(text)
+    if blocks.reason is not None:
+        return Parsed(
+            valid=False, reasoning="", predicted=(), unknown=(), duplicates=0, outside="", reason=blocks.reason
+        )
+
+    names = [name.strip() for name in _SEPARATOR.split(blocks.solution)]
+    known = [(name, index.get(_written(name))) for name in names if name]
+    mentions = [label for _, label in known if label is not None]
+    found = set(mentions)
+    return Parsed(
+        valid=True,
+        reasoning=blocks.reasoning,
+        predicted=tuple(label for label in labels if label in found),
+        unknown=tuple(name for name, label in known if label is None),
+        duplicates=len(mentions) - len(found),
+        outside=blocks.outside,
+        reason=None,
+    )
+
+
+def read_blocks(text: str) -> Blocks:
+    """The blocks of a completion, by the first two points of the rule in `parse_completion`."""
     tags = list(_TAG.finditer(text))
     reason = _fault([tag.group() for tag in tags])
     if reason is not None:
-        return Parsed(valid=False, reasoning="", predicted=(), unknown=(), duplicates=0, outside="", reason=reason)
+        return Blocks(reasoning="", solution="", outside="", reason=reason)
     think, think_end, solution, solution_end = tags
-
-    names = [name.strip() for name in _SEPARATOR.split(text[solution.end() : solution_end.start()])]
-    names = [name for name in names if name]
-    mentions = [index[_written(name)] for name in names if _written(name) in index]
-    found = set(mentions)
     around = (
         text[: think.start()],
         text[think_end.end() : solution.start()],
         text[solution_end.end() :],
     )
-    return Parsed(
-        valid=True,
+    return Blocks(
         reasoning=text[think.end() : think_end.start()].strip(),
-        predicted=tuple(label for label in labels if label in found),
-        unknown=tuple(name for name in names if _written(name) not in index),
-        duplicates=len(mentions) - len(found),
+        solution=text[solution.end() : solution_end.start()].strip(),
         outside="\n".join(piece.strip() for piece in around if piece.strip()),
         reason=None,
     )
+
+
+def answer_of(text: str) -> str:
+    """Where a completion of any form gives its answer: its solution block, else what follows its last `</think>`,
+    else all of it; trimmed.
+
+    >>> answer_of("<think>A or B</think> The answer is B.")
+    'The answer is B.'
+    """
+    blocks = read_blocks(text)
+    return blocks.solution if blocks.reason is None else text.rpartition(TAGS[1])[2].strip()
 
 
 def _written(name: str) -> str:

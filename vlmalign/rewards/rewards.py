@@ -1,9 +1,9 @@
-"""The table of rewards: name in a config -> what builds the reward. A new reward is one file and one line here.
+"""The tables of rewards: name in a config -> what builds the reward. A new reward is one file and one line here.
 
 A reward is called as `reward(prompts, completions, **columns)` with one entry per completion in every list and
-returns one number per completion, or None where it does not apply; None takes no part in the advantage. It keeps no
-memory between calls, does not change its arguments, and pickles, because chunks are scored in worker processes.
-Its `score` gives one completion's reward by component, as a record whose `total` is the reward.
+returns one number per completion, or None where it does not apply; None takes no part in the advantage. It judges
+each completion alone, keeps no memory between calls, does not change its arguments, and pickles, because chunks are
+scored in worker processes. One that must remember is a `MemoryReward`, in the second table.
 """
 
 from __future__ import annotations
@@ -11,8 +11,38 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+from vlmalign.rewards.choice import ChoiceReward
+from vlmalign.rewards.collapse import label_collapse
+from vlmalign.rewards.constraints import ConstraintShare
+from vlmalign.rewards.contract import MemoryReward, Reward
+from vlmalign.rewards.form import FormatReward
 from vlmalign.rewards.hard import HardReward
+from vlmalign.rewards.json_answer import JsonReward
+from vlmalign.rewards.labels import LabelOverlap
+from vlmalign.rewards.length import LengthBand
+from vlmalign.rewards.nuanced import NuancedReward
+from vlmalign.rewards.nv_reason import RewardSet, nv_reason_ct, nv_reason_cxr
+from vlmalign.rewards.pattern import PatternReward
+from vlmalign.rewards.repetition import RepetitionPenalty
 
-Reward = Callable[..., list[float | None]]
+REWARDS: Mapping[str, Callable[..., Reward]] = MappingProxyType(
+    {
+        "choice": ChoiceReward,
+        "constraints": ConstraintShare,
+        "format": FormatReward,
+        "hard": HardReward,
+        "json": JsonReward,
+        "labels": LabelOverlap,
+        "length": LengthBand,
+        "nuanced": NuancedReward,
+        "pattern": PatternReward,
+        "repetition": RepetitionPenalty,
+    }
+)
 
-REWARDS: Mapping[str, Callable[..., Reward]] = MappingProxyType({"hard": HardReward})
+REWARDS_WITH_MEMORY: Mapping[str, Callable[..., MemoryReward]] = MappingProxyType({"collapse": label_collapse})
+
+#: published sets of rewards with their weights, ready for a `RewardRunner`
+REWARD_SETS: Mapping[str, Callable[..., RewardSet]] = MappingProxyType(
+    {"nv_reason_ct": nv_reason_ct, "nv_reason_cxr": nv_reason_cxr}
+)

@@ -1,0 +1,144 @@
+"""Rewards that misbehave, in a module of their own: worker processes import it, so it must be light."""
+
+import asyncio
+import os
+import sys
+import time
+
+
+def length(prompts, completions, **columns):
+    return [float(len(text)) for text in completions]
+
+
+def negative(prompts, completions, **columns):
+    return [-float(len(text)) for text in completions]
+
+
+def odd_only(prompts, completions, *, number, **columns):
+    return [None if n % 2 == 0 else float(n) for n in number]
+
+
+def hangs(prompts, completions, **columns):
+    """On "hang" it sleeps for ever."""
+    if "hang" in completions:
+        time.sleep(3600)
+    return length(prompts, completions)
+
+
+def spins(prompts, completions, **columns):
+    """On "hang" it stays inside one call that never lets Python run (a regular expression that backtracks)."""
+    if "hang" in completions:
+        import re
+
+        re.fullmatch(r"(a+)+b", "a" * 64)
+    return length(prompts, completions)
+
+
+def hangs_for_all(prompts, completions, **columns):
+    time.sleep(3600)
+
+
+def crashes(prompts, completions, **columns):
+    """On "exit", "abort" or "kill" it takes its process down."""
+    if "exit" in completions:
+        os._exit(3)
+    if "abort" in completions:
+        os.abort()
+    if "kill" in completions:
+        os.kill(os.getpid(), 9)
+    return length(prompts, completions)
+
+
+def raises(prompts, completions, **columns):
+    if "raise" in completions:
+        raise KeyError("no such thing")
+    if "quit" in completions:
+        sys.exit("bye")
+    if "late" in completions:
+        raise TimeoutError("the pattern took too long")
+    return length(prompts, completions)
+
+
+ENTRIES = {
+    "nan": float("nan"),
+    "inf": float("-inf"),
+    "huge": 10**400,
+    "text": "1.0",
+    "bool": True,
+    "list": [1.0],
+    "none": None,
+    "int": 2,
+}
+
+
+def entries(prompts, completions, **columns):
+    return [ENTRIES[text] for text in completions]
+
+
+def too_few(prompts, completions, **columns):
+    return [1.0] * (len(completions) - 1)
+
+
+def too_few_if_told(prompts, completions, **columns):
+    return [] if "few" in completions[0] else length(prompts, completions)
+
+
+def slow_if_told(prompts, completions, **columns):
+    if "slow" in completions[0]:
+        time.sleep(0.5)
+    return length(prompts, completions)
+
+
+def one_number(prompts, completions, **columns):
+    return 1.0
+
+
+def modules(prompts, completions, **columns):
+    """1.0 if JAX is among the loaded modules, else 0.0; and it must not see a GPU."""
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    return [float("jax" in sys.modules) for _ in completions]
+
+
+def process(prompts, completions, **columns):
+    return [float(os.getpid()) for _ in completions]
+
+
+async def judge(prompts, completions, **columns):
+    """Waits a fifth of a second; on "hang" for ever, on "raise" it raises."""
+    await asyncio.sleep(3600 if "hang" in completions else 0.2)
+    if "raise" in completions:
+        raise RuntimeError("429 too many requests")
+    return length(prompts, completions)
+
+
+async def second_judge(prompts, completions, **columns):
+    return await judge(prompts, completions, **columns)
+
+
+async def blocks(prompts, completions, **columns):
+    """An async function that does not await."""
+    if "hang" in completions:
+        time.sleep(5)
+    return length(prompts, completions)
+
+
+async def judge_of_few(prompts, completions, **columns):
+    return too_few(prompts, completions)
+
+
+class Unloadable:
+    """Pickles, and cannot be unpickled."""
+
+    def __call__(self, prompts, completions, **columns):
+        return length(prompts, completions)
+
+    def __reduce__(self):
+        return (_refuse, ())
+
+
+def _refuse():
+    raise ImportError("no such module there")
+
+
+def no_columns(prompts, completions):
+    return length(prompts, completions)

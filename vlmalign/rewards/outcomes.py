@@ -1,0 +1,198 @@
+"""What every completion was given, on disk before it is used: a run that is continued, or looked at, reads it there.
+
+JSON Lines, appended. A step is one line per completion, then one that closes it:
+
+    {"step": 3, "prompt": 17, "sample": 0, "digest": "9f...", "reward": 0.5, "parts": {"labels": 0.5}, "faults": {}}
+    {"step": 3, "end": 8, "memory": {}}
+
+A judge may answer differently when asked again, so a step that is run again after a kill takes its rewards from here.
+Lines hold no text of prompts or completions, only a digest that tells whether it is the same one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vlmalign.rewards.runner import RewardRunner, RowFault, ScoredBatch
+
+#: (prompt id, sample id): which completion of a step
+Key = tuple[int | str, int]
+
+
+class StepOutcomes(NamedTuple):
+    """One step as it was written."""
+
+    keys: tuple[Key, ...]
+    digests: tuple[str, ...]
+    scored: ScoredBatch
+    memory: dict[str, Any]  #: state of the rewards with memory after this step
+
+
+class OutcomeFile:
+    """Appends steps to `path` and reads them back. For one writer at a time.
+
+    Opening drops what a kill left at the end: a step without its last line. `dropped` counts its lines, the torn one
+    included. Raises ValueError when anything before that is not as this class writes it.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115  (open for the object's life)
+        self._places: dict[int, tuple[int, int]] = {}  # step -> where its lines begin and end
+        self._end, self.dropped = self._index()
+        self._file.truncate(self._end)
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        return tuple(self._places)
+
+    def write(
+        self,
+        step: int,
+        keys: Sequence[Key],
+        digests: Sequence[str],
+        scored: ScoredBatch,
+        memory: Mapping[str, Any],
+    ) -> None:
+        """Append a step. It survives `kill -9` when this returns, and a power cut after `sync`.
+
+        Raises ValueError for a step that is not after the last one, and for a key given twice.
+        """
+        if self._places and step <= max(self._places):
+            raise ValueError(
+                f"{self.path} holds steps up to {max(self._places)}, cannot append step {step}; read it, or call "
+                f"drop_from({step}) first"
+            )
+        if len(set(keys)) < len(keys):
+            double = next(key for key in keys if list(keys).count(key) > 1)
+            raise ValueError(f"step {step}: expected every (prompt, sample) once, found {double} more than once")
+        faults: list[dict[str, list[str]]] = [{} for _ in keys]
+        for fault in scored.faults:
+            faults[fault.row][fault.reward] = [fault.kind, fault.reason]
+        lines: list[dict[str, Any]] = []
+        for row, ((prompt, sample), digest) in enumerate(zip(keys, digests, strict=True)):
+            parts = {name: column[row] for name, column in scored.parts.items()}
+            line = {"step": step, "prompt": prompt, "sample": sample, "digest": digest, "reward": scored.rewards[row]}
+            lines.append(line | {"parts": parts, "faults": faults[row]})
+        lines.append({"step": step, "end": len(lines), "rewards": list(scored.parts), "memory": dict(memory)})
+        data = b"".join(json.dumps(line, allow_nan=False).encode() + b"\n" for line in lines)
+        while data:  # one call, unless the system takes less at a time
+            data = data[self._file.write(data) :]
+        end = os.fstat(self._file.fileno()).st_size
+        self._places[step] = (self._end, end)
+        self._end = end
+
+    def read(self, step: int) -> StepOutcomes:
+        """A step as it was written. Raises ValueError for a step that is not here."""
+        if step not in self._places:
+            raise ValueError(f"{self.path} holds no step {step}; found {len(self._places)} steps")
+        begin, end = self._places[step]
+        lines = [json.loads(line) for line in os.pread(self._file.fileno(), end - begin, begin).splitlines()]
+        rows, last = lines[:-1], lines[-1]
+        names = last["rewards"]
+        # By reward, then by row, as the runner gives them.
+        faults = tuple(
+            RowFault(name, i, *row["faults"][name])
+            for name in names
+            for i, row in enumerate(rows)
+            if name in row["faults"]
+        )
+        parts = {name: [row["parts"][name] for row in rows] for name in names}
+        return StepOutcomes(
+            keys=tuple((row["prompt"], row["sample"]) for row in rows),
+            digests=tuple(row["digest"] for row in rows),
+            scored=ScoredBatch([row["reward"] for row in rows], parts, faults),
+            memory=last["memory"],
+        )
+
+    def drop_from(self, step: int) -> None:
+        """Forget this step and all after it: for a run that is continued on purpose with other code or hardware."""
+        kept = {number: place for number, place in self._places.items() if number < step}
+        self._end = max((end for _, end in kept.values()), default=0)
+        self._places = kept
+        self._file.truncate(self._end)
+
+    def sync(self) -> None:
+        """Have everything on the disk; call it before a checkpoint is written."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self.sync()
+        self._file.close()
+
+    def _index(self) -> tuple[int, int]:
+        """Where the last whole step ends, and how many lines stand after it."""
+        self._file.seek(0)
+        end = begin = place = 0
+        rows: list[dict[str, Any]] = []
+        lines = self._file.read().splitlines(keepends=True)
+        for number, data in enumerate(lines, start=1):
+            place += len(data)
+            try:
+                line = json.loads(data)
+                step = line["step"]
+                last = line.get("end")
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                if number == len(lines) and not data.endswith(b"\n"):
+                    return end, len(rows) + 1
+                raise self._damaged(number, "is not a line of outcomes") from error
+            if not data.endswith(b"\n"):  # whole JSON, but what follows it is lost
+                return end, len(rows) + 1
+            if rows and step != rows[0]["step"]:
+                raise self._damaged(number, f"is of step {step}, while step {rows[0]['step']} has no end")
+            if last is None:
+                rows.append(line)
+                continue
+            if last != len(rows) or (self._places and step <= max(self._places)):
+                raise self._damaged(number, f"closes step {step} with {last} completions, found {len(rows)}")
+            self._places[step] = (begin, place)
+            end = begin = place
+            rows = []
+        return end, len(rows)
+
+    def _damaged(self, number: int, what: str) -> ValueError:
+        return ValueError(f"{self.path}, line {number}, {what}: the file was changed; restore it or start a new run")
+
+
+def digest(prompt: Any, completion: Any) -> str:
+    """Sixteen hexadecimal digits that tell one (prompt, completion) from another."""
+    text = json.dumps([prompt, completion], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def score_or_replay(
+    runner: RewardRunner,
+    outcomes: OutcomeFile,
+    *,
+    step: int,
+    keys: Sequence[Key],
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    columns: Mapping[str, Sequence[Any]],
+) -> ScoredBatch:
+    """The rewards of a step: read when it is on file, else computed and written before they are returned.
+
+    A step that is read leaves the runner's memory as if it had been computed. Raises ValueError when the file holds
+    the step for other completions or other rewards.
+    """
+    digests = [digest(*pair) for pair in zip(prompts, completions, strict=True)]
+    if step not in outcomes.steps:
+        scored = runner.score(prompts, completions, columns)
+        outcomes.write(step, keys, digests, scored, runner.get_state())
+        return scored
+    found = outcomes.read(step)
+    same = found.keys == tuple(keys) and found.digests == tuple(digests)
+    if not same or tuple(found.scored.parts) != runner.names:
+        what = "rewards" if same else "completions"
+        raise ValueError(
+            f"{outcomes.path} holds step {step} for other {what}: the run is continued with another config, code or "
+            f"hardware; go back to those, or drop its steps from {step} on (OutcomeFile.drop_from) to score them anew"
+        )
+    runner.set_state(found.memory)
+    return found.scored
