@@ -36,6 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "rewards": {"types"},
     "models": CORE,
     "weights": CORE | {"models"},
+    "inspection": RECORDS | {"data"} | MODELS,
     "rollout": CORE | {"data"} | MODELS,
     "objectives": CORE | MODELS,
     "control": CORE,
@@ -43,8 +44,11 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": BELOW_TRAINING,
     "training": BELOW_TRAINING | {"distributed"},
     "reporting": set(),
+    "preview": {"types", "data", "weights"},
+    "exporting": RECORDS | {"config_yaml", "training"} | MODELS,
     "studies": BELOW_TRAINING | {"distributed", "config", "training", "evaluation", "reporting"},
-    "cli": RECORDING | {"config", "studies", "training", "evaluation", "reporting"},
+    "cli": RECORDING
+    | {"config", "studies", "training", "evaluation", "exporting", "inspection", "reporting", "preview"},
 }
 NO_JAX = NUMPY_SIDE | {"reporting", "cli", "log", "progress"}
 NO_JAX |= {"config", "config_yaml", "config_tree", "overrides"}

@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vlmalign import __version__
+from vlmalign.evaluation import harness_command
+from vlmalign.exporting import command as export_command
+from vlmalign.inspection import command as inspect_command
 
 
 class Command(NamedTuple):
@@ -55,6 +58,19 @@ def _report(arguments: argparse.Namespace) -> None:
     write_report(arguments.run)
 
 
+def _preview_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="folder of a model")
+    parser.add_argument("messages", metavar="MESSAGES.jsonl", type=Path, help='a line each: {"messages": [...]}')
+    parser.add_argument("--row", metavar="N", type=int, default=1, help="line of the file, the first is 1 (default)")
+    parser.add_argument("--no-color", dest="color", action="store_false", help="mark labels by « and » alone")
+
+
+def _preview(arguments: argparse.Namespace) -> None:
+    from vlmalign.preview import preview
+
+    preview(arguments.checkpoint, arguments.messages, row=arguments.row, color=arguments.color)
+
+
 def _overrides(arguments: argparse.Namespace) -> list[str]:
     # JSON quotes the folder's name, so that one such as `007` or `a: b` is not read as something else.
     chosen = [] if arguments.run is None else [f"run={json.dumps(arguments.run, ensure_ascii=False)}"]
@@ -63,7 +79,16 @@ def _overrides(arguments: argparse.Namespace) -> list[str]:
 
 COMMANDS = (
     Command("chexreason", "chest films with reasoning: SFT, GRPO, evaluation", _study_arguments, _chexreason),
+    Command("preview", "show a conversation as it is trained on", _preview_arguments, _preview),
     Command("report", "write report.html of a run folder again", _run_folder_arguments, _report),
+    Command(
+        "inspect",
+        "what a checkpoint or adapter folder holds; what is wrong",
+        inspect_command.arguments,
+        inspect_command.run,
+    ),
+    Command("export", "an adapter as a PEFT folder or a merged model", export_command.arguments, export_command.run),
+    Command("lm-eval", "tasks of lm-evaluation-harness", harness_command.arguments, harness_command.run),
 )
 
 _EPILOG = """examples:

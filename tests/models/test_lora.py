@@ -1,6 +1,7 @@
 """Adapters: nothing changes while B is zero, merged equals unmerged, only the named projections are trained."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -102,11 +103,44 @@ def test_adapters_stay_float32_over_a_bfloat16_base():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"rank": 0}, {"targets": ()}, {"targets": ("q_proj", "lm_head")}], ids=["rank", "none", "unknown"]
+    ("wrong", "said"),
+    [
+        ({"rank": 0}, "rank >= 1, found 0"),
+        ({"alpha": 0.0}, r"alpha > 0, found 0\.0"),
+        ({"alpha": float("inf")}, "alpha > 0, found inf"),
+        ({"dropout": 1.0}, r"dropout in \[0, 1\), found 1\.0"),
+        ({"dropout": -0.1}, "dropout"),
+        ({"dropout": float("nan")}, "dropout"),
+        ({"targets": ()}, r"must be a list of names among q_proj, .*found \(\)"),
+        ({"targets": ("q_proj", "lm_head")}, "'lm_head' would match nothing .only the decoder's projections carry"),
+        ({"targets": ("embed_tokens",)}, "not embeddings or the output head"),
+        ({"targets": ("vision_tower.encoder.layers.0.mlp.fc1",)}, "never the vision tower"),
+        ({"targets": ("qproj",)}, r"'qproj' would match nothing \(write q_proj\)"),
+        ({"targets": ("qkv_proj", "gate_up_proj")}, r"write q_proj, k_proj, v_proj\); .*write gate_proj, up_proj\)"),
+        ({"targets": ("self_attn.o_proj",)}, r"\(write o_proj\)"),
+        ({"targets": ("all-linear",)}, "write q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"),
+        ({"targets": (r".*self_attn\.(q|v)_proj",)}, r"\(write q_proj, v_proj\)"),
+        ({"targets": ("(",)}, "would match nothing$"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else str(value),
 )
-def test_a_wrong_spec_is_refused(wrong):
-    with pytest.raises(ValueError, match="LoRA needs rank >= 1 and targets among"):
+def test_a_wrong_spec_is_refused(wrong, said):
+    with pytest.raises(ValueError, match=said):
         LoraSpec(**{"rank": 2, "alpha": 4.0, **wrong})
+
+
+@pytest.mark.parametrize(("given", "advice"), [("q_proj", "write q_proj"), ("all-linear", "write q_proj, k_proj")])
+def test_targets_given_as_one_word_are_not_taken_for_letters(given, advice):
+    """As PEFT would accept them; the shape checks are switched off here, as they are outside the tests."""
+    wrong = SimpleNamespace(targets=given, rank=2, alpha=4.0, dropout=0.0)
+    with pytest.raises(ValueError, match=rf"must be a list of names among .*; found '{given}' \({advice}"):
+        LoraSpec.__post_init__(wrong)
+
+
+def test_dropout_is_no_part_of_what_an_adapter_computes():
+    plain, dropped = (Model(vlm().model.config, lora=LoraSpec(2, 2.0, dropout=share)) for share in (0.0, 0.5))
+    assert plain.shapes == dropped.shapes
+    assert plain.lora.scale == dropped.lora.scale
 
 
 def test_parameters_of_another_model_are_refused():

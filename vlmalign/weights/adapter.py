@@ -1,161 +1,228 @@
-"""PEFT adapter folders in and out: adapter_config.json and adapter_model.safetensors.
+"""PEFT adapter folders in and out: adapter_config.json and adapter_model.safetensors, every tensor accounted for.
 
-Names in the file are `base_model.model.` + the module's path in the `transformers` class + `.lora_A.weight`. On a
-vision-language model they must name the language model: keys in the text model's style would load nothing there, and a
-list of suffixes such as ["q_proj"] would also hit the vision tower, so a regular expression is written.
+Names in the file are `base_model.model.` + the module's path in the `transformers` class + `.lora_A.weight`. An adapter
+is on every decoder layer, on the same projections in each; one that is elsewhere is refused, with what it is on.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from vlmalign.models.config import ModelConfig
-from vlmalign.models.lora import ATTENTION_AND_FEED_FORWARD, LoraSpec, is_adapter
+from vlmalign.models.lora import ATTENTION_AND_FEED_FORWARD, MAGNITUDE, LoraSpec, is_adapter
 from vlmalign.models.model import Model
 from vlmalign.shapes import Array
-from vlmalign.weights.checkpoint import SHOWN, read_json
+from vlmalign.weights.layout import SHOWN, read_json
+from vlmalign.weights.new_folder import new_folder
+from vlmalign.weights.peft_config import check_settings, module_prefix, read_spec, settings_of
+
+log = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-#: settings of PEFT that change what an adapter computes, with the only values that are understood here
-PLAIN = {
-    "bias": ("none",),
-    "fan_in_fan_out": (False, None),
-    "modules_to_save": (None, []),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "layers_to_transform": (None,),
-    "layer_replication": (None,),
-    "lora_bias": (False, None),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None,),
-    "use_qalora": (False, None),
-    "alora_invocation_tokens": (None,),
-}
+#: where earlier `transformers` had the decoder of a vision-language model, by family
+EARLIER_PREFIX = {"gemma3": "language_model.model.", "qwen2_5_vl": "model."}
+
+#: a tensor's place: path of the module, which part, and the adapter's name where a raw state dict still carries it
+TENSOR = re.compile(
+    rf"(?:{re.escape(PREFIX)})?(?P<module>.+)\.lora_"
+    r"(?:(?P<matrix>[AB])(?:\.[^.]+)?\.weight|magnitude_vector(?:\.(?!weight$)[^.]+)?(?:\.weight)?)"
+)
+
+#: modules that carry no adapter here, and what to call them
+ELSEWHERE = (
+    (
+        re.compile(r"\b(?:vision_tower|visual|vision_model|multi_modal_projector)\b"),
+        "the vision tower or its projector",
+    ),
+    (re.compile(r"\b(?:lm_head|embed_tokens)\b"), "the embeddings or the output head"),
+)
 
 
 class Adapter(NamedTuple):
     """An adapter as read from a folder."""
 
     spec: LoraSpec
-    params: dict[str, Array]
+    params: dict[str, Array]  #: float32, ready to be trained on
     base: str | None  #: base_model_name_or_path, as written by whoever made it
 
 
-def module_prefix(config: ModelConfig) -> str:
-    """The path of the decoder inside the `transformers` class: its layers are at `<prefix>layers.0` and so on."""
-    return "model." if config.vision is None else "model.language_model."
-
-
 def save_adapter(folder: Path, adapter: Mapping[str, Array], model: Model, *, base: str) -> None:
-    """Write a PEFT folder; `base` is recorded as the model it belongs to. The weights file appears whole or not at all."""
-    spec = model.lora
-    if spec is None:
+    """Write a PEFT folder, whole or not at all; `base` is recorded as the model it belongs to.
+
+    Raises:
+        ValueError: when `folder` is not empty, or `adapter` is not exactly this model's.
+    """
+    if model.lora is None:
         raise ValueError("this model has no adapter; make it with a LoraSpec")
-    folder.mkdir(parents=True, exist_ok=True)
-    prefix = module_prefix(model.config)
+    needed = {name for name in model.shapes if is_adapter(name)}
+    if needed != adapter.keys():
+        raise ValueError(
+            f"the tensors are not this model's adapter: {len(needed - adapter.keys())} missing, "
+            f"{len(adapter.keys() - needed)} unknown, such as {min(needed ^ adapter.keys())}"
+        )
+    prefix = PREFIX + module_prefix(model.config)
     named = {
-        PREFIX + re.sub(r"^language_model\.", prefix, name): np.ascontiguousarray(value)
+        prefix + name.removeprefix("language_model."): np.ascontiguousarray(value)
         for name, value in jax.device_get(dict(adapter)).items()
     }
-    settings = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": spec.rank,
-        "lora_alpha": spec.alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "use_rslora": spec.rank_stabilised,
-        "use_dora": spec.magnitude,
-        "target_modules": rf"{re.escape(prefix)}layers\.\d+\.(?:self_attn|mlp)\.(?:{'|'.join(spec.targets)})",
-        "inference_mode": True,
-        "fan_in_fan_out": False,
-        "modules_to_save": None,
-    }
-    partial = folder / (WEIGHTS + ".partial")
-    save_file(named, partial, metadata={"format": "pt"})
-    os.replace(partial, folder / WEIGHTS)
-    (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def read_spec(folder: Path, targets: tuple[str, ...]) -> LoraSpec:
-    """The adapter's settings. ValueError for a kind of adapter, or a setting, that would compute something else."""
-    settings = read_json(folder / CONFIG)
-    kind = settings.get("peft_type")
-    if kind != "LORA":
-        raise ValueError(f"{folder / CONFIG}: peft_type must be LORA, found {kind!r}")
-    odd = [
-        f"{key} = {settings[key]!r}" for key, known in PLAIN.items() if key in settings and settings[key] not in known
-    ]
-    if odd:
-        raise ValueError(
-            f"{folder / CONFIG}: not understood here: {', '.join(odd)}; merge the adapter where it was made"
-        )
-    return LoraSpec(
-        rank=settings["r"],
-        alpha=settings["lora_alpha"],
-        targets=targets,
-        rank_stabilised=bool(settings.get("use_rslora")),
-        magnitude=bool(settings.get("use_dora")),
-    )
+    settings = settings_of(model.lora, model.config, base=base)
+    with new_folder(folder) as partial:
+        save_file(named, partial / WEIGHTS, metadata={"format": "pt"})
+        (partial / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def load_adapter(folder: Path, config: ModelConfig) -> Adapter:
-    """The adapter in a PEFT folder, for a model of this config.
+    """The adapter in a PEFT folder, for a model of this config, as a start for more training or for merging.
 
     Raises:
-        ValueError: naming every unknown, missing and misshaped tensor; when the adapter is another model's, hits modules
-            outside the decoder's projections, or is of a kind that would compute something else.
+        ValueError: naming every unknown, doubled, missing and misshaped tensor; when the adapter is another model's, is
+            on only some layers or on modules outside the decoder, or is of a kind that would compute something else.
     """
     if not (folder / WEIGHTS).exists():
         raise ValueError(
             f"{folder} is not a PEFT adapter folder: it has no {WEIGHTS} (pickled adapters are never read)"
         )
-    found: dict[str, Any] = load_file(folder / WEIGHTS)
-    ours = {_our_name(name, config): (name, value) for name, value in found.items()}
-    if None in ours:
-        strange = [name for name in found if _our_name(name, config) is None]
+    settings = read_json(folder / CONFIG)
+    try:
+        check_settings(settings)
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from None
+    try:
+        found: dict[str, np.ndarray] = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is not a whole safetensors file: {error}") from None
+    source = _our_names(found, config, folder)
+    targets = tuple(t for t in ATTENTION_AND_FEED_FORWARD if any(f".{t}.lora_" in name for name in source))
+    if not targets:
         raise ValueError(
-            f"{folder / WEIGHTS} is no adapter of this model's decoder: {len(strange)} tensors such as {strange[0]}; "
-            f"expected names that begin with {PREFIX}{module_prefix(config)}layers."
+            f"{folder / WEIGHTS} is on none of {', '.join(ATTENTION_AND_FEED_FORWARD)}, but on others such as "
+            f"{next(iter(found))}; merge it where it was made"
         )
-    targets = tuple(t for t in ATTENTION_AND_FEED_FORWARD if any(f".{t}.lora_" in name for name in ours))
-    spec = read_spec(folder, targets)
+    _check_layers(source, targets, config, folder)
+    try:
+        spec = read_spec(settings, targets)
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from None
     shapes = {name: shape for name, shape in Model(config, lora=spec).shapes.items() if is_adapter(name)}
-    problems = [f"missing {name}" for name in shapes if name not in ours]
-    problems += [f"unknown {source}" for name, (source, _) in ours.items() if name not in shapes]
+    problems = [f"missing {name}" for name in shapes if name not in source]
+    problems += [f"unknown {where}" for name, where in source.items() if name not in shapes]
     problems += [
-        f"{source} is {list(value.shape)}, this model needs {list(shapes[name].shape)}"
-        for name, (source, value) in ours.items()
-        if name in shapes and value.shape != shapes[name].shape
+        f"{where} is {list(found[where].shape)}, this model needs {list(shapes[name].shape)}"
+        for name, where in source.items()
+        if name in shapes and found[where].shape != shapes[name].shape
     ]
+    problems += [f"{where} is of {v.dtype}" for where, v in found.items() if not jnp.issubdtype(v.dtype, jnp.floating)]
     if problems:
-        more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise ValueError(f"{folder} does not fit this model: {', '.join(problems[:SHOWN])}{more}")
-    params = {name: jnp.asarray(value, jnp.float32) for name, (_, value) in ours.items()}
-    return Adapter(spec, params, read_json(folder / CONFIG).get("base_model_name_or_path"))
+        raise ValueError(f"{folder} does not fit this model: {_some(problems)}")
+    params = {name: jnp.asarray(found[source[name]], jnp.float32) for name in shapes}
+    return Adapter(spec, params, settings.get("base_model_name_or_path"))
 
 
-def _our_name(name: str, config: ModelConfig) -> str | None:
-    """Our parameter of a tensor in a PEFT file; None when it is not one of the decoder's."""
+def _our_names(found: Iterable[str], config: ModelConfig, folder: Path) -> dict[str, str]:
+    """Our parameter -> the tensor in a PEFT file that holds it. ValueError for tensors of anything but the decoder."""
+    here = module_prefix(config)
+    earlier = None if config.vision is None else EARLIER_PREFIX[config.family]
+    source: dict[str, str] = {}
+    strange: list[str] = []
+    spelled_earlier = False
+    for name in found:
+        match = TENSOR.fullmatch(name)
+        module = "" if match is None else match["module"]
+        if module.startswith(here + "layers."):
+            inside = module.removeprefix(here)
+        elif earlier is not None and module.startswith(earlier + "layers."):
+            inside = module.removeprefix(earlier)
+            spelled_earlier = True
+        else:
+            strange.append(name)
+            continue
+        part = MAGNITUDE if match["matrix"] is None else f".lora_{match['matrix']}.weight"
+        ours = f"language_model.{inside}{part}"
+        if ours in source:
+            raise ValueError(f"{folder / WEIGHTS} holds {ours} twice: as {source[ours]} and as {name}")
+        source[ours] = name
+    if strange:
+        raise ValueError(
+            f"{folder / WEIGHTS} is no adapter of this model's decoder: {len(strange)} of {len(strange) + len(source)} "
+            f"tensors such as {strange[0]}, {_explain(strange[0], config)}"
+        )
+    if not source:
+        raise ValueError(f"{folder / WEIGHTS} holds no tensors")
+    if spelled_earlier:
+        log.warning(
+            "%s names layers %slayers..., as earlier transformers named this decoder; read as %slayers..., of %s",
+            *(folder, earlier, here, config.family),
+        )
+    return source
+
+
+def _explain(name: str, config: ModelConfig) -> str:
+    """What a tensor that is none of the decoder's belongs to, and what to do."""
+    for pattern, what in ELSEWHERE:
+        if pattern.search(name):
+            return (
+                f"which are on {what}; only the decoder carries an adapter here: train it with target_modules that "
+                "name the decoder's projections only, or merge it where it was made"
+            )
+    expected = f"expected names that begin with {PREFIX}{module_prefix(config)}layers."
     path = name.removeprefix(PREFIX)
-    if config.vision is not None:
-        # Adapters made with earlier `transformers` name the decoder in the older order.
-        path = re.sub(r"^language_model\.model\.", "model.language_model.", path)
-    prefix = module_prefix(config)
-    if not path.startswith(prefix + "layers."):
-        return None
-    path = re.sub(r"\.lora_magnitude_vector\.weight$", ".lora_magnitude_vector", path)
-    return "language_model." + path.removeprefix(prefix)
+    if config.vision is not None and path.startswith("model.layers."):
+        return (
+            f"as a text model's adapter has; {expected}, for this is a vision-language model "
+            "(PEFT would load nothing from them, with only a warning)"
+        )
+    if config.vision is None and "language_model." in path:
+        return f"as a vision-language model's adapter has; {expected}, for this is a text model"
+    return expected
+
+
+def _check_layers(source: Iterable[str], targets: tuple[str, ...], config: ModelConfig, folder: Path) -> None:
+    """ValueError when a projection carries the adapter in some layers only, or in layers this model does not have."""
+    count = len(config.decoder.layers)
+    on: dict[str, set[int]] = {target: set() for target in targets}
+    for name in source:
+        match = re.fullmatch(r"language_model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.lora_.*", name)
+        if match is not None and match[2] in on:
+            on[match[2]].add(int(match[1]))
+    beyond = sorted(set().union(*on.values()) - set(range(count)))
+    if beyond:
+        raise ValueError(
+            f"{folder} is another model's adapter: it is on layers up to {beyond[-1]}, this model has {count} layers "
+            f"(0-{count - 1})"
+        )
+    partly = {target: layers for target, layers in on.items() if len(layers) < count}
+    if partly:
+        parts = "; ".join(
+            f"{target} in layers {_ranges(layers)}, not in {_ranges(set(range(count)) - layers)}"
+            for target, layers in partly.items()
+        )
+        raise ValueError(
+            f"{folder} adapts only some of this model's {count} layers: {parts}. Here an adapter is on every layer: "
+            "merge it where it was made, or train it again on all layers"
+        )
+
+
+def _ranges(numbers: set[int]) -> str:
+    """0-2, 5"""
+    ordered = sorted(numbers)
+    starts = [n for n in ordered if n - 1 not in numbers]
+    ends = [n for n in ordered if n + 1 not in numbers]
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
+
+
+def _some(problems: list[str]) -> str:
+    more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    return ", ".join(problems[:SHOWN]) + more
