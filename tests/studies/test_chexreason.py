@@ -28,6 +28,7 @@ SMALL = [
     "sft.epochs=3", "sft.batch=8", "sft.shapes.rows=8", "sft.checkpoint_every=2",
     "grpo.steps=3", "grpo.prompts=4", "grpo.rollout={rows: 4, group: 2, completion: 32}",
     "grpo.shapes={rows: 4, prompt_multiple: 16, completion_multiple: 32}", "grpo.checkpoint_every=2",
+    "sft.validation={every: 3, answers: true, best: validation/loss}",
     "evaluation.rows=8", "evaluation.completion=16", "evaluation.draws=50",
     "evaluation.sets.1.films.phantom={films: {train: 2, valid: 2, test: 6}, seed: 2, size: 64}",
     "evaluation.sets.2.films.phantom={films: {train_val: 2, test: 6}, seed: 3, size: 64}",
@@ -77,6 +78,27 @@ def test_run_folder_holds_everything(finished):
     }  # fmt: skip
     for name in ("sft", "grpo"):
         assert any((finished / name / "checkpoints").iterdir())
+
+
+def test_validation_while_training(finished):
+    """Every third step and the last; the adapter that GRPO starts from is that of the lowest loss."""
+    found = {r["step"]: r for r in rows(finished / "sft" / "metrics.jsonl")}
+    measured = {step: r["validation/loss"] for step, r in found.items() if "validation/loss" in r}
+    assert list(measured) == [3, 6]
+    assert all(0 <= found[step]["validation/macro_f1"] <= 1 and found[step]["validation/n"] == 4 for step in measured)
+    assert [p.name for p in (finished / "sft" / "best").iterdir() if p.name.isdigit()] == [
+        str(min(measured, key=measured.get))
+    ]
+
+
+def test_every_completion_is_logged(finished):
+    found = rows(finished / "grpo" / "completions.jsonl")
+    assert [(r["step"], r["sample"]) for r in found] == [(s, k) for s in (1, 2, 3) for _ in range(4) for k in range(2)]
+    metrics = rows(finished / "grpo" / "metrics.jsonl")
+    for step in metrics:
+        own = [r["reward"] for r in found if r["step"] == step["step"]]
+        assert sum(own) / len(own) == pytest.approx(step["reward"])
+    assert {"valid", "jaccard", "length_penalty"} == set(found[0]["parts"])
 
 
 def test_every_film_is_answered_by_every_stage(finished):

@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 
 Params = Mapping[str, Array]
 
+#: of base parameters and activations; Gemma 3's activations overflow float16
+DTYPES = ("float32", "bfloat16")
+
 
 @dataclass(frozen=True)
 class Model:
@@ -42,9 +45,9 @@ class Model:
     _logged: set = field(default_factory=set, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("float32", "bfloat16"):
+        if self.dtype not in DTYPES:
             raise ValueError(
-                f"dtype must be float32 or bfloat16, found {self.dtype!r}: activations of these models overflow float16"
+                f"dtype must be {' or '.join(DTYPES)}, found {self.dtype!r}: activations of these models overflow float16"
             )
 
     @cached_property

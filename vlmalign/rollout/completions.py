@@ -23,6 +23,7 @@ class Completion:
 
     tokens: np.ndarray  #: [length] int32
     logp: np.ndarray  #: [length] float32, over the whole vocabulary at the sampling temperature
+    kept_logp: np.ndarray  #: [length] float32, the same within the tokens that top-p kept
     stopped: bool  #: False: cut off at the length limit
 
 
@@ -74,6 +75,7 @@ class Generator:
                         Completion(
                             tokens=rollout.tokens[row, k, : rollout.length[row, k]],
                             logp=rollout.logp[row, k, : rollout.length[row, k]],
+                            kept_logp=rollout.kept_logp[row, k, : rollout.length[row, k]],
                             stopped=bool(rollout.stopped[row, k]),
                         )
                         for k in range(self.group)

@@ -134,11 +134,15 @@ class Trainer:
         """Scores of every continuation token under these parameters, without dropout."""
         return self._score(params, frozen, groups)
 
+    def reference_logp(self, frozen: Params, groups: GroupBatch) -> Float[Array, "n k c"]:
+        """Log-probability of every continuation token under the reference."""
+        assert self.reference is not None
+        return self._reference_logp(frozen, self.reference[1], groups)
+
     def _with_reference(self, batch: MicroBatch, frozen: Params) -> dict[str, Any]:
         known = dict(batch.recorded)
         if self.objective.needs_reference and "ref_logp" not in known:
-            assert self.reference is not None
-            known["ref_logp"] = self._reference_logp(frozen, self.reference[1], batch.groups)
+            known["ref_logp"] = self.reference_logp(frozen, batch.groups)
         return known
 
     def _together(self, params: Params, frozen: Params) -> dict[str, Array]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 
 from vlmalign.models.model import Params
@@ -11,7 +12,7 @@ WEIGHT, BIAS = "value_head.weight", "value_head.bias"
 
 
 def init_value_head(embed: int) -> dict[str, Array]:
-    """Zeros: every value starts at 0, so the first advantages are the rewards."""
+    """Zeros: every value starts at 0, so that the first advantages come from the rewards alone."""
     return {WEIGHT: jnp.zeros((embed,), jnp.float32), BIAS: jnp.zeros((), jnp.float32)}
 
 
@@ -24,4 +25,5 @@ def split_value_head(params: Params) -> tuple[dict[str, Array], dict[str, Array]
 def token_values(states: Float[Array, "*batch embed"], head: Params) -> Float[Array, "*batch"]:
     """The value before each continuation token, from the state that predicts it; float32."""
     wide = states.astype(jnp.float32)
-    return jnp.einsum("...d,d->...", wide, head[WEIGHT]) + head[BIAS]
+    # Values are compared with returns, which are exact: no product of lower precision, as accelerators use by default.
+    return jnp.einsum("...d,d->...", wide, head[WEIGHT], precision=jax.lax.Precision.HIGHEST) + head[BIAS]

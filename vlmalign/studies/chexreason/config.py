@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from vlmalign.config import Config
 from vlmalign.data.schema import LABEL_MAPS
 from vlmalign.models.lora import ATTENTION_AND_FEED_FORWARD
+from vlmalign.models.model import DTYPES
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -69,21 +70,34 @@ class Lora(Config):
     rank: Positive = 16
     alpha: Annotated[float, Field(gt=0)] = 32.0
     targets: tuple[str, ...] = ATTENTION_AND_FEED_FORWARD
+    rank_stabilised: bool = False  #: rsLoRA
+    magnitude: bool = False  #: DoRA
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  #: of the adapter's inputs, in SFT only
 
 
 class Model(Config):
     """A checkpoint folder and how it is run."""
 
     path: Path
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: str = "float32"  #: float32 or bfloat16
     attention: str = "auto"
     remat: Literal["none", "full"] = "none"
     lora: Lora = Lora()
 
+    @field_validator("dtype")
+    @classmethod
+    def _a_dtype_that_holds_the_activations(cls, dtype: str) -> str:
+        if dtype not in DTYPES:
+            raise ValueError(
+                f"dtype must be {' or '.join(DTYPES)}, found {dtype!r}: activations of these models overflow float16"
+            )
+        return dtype
+
 
 class Optimiser(Config):
-    """AdamW; see `training.optimiser`."""
+    """See `training.optimiser`."""
 
+    name: Literal["adamw", "lion", "sgd"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0)]
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: Share = 0.05
@@ -97,8 +111,42 @@ class Batch(Config):
     """How groups become arrays: rows per micro-batch and the token multiples that lengths are rounded up to."""
 
     rows: Positive
+    tokens: Positive | None = None  #: budget of a micro-batch: long rows are fewer
     prompt_multiple: Positive = 32
     completion_multiple: Positive = 64
+
+
+class EvaluationSet(Config):
+    """A data set to be scored on; at most `limit` films, drawn by patient."""
+
+    films: Films
+    role: Literal["in-schema", "cross-schema"]
+    limit: Positive | None = None
+
+
+class Validation(Config):
+    """What is measured while a stage trains, on the validation films of the sample and on other sets.
+
+    Keep test sets out of it: a number that chooses the best state is no longer a test.
+    """
+
+    every: Annotated[int, Field(ge=0)] = 0  #: updates; 0: never
+    loss: bool = True  #: mean negative log-likelihood of the validation films' answers: "validation/loss"
+    answers: bool = False  #: greedy answers, macro-F1: "validation/macro_f1"
+    sets: tuple[EvaluationSet, ...] = ()  #: greedy answers on these as well: "<name>/macro_f1"
+    best: str | None = None  #: the number whose best state is kept and returned
+    mode: Literal["min", "max"] = "min"
+    patience: Positive | None = None  #: evaluations in a row without a better one before the stage ends
+
+    @model_validator(mode="after")
+    def _measures_something(self) -> Validation:
+        if (self.best is not None or self.patience is not None) and not self.every:
+            raise ValueError("best and patience need validation: set every to a number of updates")
+        if self.patience is not None and self.best is None:
+            raise ValueError('patience needs to know what is better: set best, such as "validation/loss"')
+        if self.every and not (self.loss or self.answers or self.sets):
+            raise ValueError("validation measures nothing: set loss, answers or sets")
+        return self
 
 
 class Sft(Config):
@@ -109,6 +157,7 @@ class Sft(Config):
     shapes: Batch
     optimiser: Optimiser
     checkpoint_every: Positive = 50  #: updates
+    validation: Validation = Validation()
 
 
 class Reward(Config):
@@ -133,23 +182,35 @@ class Grpo(Config):
 
     steps: Positive
     prompts: Positive  #: per update
+    updates: Positive = 1  #: optimiser steps on one rollout
+    attempts: Positive = 1  #: rounds of dynamic sampling; 1: none
+    overlong_buffer: Positive | None = None  #: tokens before the limit from which length costs reward
     rollout: Rollout
     reward: Reward = Reward()
     shapes: Batch
     optimiser: Optimiser
+    loss: str = "dr_grpo"  #: a key of `objectives.grpo_settings.LOSSES`
+    kl: str = "k3"  #: estimator of the penalty
     beta: Annotated[float, Field(ge=0)] = 0.15
     clip_low: Annotated[float, Field(ge=0, lt=1)] = 0.15
     clip_high: Annotated[float, Field(ge=0)] = 0.22
+    delta: Annotated[float, Field(gt=0)] | None = None  #: bound on the ratio where the advantage is negative
+    mask_truncated: bool = False  #: leave completions cut at the length limit out of the loss
+    top_entropy: Share = 1.0  #: share of tokens, by entropy, that carry the policy term
     scale: Literal["none", "group", "batch"] = "none"
     checkpoint_every: Positive = 20
+    validation: Validation = Validation(loss=False)
 
-
-class EvaluationSet(Config):
-    """A data set to be scored on; at most `limit` films, drawn by patient."""
-
-    films: Films
-    role: Literal["in-schema", "cross-schema"]
-    limit: Positive | None = None
+    @model_validator(mode="after")
+    def _saved_between_rollouts(self) -> Grpo:
+        for name, found in (("checkpoint_every", self.checkpoint_every), ("validation.every", self.validation.every)):
+            if found % self.updates:
+                raise ValueError(f"{name} must be a multiple of updates = {self.updates}, found {found}")
+        if self.steps % self.updates:
+            raise ValueError(f"steps must be a multiple of updates = {self.updates}, found {self.steps}")
+        if self.validation.loss and self.validation.every:
+            raise ValueError("GRPO has no loss to validate; set validation.loss to false and answers to true")
+        return self
 
 
 class Evaluation(Config):

@@ -235,8 +235,9 @@ def reward_gain(metrics: Path) -> dict[str, Any]:
 
     Steps are taken as independent draws: SE = sqrt(s1^2 / n1 + s2^2 / n2), s the standard deviation over steps.
     """
-    rewards = [json.loads(line)["reward"] for line in metrics.read_text(encoding="utf-8").splitlines()]
-    known = np.array([r for r in rewards if r is not None])
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    # Only the first update on a rollout has its rewards.
+    known = np.array([line["reward"] for line in lines if line.get("reward") is not None])
     count = max(2, len(known) // 5)
     parts = {}
     for name, part in (("first", known[:count]), ("last", known[-count:])):

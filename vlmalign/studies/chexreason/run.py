@@ -48,11 +48,11 @@ def run(config: ChexReasonConfig) -> Path:
                 + f" films of {len(films)} from {config.data.train.name}"
             )
         with stage("load model"):
-            system = open_system(config)
+            system = open_system(config, progress)
         with stage("sft"):
-            sft = run_sft(config, system, films, sets.rows["sft"], progress)
+            sft = run_sft(config, system, films, sets.rows["sft"], sets.rows["validation"], progress)
         with stage("grpo"):
-            grpo = run_grpo(config, system, films, sets.rows["rl"], sft, progress)
+            grpo = run_grpo(config, system, films, sets.rows["rl"], sets.rows["validation"], sft, progress)
         with stage("evaluation"):
             results = evaluate(config, system, films, tests, {"base": None, "sft": sft, "grpo": grpo}, progress)
     with stage_timer(config.run / "timing.jsonl", "report"):

@@ -15,39 +15,65 @@ from vlmalign.objectives.sft import sft_counts, sft_loss
 from vlmalign.progress import Progress
 from vlmalign.randomness import key_for
 from vlmalign.rewards.hard import HardReward
+from vlmalign.rewards.runner import ScoredBatch
 from vlmalign.rollout.sampling import Sampling
 from vlmalign.shapes import Array
 from vlmalign.studies.chexreason.config import ChexReasonConfig
 from vlmalign.studies.chexreason.films import LabelledFilms
 from vlmalign.studies.chexreason.system import System
+from vlmalign.studies.chexreason.validate import best_of, build_evaluate
+from vlmalign.training.completion_log import CompletionLog
 from vlmalign.training.loop import Stage, train
 from vlmalign.training.optimiser import OptimiserSettings, build_optimiser, learning_rate
-from vlmalign.training.policy import PolicySource, RolloutSettings, Scored, Task
-from vlmalign.training.step import Objective, Trainer
-from vlmalign.training.supervised import Shapes, SupervisedSource
+from vlmalign.training.policy import PolicySource, RolloutSettings
+from vlmalign.training.rollouts import Task
+from vlmalign.training.step import MicroBatch, Objective, Trainer
+from vlmalign.training.supervised import Shapes, SupervisedSource, micro_batches
 from vlmalign.types import Group
 
 Adapter = Mapping[str, Array]
 
 
 def run_sft(
-    config: ChexReasonConfig, system: System, films: LabelledFilms, rows: np.ndarray, progress: Progress
+    config: ChexReasonConfig,
+    system: System,
+    films: LabelledFilms,
+    rows: np.ndarray,
+    validation: np.ndarray,
+    progress: Progress,
 ) -> Adapter:
     """The adapter after supervised fine-tuning on these films, continuing an interrupted stage."""
     settings = config.sft
     steps = max(1, round(settings.epochs * len(rows) / settings.batch))
     optimiser = OptimiserSettings(**settings.optimiser.model_dump())
-    trainer = Trainer(system.model, Objective("sft", sft_loss, sft_counts), build_optimiser(optimiser, steps))
+    trainer = Trainer(
+        system.model,
+        Objective("sft", sft_loss, sft_counts, dropout=True),
+        build_optimiser(optimiser, steps),
+        seed=config.seed,
+    )
+    shapes = Shapes(**settings.shapes.model_dump())
     source = SupervisedSource(
         _examples(config, system, films, rows),
         batch=settings.batch,
-        shapes=Shapes(**settings.shapes.model_dump()),
+        shapes=shapes,
         features=system.features,
         seed=config.seed,
     )
-    stage = Stage("sft", config.run / "sft", steps, settings.checkpoint_every, learning_rate(optimiser, steps))
+    held_out = _examples(config, system, films, validation) if settings.validation.every else []
+    answers = [MicroBatch(b, {}) for b in micro_batches(held_out, shapes, system.features)] if held_out else []
+    stage = Stage(
+        "sft",
+        config.run / "sft",
+        steps,
+        settings.checkpoint_every,
+        learning_rate(optimiser, steps),
+        evaluate_every=settings.validation.every,
+        best=best_of(settings.validation),
+    )
+    evaluate = build_evaluate(config, settings.validation, system, trainer, films, validation, answers)
     adapter = init_adapter(system.model.shapes, system.base, key=key_for(config.seed, 0, "adapter"))
-    return train(stage, trainer, adapter, system.base, source, progress)
+    return train(stage, trainer, adapter, system.base, source, progress, evaluate)
 
 
 def _examples(config: ChexReasonConfig, system: System, films: LabelledFilms, rows: np.ndarray) -> list[Group]:
@@ -71,13 +97,24 @@ def run_grpo(
     system: System,
     films: LabelledFilms,
     rows: np.ndarray,
+    validation: np.ndarray,
     sft: Adapter,
     progress: Progress,
 ) -> Adapter:
     """The adapter after GRPO from the SFT adapter, which stays frozen as the reference."""
     settings, rollout = config.grpo, config.grpo.rollout
     optimiser = OptimiserSettings(**settings.optimiser.model_dump())
-    loss = GrpoSettings(settings.clip_low, settings.clip_high, settings.beta, rollout.completion)
+    loss = GrpoSettings(
+        clip_low=settings.clip_low,
+        clip_high=settings.clip_high,
+        beta=settings.beta,
+        max_completion=rollout.completion,
+        loss=settings.loss,
+        delta=settings.delta,
+        kl=settings.kl,
+        mask_truncated=settings.mask_truncated,
+        top_entropy=settings.top_entropy,
+    )
     objective = Objective(
         "grpo",
         loss=lambda scores, batch: grpo_loss(scores, batch, settings=loss),
@@ -98,12 +135,21 @@ def run_grpo(
             multiple=settings.shapes.prompt_multiple,
             sampling=Sampling(rollout.temperature, rollout.top_p),
         ),
+        trainer=trainer,
         base=system.base,
-        lora_scale=system.model.lora.scale,
         decode=system.chat.decode,
-        score=lambda prompts, completions, columns: hard_scores(reward, completions, columns),
+        score=lambda number, keys, prompts, completions, columns: hard_scores(reward, completions, columns),
         shapes=Shapes(**settings.shapes.model_dump()),
-        settings=RolloutSettings(settings.prompts, settings.scale, config.seed),
+        settings=RolloutSettings(
+            settings.prompts,
+            updates=settings.updates,
+            attempts=settings.attempts,
+            overlong_buffer=settings.overlong_buffer,
+            scale=settings.scale,
+            top_entropy=settings.top_entropy,
+            seed=config.seed,
+        ),
+        log=CompletionLog(config.run / "grpo" / "completions.jsonl"),
     )
     stage = Stage(
         "grpo",
@@ -112,10 +158,13 @@ def run_grpo(
         settings.checkpoint_every,
         learning_rate(optimiser, settings.steps),
         shown=("reward", "valid", "length", "kl"),
+        evaluate_every=settings.validation.every,
+        best=best_of(settings.validation),
     )
+    evaluate = build_evaluate(config, settings.validation, system, trainer, films, validation, [])
     # A copy: training gives its buffers back as it goes, and the reference must keep the SFT values.
     start = {name: value.copy() for name, value in sft.items()}
-    return train(stage, trainer, start, system.base, source, progress)
+    return train(stage, trainer, start, system.base, source, progress, evaluate)
 
 
 def _task(system: System, films: LabelledFilms, row: int) -> Task:
@@ -123,7 +172,7 @@ def _task(system: System, films: LabelledFilms, row: int) -> Task:
     return Task(system.question(example, row), system.prompt, {"truth": example.labels})
 
 
-def hard_scores(reward: HardReward, completions: Sequence[str], columns: Mapping[str, list[Any]]) -> Scored:
+def hard_scores(reward: HardReward, completions: Sequence[str], columns: Mapping[str, list[Any]]) -> ScoredBatch:
     """The hard reward with its components, for the log."""
     found = [
         reward.score(text, truth=truth, completion_tokens=length)
@@ -134,4 +183,4 @@ def hard_scores(reward: HardReward, completions: Sequence[str], columns: Mapping
         "jaccard": [b.jaccard for b in found],
         "length_penalty": [b.length_penalty for b in found],
     }
-    return Scored([b.total for b in found], parts)
+    return ScoredBatch([b.total for b in found], parts, ())

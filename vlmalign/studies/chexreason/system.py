@@ -13,6 +13,7 @@ from vlmalign.data.chat import Chat, open_chat
 from vlmalign.data.pixels import open_pixels
 from vlmalign.models.lora import LoraSpec, merge_adapter
 from vlmalign.models.model import Model
+from vlmalign.progress import Progress
 from vlmalign.rollout.completions import Generator
 from vlmalign.rollout.features import FeatureStore
 from vlmalign.rollout.sampling import Sampling
@@ -54,7 +55,7 @@ class System:
         return jax.jit(lambda adapter: merge_adapter(self.base, adapter, self.model.lora.scale))
 
 
-def open_system(config: ChexReasonConfig) -> System:
+def open_system(config: ChexReasonConfig, progress: Progress) -> System:
     """Load the checkpoint folder of the config.
 
     Raises:
@@ -64,9 +65,18 @@ def open_system(config: ChexReasonConfig) -> System:
     shape = load_config(settings.path)
     if shape.vision is None:
         raise ValueError(f"{settings.path} has no vision tower; ChexReason needs a vision-language checkpoint")
-    lora = LoraSpec(settings.lora.rank, settings.lora.alpha, settings.lora.targets)
+    lora = LoraSpec(**settings.lora.model_dump())
     model = Model(shape, lora=lora, dtype=settings.dtype, attention=settings.attention, remat=settings.remat)
-    base = load_params(settings.path, model)
+    begun = False
+
+    def advance(done: int, total: int) -> None:
+        nonlocal begun
+        if not begun:
+            progress.stage("load model, MiB", total >> 20)
+            begun = True
+        progress.update(done >> 20)
+
+    base = load_params(settings.path, model, advance=advance)
     pixels = open_pixels(settings.path, family=shape.family, image_tokens=shape.vision.tokens)
     chat = open_chat(
         settings.path,

@@ -1,0 +1,56 @@
+"""Every completion of a stage with its rewards, as JSON Lines: what `vlmalign report` makes browsable step by step.
+
+A line holds the text of the completion and of its prompt; images are named by their keys, never copied. The file
+stays inside the run folder.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from vlmalign.log import MetricsWriter
+from vlmalign.training.rollouts import Rollout
+
+
+class CompletionLog:
+    """Appends to `path`; `position` and `rewind` let a continued run go on without a line missing or doubled."""
+
+    def __init__(self, path: Path):
+        self._writer = MetricsWriter(path)
+
+    def write(self, step: int, rollouts: Sequence[Rollout], advantages: np.ndarray) -> None:
+        """The completions that optimiser step `step` (from 1) learnt from; `advantages` is [groups, K]."""
+        for rollout, row in zip(rollouts, advantages, strict=True):
+            for sample, (completion, text) in enumerate(zip(rollout.completions, rollout.texts, strict=True)):
+                self._writer.write(
+                    {
+                        "step": step,
+                        "prompt_id": rollout.task.prompt.id,
+                        "sample": sample,
+                        "images": list(rollout.task.prompt.images),
+                        "prompt": rollout.task.text,
+                        "completion": text,
+                        "tokens": len(completion.tokens),
+                        "stopped": completion.stopped,
+                        "reward": _known(rollout.rewards[sample]),
+                        "parts": {name: _known(values[sample]) for name, values in rollout.parts.items()},
+                        "advantage": float(row[sample]),
+                    }
+                )
+
+    def position(self) -> int:
+        return self._writer.position()
+
+    def rewind(self, position: int) -> None:
+        self._writer.rewind(position)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _known(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
