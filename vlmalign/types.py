@@ -114,6 +114,7 @@ class Scores(NamedTuple):
 
     logp: Any  #: log-probability under the parameters being trained
     entropy: Any = None  #: entropy of the (tempered) distribution, nat
+    collision: Any = None  #: log sum_v p(v)^2 of that distribution, for WPO
     values: Any = None  #: value head, for PPO
     ref_logp: Any = None  #: under the reference (adapter off, or a frozen adapter)
     old_logp: Any = None  #: under the policy at the start of this optimiser batch
@@ -129,3 +130,4 @@ class LossParts(NamedTuple):
 
     sums: dict[str, Any]  #: part -> differentiable sum over this micro-batch
     metrics: dict[str, tuple[Any, Any]]  #: name -> (sum, count), not differentiated
+    maxima: dict[str, Any] = {}  #: name -> largest value of this micro-batch, not differentiated  # noqa: RUF012

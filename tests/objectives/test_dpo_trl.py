@@ -47,7 +47,7 @@ def ours(settings: DpoSettings, *, rows=slice(None), batch=None, logp=LOGP, ref=
         scores = Scores(
             logp=logp, entropy=jnp.asarray(ENTROPY[rows]), ref_logp=None if ref is None else jnp.asarray(ref[rows])
         )
-        parts = dpo_loss(scores, batch, settings=settings, log_sum_sq=jnp.asarray(LOG_SUM_SQ[rows]))
+        parts = dpo_loss(scores._replace(collision=jnp.asarray(LOG_SUM_SQ[rows])), batch, settings=settings)
         assert parts.sums.keys() == counts.keys()
         return sum(value / counts[name] for name, value in parts.sums.items()), parts.metrics
 
@@ -262,7 +262,7 @@ def test_what_the_scores_lack_is_named():
     scores = Scores(logp=jnp.asarray(LOGP), entropy=jnp.asarray(ENTROPY))
     with pytest.raises(ValueError, match="sigmoid compares with a reference"):
         dpo_loss(scores, batch_of(), settings=DpoSettings())
-    with pytest.raises(ValueError, match="needs log_sum_sq"):
+    with pytest.raises(ValueError, match="needs Scores.collision"):
         dpo_loss(scores, batch_of(), settings=DpoSettings(reference_free=True, wpo=True))
     single = batch_of()._replace(weight=WEIGHT[:, :1], tokens=np.zeros((N, P + C), np.int32))
     with pytest.raises(ValueError, match="groups of 2"):

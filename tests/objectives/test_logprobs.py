@@ -100,3 +100,19 @@ def test_no_array_holds_all_tokens_by_vocabulary():
     sizes = {int(np.prod([int(d) for d in dims.split(",")])) for dims in re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", text)}
     assert 500 * 3000 in sizes, "a chunk's logits are there under the size that is looked for"
     assert max(sizes) <= 500 * 3000
+
+
+def test_collision_is_the_probability_of_drawing_the_same_token_twice():
+    """log sum_v p(v)^2 of the tempered distribution, with chunks as without; None unless asked for."""
+    rng = np.random.default_rng(5)
+    states, head = rng.normal(size=(7, 4)).astype(np.float32), rng.normal(size=(11, 4)).astype(np.float32)
+    tokens = jnp.asarray(rng.integers(0, 11, 7), jnp.int32)
+    z = states.astype(np.float64) @ head.T.astype(np.float64) / 0.7
+    p = np.exp(z - z.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    for chunk in (3, 100):
+        found = token_logprobs(
+            jnp.asarray(states), jnp.asarray(head), tokens, temperature=0.7, chunk=chunk, collision=True
+        )
+        np.testing.assert_allclose(found.collision, np.log((p**2).sum(-1)), atol=1e-5)
+    assert token_logprobs(jnp.asarray(states), jnp.asarray(head), tokens).collision is None

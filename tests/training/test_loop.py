@@ -87,6 +87,9 @@ class StopAt:
             raise Interrupted
         return self.inner.work(step, params)
 
+    def observe(self, line):
+        self.inner.observe(line)
+
     def get_state(self):
         return self.inner.get_state()
 
@@ -201,6 +204,9 @@ class Poison:
             b._replace(groups=b.groups._replace(weight=b.groups.weight * np.float32(1e38))) for b in work.batches
         ]
         return Work(batches, work.metrics)
+
+    def observe(self, line):
+        self.inner.observe(line)
 
     def get_state(self):
         return self.inner.get_state()

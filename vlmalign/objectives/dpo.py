@@ -18,7 +18,7 @@ import numpy as np
 
 from vlmalign.objectives.dpo_losses import DIVERGENCES, PAIR_LOSSES, Constants, PairLoss, Pairs, divergence_score
 from vlmalign.objectives.names import require_known
-from vlmalign.shapes import Array, Bool, Float
+from vlmalign.shapes import Array, Bool
 from vlmalign.types import GroupBatch, LossParts, Scores
 
 SFT = "sft"  #: the one loss that is a mean over tokens, not over pairs
@@ -92,16 +92,12 @@ class DpoSettings:
         return not self.reference_free and any(loss.reference for _, _, loss in self.pair_losses)
 
 
-def dpo_loss(
-    scores: Scores, batch: GroupBatch, *, settings: DpoSettings, log_sum_sq: Float[Array, "n k c"] | None = None
-) -> LossParts:
+def dpo_loss(scores: Scores, batch: GroupBatch, *, settings: DpoSettings) -> LossParts:
     """Parts "preference" (a sum over pairs) and "sft" (over the chosen answers' tokens), those that `settings` name.
 
     Metrics: rewards beta c and beta r (for simpo and orpo per token), their margin, how often the margin is positive
-    (a tie counts as wrong), log-probabilities and lengths of the answers, each loss by itself.
-
-    Args:
-        log_sum_sq: log sum_v p(v)^2 at every token: what WPO divides probabilities by (its sampled alignment).
+    (a tie counts as wrong), log-probabilities and lengths of the answers, each loss by itself. WPO divides
+    probabilities by `scores.collision` (its sampled alignment).
 
     Raises:
         ValueError: when groups are not pairs, or what the settings need is not among the scores.
@@ -113,8 +109,10 @@ def dpo_loss(
             f"{', '.join(settings.losses)} compares with a reference: record ref_logp, give the trainer a reference, "
             "or set reference_free"
         )
-    if settings.wpo and log_sum_sq is None:
-        raise ValueError("wpo weighs pairs by the policy's own probabilities: it needs log_sum_sq, found none")
+    if settings.wpo and scores.collision is None:
+        raise ValueError(
+            "wpo weighs pairs by the policy's own probabilities: it needs Scores.collision (Objective.needs_collision)"
+        )
     real = _pair_rows(batch)
     weight = jnp.where(real[:, None, None], batch.weight, 0.0)
     kept = weight > 0
@@ -135,7 +133,7 @@ def dpo_loss(
     per_pair = real.astype(jnp.float32)
     count = jnp.sum(per_pair)
     if settings.wpo:
-        per_pair = per_pair * _wpo_weight(logp - jnp.where(kept, log_sum_sq, 0.0), weight, length)
+        per_pair = per_pair * _wpo_weight(logp - jnp.where(kept, scores.collision, 0.0), weight, length)
     sums, metrics = {}, {}
     for name, share, pair_loss in settings.pair_losses:
         value = jnp.sum(per_pair * jnp.where(real, pair_loss.loss(pairs, constants), 0.0))

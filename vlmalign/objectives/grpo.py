@@ -105,7 +105,7 @@ def grpo_loss(scores: Scores, batch: GroupBatch, *, settings: GrpoSettings) -> L
     elif settings.entropy_bonus:
         raise ValueError("an entropy bonus needs Scores.entropy; it was not given")
     metrics |= _rollout_metrics(scores, old, mask, weight)
-    return LossParts(sums=sums, metrics=jax.lax.stop_gradient(metrics))
+    return LossParts(sums, jax.lax.stop_gradient(metrics), grpo_maxima(scores, batch, settings=settings))
 
 
 def grpo_counts(

@@ -15,20 +15,23 @@ class TokenScores(NamedTuple):
 
     logp: Float[Array, "*batch"]
     entropy: Float[Array, "*batch"]
+    collision: Float[Array, "*batch"] | None = None  #: log sum_v p(v)^2, where asked for
 
 
-def score_logits(logits: Float[Array, "m vocab"], tokens: Int[Array, "m"]) -> TokenScores:
-    """logp = z_y - logsumexp(z) and entropy = logsumexp(z) - sum p z, in float32.
+def score_logits(logits: Float[Array, "m vocab"], tokens: Int[Array, "m"], *, collision: bool = False) -> TokenScores:
+    """logp = z_y - logsumexp(z), entropy = logsumexp(z) - sum p z, collision = logsumexp(2 z) - 2 logsumexp(z); float32.
 
-    >>> logp, entropy = score_logits(jnp.zeros((1, 4)), jnp.array([2]))
-    >>> round(float(logp[0]), 4), round(float(entropy[0]), 4)
-    (-1.3863, 1.3863)
+    >>> found = score_logits(jnp.zeros((1, 4)), jnp.array([2]), collision=True)
+    >>> [round(float(x[0]), 4) for x in found]
+    [-1.3863, 1.3863, -1.3863]
     """
     z = logits.astype(jnp.float32)
     total = jax.nn.logsumexp(z, axis=-1)
     picked = jnp.take_along_axis(z, tokens[:, None], axis=-1)[:, 0]
     mean = jnp.sum(jax.nn.softmax(z, axis=-1) * z, axis=-1)
-    return TokenScores(picked - total, total - mean)
+    return TokenScores(
+        picked - total, total - mean, jax.nn.logsumexp(2 * z, axis=-1) - 2 * total if collision else None
+    )
 
 
 def token_logprobs(
@@ -39,6 +42,7 @@ def token_logprobs(
     temperature: float = 1.0,
     softcap: float | None = None,
     chunk: int = 1024,
+    collision: bool = False,
 ) -> TokenScores:
     """Log-probability of each token under softmax(cap(head . state) / temperature), and that distribution's entropy.
 
@@ -54,7 +58,7 @@ def token_logprobs(
         z = jnp.einsum("md,vd->mv", x, head, preferred_element_type=jnp.float32)
         if softcap is not None:
             z = softcap * jnp.tanh(z / softcap)
-        return score_logits(z / temperature, y)
+        return score_logits(z / temperature, y, collision=collision)
 
     count = flat_tokens.shape[0]
     with jax.named_scope("token_logprobs"):
@@ -66,5 +70,5 @@ def token_logprobs(
                 jnp.pad(flat_states, ((0, pad), (0, 0))).reshape(-1, chunk, states.shape[-1]),
                 jnp.pad(flat_tokens, (0, pad)).reshape(-1, chunk),
             )
-            scores = [s.reshape(-1)[:count] for s in jax.lax.map(one, pieces)]
-    return TokenScores(*(s.reshape(shape) for s in scores))
+            scores = jax.tree.map(lambda s: s.reshape(-1)[:count], jax.lax.map(one, pieces))
+    return jax.tree.map(lambda s: s.reshape(shape), scores)

@@ -28,6 +28,7 @@ class Work(NamedTuple):
 
     batches: Sequence[MicroBatch]
     metrics: Mapping[str, float | None]
+    options: Mapping[str, Any] = {}  #: of this step, for the objective's counts
 
 
 @runtime_checkable
@@ -36,6 +37,10 @@ class Source(Protocol):
 
     def work(self, step: int, params: Params) -> Work:
         """The batch of update number `step` (from 0) under the trained parameters `params`."""
+        ...
+
+    def observe(self, line: Mapping[str, Any]) -> None:
+        """What the step that was just made measured."""
         ...
 
     def get_state(self) -> dict[str, Any]:
@@ -109,8 +114,9 @@ def train(
             if best.exhausted:
                 break
             work = source.work(step, state.params)
-            state, found = trainer.step(state, frozen, work.batches)
+            state, found = trainer.step(state, frozen, work.batches, work.options)
             line = _line(step, found, work, stage)
+            source.observe(line)
             skipped = skipped + 1 if line["skipped"] else 0
             done = step + 1
             if evaluate is not None and (done % stage.evaluate_every == 0 or done == stage.steps):
@@ -146,6 +152,7 @@ def _line(step: int, found: StepMetrics, work: Work, stage: Stage) -> dict[str, 
         **work.metrics,
         "objective": float(host.loss),
         **parts,
+        **{name: float(value) for name, value in host.maxima.items()},
         "grad_norm": float(host.grad_norm),
         "skipped": int(host.skipped),
         "learning_rate": float(stage.learning_rate(step)),

@@ -7,7 +7,7 @@ run with the same base, pairs and images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ def preference_objective(settings: DpoSettings, *, recorded: bool, temperature: 
         partial(dpo_counts, settings=settings),
         temperature=temperature,
         needs_reference=settings.needs_reference and not recorded,
+        needs_collision=settings.wpo,
     )
 
 
@@ -115,6 +116,9 @@ class PreferenceSource:
             for batch in micro_batches(groups, self._shapes, self._features)
         ]
         return Work(batches, {"loss_tokens": sum(float(b.groups.weight.sum()) for b in batches)})
+
+    def observe(self, line: Mapping[str, Any]) -> None:
+        del line  # what is learnt from does not follow from what was measured
 
     def get_state(self) -> dict[str, Any]:
         return {"data": self._batches.get_state()}

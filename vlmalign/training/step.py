@@ -24,10 +24,11 @@ class Objective:
 
     name: str
     loss: Callable[[Scores, GroupBatch], LossParts]
-    counts: Callable[[Sequence[GroupBatch]], dict[str, float]]
+    counts: Callable[..., dict[str, float]]  #: (batches, **the step's options)
     temperature: float = 1.0  #: of the distribution whose log-probabilities are taken
     needs_reference: bool = False
     needs_values: bool = False  #: the trained parameters hold a value head
+    needs_collision: bool = False  #: `Scores.collision` is asked for
     dropout: bool = False  #: drop inputs of the adapter at its rate; for supervised losses (see `Model.hidden`)
 
 
@@ -50,13 +51,20 @@ class StepMetrics(NamedTuple):
     """Sums and counts of the objective's metrics over the batch, and the gradient norm before clipping."""
 
     parts: dict[str, tuple[Array, Array]]
+    maxima: dict[str, Array]
     loss: Float[Array, ""]
     grad_norm: Float[Array, ""]
     skipped: Array  #: [] bool: loss or gradient was not finite and nothing was updated
 
 
 def token_scores(
-    model: Model, params: Params, batch: GroupBatch, temperature: float, dropout: Key[Array, ""] | None = None
+    model: Model,
+    params: Params,
+    batch: GroupBatch,
+    temperature: float,
+    dropout: Key[Array, ""] | None = None,
+    *,
+    collision: bool = False,
 ) -> Scores:
     """Log-probability and entropy of every continuation token, [N, K, C]; values where `params` hold a value head."""
     prompt, group, completion = batch.layout
@@ -64,9 +72,15 @@ def token_scores(
     params, head = split_value_head(params)
     states = model.states(params, batch, dropout)
     scores = token_logprobs(
-        states, model.head(params), tokens, temperature=temperature, softcap=model.config.decoder.logit_softcap
+        states,
+        model.head(params),
+        tokens,
+        temperature=temperature,
+        softcap=model.config.decoder.logit_softcap,
+        collision=collision,
     )
-    return Scores(logp=scores.logp, entropy=scores.entropy, values=token_values(states, head) if head else None)
+    values = token_values(states, head) if head else None
+    return Scores(logp=scores.logp, entropy=scores.entropy, collision=scores.collision, values=values)
 
 
 class Trainer:
@@ -93,7 +107,7 @@ class Trainer:
         self._accumulate = jax.jit(self._micro, donate_argnames=("sums",))
         self._apply = jax.jit(self._update, donate_argnames=("state",))
         self._reference_logp = jax.jit(self._reference_scores)
-        self._score = jax.jit(self._plain_scores)
+        self._score = jax.jit(self._scores)
         self._measure = jax.jit(self._plain_loss)
 
     def init(self, params: Params) -> TrainState:
@@ -101,10 +115,12 @@ class Trainer:
         params = {name: value.astype(jnp.float32) for name, value in params.items()}
         return TrainState(params, self.optimiser.init(params), jnp.zeros((), jnp.int32))
 
-    def step(self, state: TrainState, frozen: Params, batches: Sequence[MicroBatch]) -> tuple[TrainState, StepMetrics]:
+    def step(
+        self, state: TrainState, frozen: Params, batches: Sequence[MicroBatch], options: Mapping[str, Any] = {}
+    ) -> tuple[TrainState, StepMetrics]:
         """One update from all micro-batches. `state` is donated. A loss or gradient that is not
-        finite changes nothing."""
-        counts = self.objective.counts([b.groups for b in batches])
+        finite changes nothing. `options` go to the objective's counts."""
+        counts = self.objective.counts([b.groups for b in batches], **options)
         empty = [part for part, count in counts.items() if not count > 0]
         if empty:
             raise ValueError(
@@ -112,16 +128,17 @@ class Trainer:
                 "check that examples have loss tokens"
             )
         grads = jax.tree.map(jnp.zeros_like, state.params)
-        losses, parts = [], []
+        losses, parts, maxima = [], [], []
         for batch in batches:
             known = self._with_reference(batch, frozen)
-            grads, (loss, metrics) = self._accumulate(
+            grads, (loss, metrics, largest) = self._accumulate(
                 grads, state.params, frozen, batch.groups, known, counts, state.step
             )
             losses.append(loss)
             parts.append(metrics)
+            maxima.append(largest)
         state, norm, skipped = self._apply(state, grads, sum(losses))
-        return state, StepMetrics(_summed(parts), sum(losses), norm, skipped)
+        return state, StepMetrics(_summed(parts), _largest(maxima), sum(losses), norm, skipped)
 
     def evaluate(self, params: Params, frozen: Params, batches: Sequence[MicroBatch]) -> dict[str, tuple[Array, Array]]:
         """The objective's metrics as (sum, count) over these batches, without dropout and without an update."""
@@ -159,18 +176,17 @@ class Trainer:
         recorded: Mapping[str, Array],
         counts: Mapping[str, Float[Array, ""]],
         step: Int[Array, ""],
-    ) -> tuple[dict[str, Array], tuple[Array, dict]]:
+    ) -> tuple[dict[str, Array], tuple[Array, dict, dict]]:
         dropout = key_for(self.seed, step, "dropout") if self.objective.dropout else None
 
-        def loss(params: Params) -> tuple[Array, dict]:
-            together = self._together(params, frozen)
-            scores = token_scores(self.model, together, groups, self.objective.temperature, dropout)
+        def loss(params: Params) -> tuple[Array, tuple[dict, dict]]:
+            scores = self._scores(params, frozen, groups, dropout)
             found = self.objective.loss(scores._replace(**recorded), groups)
             total = sum(value / counts[part] for part, value in found.sums.items())
-            return total, found.metrics
+            return total, (found.metrics, found.maxima)
 
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(dict(params))
-        return jax.tree.map(jnp.add, sums, grads), (value, metrics)
+        (value, (metrics, maxima)), grads = jax.value_and_grad(loss, has_aux=True)(dict(params))
+        return jax.tree.map(jnp.add, sums, grads), (value, metrics, maxima)
 
     def _update(self, state: TrainState, grads: dict[str, Array], loss: Array) -> tuple[TrainState, Array, Array]:
         norm = optax.tree.norm(grads)
@@ -182,17 +198,30 @@ class Trainer:
         )
         return TrainState(params, opt_state, state.step + 1), norm, ~finite
 
-    def _plain_scores(self, params: Params, frozen: Params, groups: GroupBatch) -> Scores:
-        return token_scores(self.model, self._together(params, frozen), groups, self.objective.temperature)
+    def _scores(
+        self, params: Params, frozen: Params, groups: GroupBatch, dropout: Key[Array, ""] | None = None
+    ) -> Scores:
+        return token_scores(
+            self.model,
+            self._together(params, frozen),
+            groups,
+            self.objective.temperature,
+            dropout,
+            collision=self.objective.needs_collision,
+        )
 
     def _plain_loss(
         self, params: Params, frozen: Params, groups: GroupBatch, recorded: Mapping[str, Array]
     ) -> dict[str, tuple[Array, Array]]:
-        return self.objective.loss(self._plain_scores(params, frozen, groups)._replace(**recorded), groups).metrics
+        return self.objective.loss(self._scores(params, frozen, groups)._replace(**recorded), groups).metrics
 
     def _reference_scores(self, frozen: Params, extra: Params, groups: GroupBatch) -> Float[Array, "n k c"]:
         model = self.reference[0]
         return token_scores(model, {**frozen, **extra}, groups, self.objective.temperature).logp
+
+
+def _largest(parts: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    return {name: jnp.max(jnp.stack([p[name] for p in parts])) for name in parts[0]}
 
 
 def _summed(parts: Sequence[Mapping[str, tuple[Array, Array]]]) -> dict[str, tuple[Array, Array]]:

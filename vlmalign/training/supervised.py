@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,9 @@ class SupervisedSource:
         batches = [MicroBatch(b, {}) for b in micro_batches(groups, self._shapes, self._features)]
         tokens = sum(float(b.groups.weight.sum()) for b in batches)
         return Work(batches, {"loss_tokens": tokens})
+
+    def observe(self, line: Mapping[str, Any]) -> None:
+        del line  # what is learnt from does not follow from what was measured
 
     def get_state(self) -> dict[str, Any]:
         return {"data": self._batches.get_state()}
