@@ -262,7 +262,7 @@ def test_what_the_scores_lack_is_named():
     scores = Scores(logp=jnp.asarray(LOGP), entropy=jnp.asarray(ENTROPY))
     with pytest.raises(ValueError, match="sigmoid compares with a reference"):
         dpo_loss(scores, batch_of(), settings=DpoSettings())
-    with pytest.raises(ValueError, match="needs Scores.collision"):
+    with pytest.raises(ValueError, match=r"needs Scores\.collision"):
         dpo_loss(scores, batch_of(), settings=DpoSettings(reference_free=True, wpo=True))
     single = batch_of()._replace(weight=WEIGHT[:, :1], tokens=np.zeros((N, P + C), np.int32))
     with pytest.raises(ValueError, match="groups of 2"):

@@ -6,21 +6,18 @@ like everything else; only our own SVG, CSS and data URIs go in as they are.
 
 from __future__ import annotations
 
-import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
-
 from vlmalign.reporting import curves, tables, words
+from vlmalign.reporting.completions import StagePages, write_completions
 from vlmalign.reporting.examples import PER_KIND, choose_examples
 from vlmalign.reporting.figures import coverage_figure, label_figure, overview_figure
+from vlmalign.reporting.pages import environment, stylesheet, write_page
 from vlmalign.reporting.run_folder import STAGES, RunFolder, read_run
 from vlmalign.reporting.svg import BASE, GRPO, OTHER, SFT
-
-HERE = Path(__file__).resolve().parent
 
 #: stage, column -> title, what it means. A column that was not recorded is left out.
 CURVES = (
@@ -34,54 +31,43 @@ CURVES = (
 
 
 def write_report(run: Path) -> Path:
-    """Write `report.html` into the run folder `run` and return its path.
+    """Write `report.html` into the run folder `run` and return its path; completions.py says which pages it links to.
 
     Parts of the run that are not there yet are said to be so. The old report stays until the new one is complete.
     Raises ValueError, naming file and line, if a file of the folder is malformed.
     """
-    page = render(read_run(run))
+    found = read_run(run)
     path = run / "report.html"
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        # A model's text can hold half a surrogate pair, which UTF-8 has not: it becomes a question mark.
-        part.write_bytes(page.encode("utf-8", errors="replace"))
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_page(path, render(found, write_completions(run)))
     return path
 
 
-def render(run: RunFolder) -> str:
-    """The page as text."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        name: getattr(words, name) for name in ("number", "signed", "bounds", "share", "count", "duration", "measured")
-    }
+def render(run: RunFolder, completions: Sequence[StagePages] = ()) -> str:
+    """The page as text, with links to the pages of `completions`."""
     name = run.path.resolve().name
-    return environment.get_template("report.html").render(
-        run=run,
-        name=name,
-        command=f"vlmalign chexreason {shlex.quote(f'{name}/config.yaml')}",
-        css=Markup((HERE / "report.css").read_text(encoding="utf-8")),
-        facts=tables.facts(run),
-        stage_names=words.STAGE_NAMES,
-        headings={stage: name[0].upper() + name[1:] for stage, name in words.STAGE_NAMES.items()},
-        set_names=words.SET_NAMES,
-        coverage=None if run.coverage is None else coverage_figure(run.coverage),
-        training=_training(run),
-        skipped_counts=tables.skipped_counts(run.skipped or []),
-        shown_skips=tables.SHOWN_SKIPS,
-        environment=None if run.environment is None else tables.flatten(run.environment),
-        per_kind=PER_KIND,
-        difference_verdict=tables.difference_verdict,
-        **_evaluation(run),
-        examples=_examples(run),
+    return (
+        environment()
+        .get_template("report.html")
+        .render(
+            run=run,
+            name=name,
+            command=f"vlmalign chexreason {shlex.quote(f'{name}/config.yaml')}",
+            css=stylesheet("report.css"),
+            completions=completions,
+            facts=tables.facts(run),
+            stage_names=words.STAGE_NAMES,
+            headings={stage: name[0].upper() + name[1:] for stage, name in words.STAGE_NAMES.items()},
+            set_names=words.SET_NAMES,
+            coverage=None if run.coverage is None else coverage_figure(run.coverage),
+            training=_training(run),
+            skipped_counts=tables.skipped_counts(run.skipped or []),
+            shown_skips=tables.SHOWN_SKIPS,
+            environment=None if run.environment is None else tables.flatten(run.environment),
+            per_kind=PER_KIND,
+            difference_verdict=tables.difference_verdict,
+            **_evaluation(run),
+            examples=_examples(run),
+        )
     )
 
 

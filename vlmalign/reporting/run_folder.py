@@ -191,7 +191,7 @@ def _object(path: Path, shape: Any) -> dict[str, Any] | None:
     """The JSON object in a file, or None if there is no file or it is empty."""
     if not path.is_file() or not (content := path.read_bytes().strip()):
         return None
-    value = _parse(content, path, 1)
+    value = parse_json(content, path, 1)
     check_shape(value, shape, str(path))
     return value
 
@@ -203,13 +203,14 @@ def _rows(path: Path, shape: Any) -> list[dict[str, Any]] | None:
     rows = []
     lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
     for number, line in enumerate(lines if lines != [b""] else (), start=1):
-        row = _parse(line, path, number)
+        row = parse_json(line, path, number)
         check_shape(row, shape, f"{path}, line {number}")
         rows.append(row)
     return rows or None
 
 
-def _parse(content: bytes, path: Path, first_line: int) -> Any:
+def parse_json(content: bytes, path: Path, first_line: int) -> Any:
+    """The JSON value in `content`, which begins at line `first_line` of the file at `path`. ValueError names both."""
     try:
         return json.loads(content.decode("utf-8"), parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
@@ -218,6 +219,8 @@ def _parse(content: bytes, path: Path, first_line: int) -> Any:
         line, reason = first_line, "bytes that are not UTF-8"
     except _NotANumber:
         line, reason = first_line, "NaN or an infinity, which JSON has not (write null)"
+    except (ValueError, RecursionError):  # Python's own limits
+        line, reason = first_line, "a number of thousands of digits, or brackets nested as deep"
     raise ValueError(f"{path}, line {line}: expected JSON, found {reason}; continue the run or restore the file")
 
 
