@@ -3,6 +3,10 @@
 #
 # Formatting, lint and every test that is not marked `study` or `soak`. Needs only Python 3.11 or newer and pip.
 # Arguments go to pytest: `bash scripts/test.sh -k config -x`.
+#
+# bash scripts/test.sh parity --count N [--seed S] [--family F] [--write FOLDER]
+#
+# N random configurations of every family (or of F) against transformers: logits, gradients, greedy answers.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_environment.sh"
 
@@ -24,6 +28,14 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=0
 # The reference models' OpenMP threads would otherwise spin between operations and take the cores from JAX.
 export OMP_WAIT_POLICY=PASSIVE
+
+if [[ "${1:-}" == parity ]]; then
+  shift
+  export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" JAX_DEFAULT_MATMUL_PRECISION=highest
+  # No configuration is drawn twice in a run: nothing compiled is worth keeping.
+  PYTHONPATH=tests:tests/parity JAX_ENABLE_COMPILATION_CACHE=false "$python" tests/parity/sweep.py "$@"
+  exit
+fi
 
 whole_run "$@"
 echo "tests: passed, $SECONDS s in all"
