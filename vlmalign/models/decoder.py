@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from vlmalign.mesh import ROWS, constrain
 from vlmalign.models.attention import KeyValue
 from vlmalign.models.config import DecoderConfig, LayerSpec
 from vlmalign.models.dropout import Noise
@@ -153,13 +154,15 @@ class Decoder(nnx.Module):
             position = jnp.broadcast_to(position[..., None], (*position.shape, 3))
         ropes = {spec.rope for spec in self.config.layers}
         tables = {rope: rotary_tables(position, rope, self.config.head_dim, x.dtype) for rope in ropes}
+        # Between layers states are cut by rows alone; left to itself the compiler would cut them by width as well.
+        x = constrain(x, ROWS)
         for index, (block, spec) in enumerate(zip(self.layers, self.config.layers, strict=True)):
 
             def run(x: Array, block: Block = block, spec: LayerSpec = spec, index: int = index) -> Array:
                 return block(x, tables[spec.rope], index, attend, noise)
 
             with jax.named_scope(f"layer_{index}"):
-                x = REMAT[remat](run)(x)
+                x = constrain(REMAT[remat](run)(x), ROWS)
         return self.norm(x)
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from vlmalign.mesh import per_shard
 from vlmalign.shapes import Array, Float, Int
 
 
@@ -48,27 +49,30 @@ def token_logprobs(
 
     The head runs over `chunk` tokens at a time and is recomputed in the backward pass, so that at most
     [chunk, vocab] logits exist. Logits accumulate in float32: in bfloat16 the log-sum-exp would be off by 0.1 nat.
+    Under a mesh each device chunks its own tokens: chunks across devices would gather the states of all of them.
     """
-    shape = tokens.shape
-    flat_states, flat_tokens = states.reshape(-1, states.shape[-1]), tokens.reshape(-1)
 
-    @jax.checkpoint
-    def one(piece: tuple[Array, Array]) -> TokenScores:
-        x, y = piece
-        z = jnp.einsum("md,vd->mv", x, head, preferred_element_type=jnp.float32)
-        if softcap is not None:
-            z = softcap * jnp.tanh(z / softcap)
-        return score_logits(z / temperature, y, collision=collision)
+    def share(states: Array, head: Array, tokens: Array) -> TokenScores:
+        @jax.checkpoint
+        def one(piece: tuple[Array, Array]) -> TokenScores:
+            x, y = piece
+            z = jnp.einsum("md,vd->mv", x, head, preferred_element_type=jnp.float32)
+            if softcap is not None:
+                z = softcap * jnp.tanh(z / softcap)
+            return score_logits(z / temperature, y, collision=collision)
 
-    count = flat_tokens.shape[0]
-    with jax.named_scope("token_logprobs"):
+        count = tokens.shape[0]
         if count <= chunk:
-            scores = one((flat_states, flat_tokens))
-        else:
-            pad = -count % chunk
-            pieces = (
-                jnp.pad(flat_states, ((0, pad), (0, 0))).reshape(-1, chunk, states.shape[-1]),
-                jnp.pad(flat_tokens, (0, pad)).reshape(-1, chunk),
-            )
-            scores = jax.tree.map(lambda s: s.reshape(-1)[:count], jax.lax.map(one, pieces))
-    return jax.tree.map(lambda s: s.reshape(shape), scores)
+            return one((states, tokens))
+        pad = -count % chunk
+        pieces = (
+            jnp.pad(states, ((0, pad), (0, 0))).reshape(-1, chunk, states.shape[-1]),
+            jnp.pad(tokens, (0, pad)).reshape(-1, chunk),
+        )
+        return jax.tree.map(lambda s: s.reshape(-1)[:count], jax.lax.map(one, pieces))
+
+    with jax.named_scope("token_logprobs"):
+        scores = per_shard(share, cut=(True, False, True))(
+            states.reshape(-1, states.shape[-1]), head, tokens.reshape(-1)
+        )
+    return jax.tree.map(lambda s: s.reshape(tokens.shape), scores)

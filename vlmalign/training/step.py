@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from vlmalign.mesh import Placement, on_mesh, put_batch, put_rows, replicated, require_placed, reshard
 from vlmalign.models.model import Model, Params
 from vlmalign.objectives.logprobs import token_logprobs
 from vlmalign.randomness import key_for
@@ -89,6 +90,9 @@ class Trainer:
     Trained parameters and their moments are float32; where the model runs in bfloat16 they are cast as they are used.
     `reference` is (model, parameters it adds to the frozen ones): the base alone when the adapter starts from zero,
     or a frozen copy of an earlier adapter. `seed` is what dropout masks are drawn from.
+
+    With a `placement` the same programs run on its mesh: batches are cut by rows, the trained parameters, their
+    gradients and their moments live where it says, and so must the frozen ones.
     """
 
     def __init__(
@@ -99,21 +103,31 @@ class Trainer:
         *,
         reference: tuple[Model, Params] | None = None,
         seed: int = 0,
+        placement: Placement | None = None,
     ):
         if objective.needs_reference and reference is None:
             raise ValueError(f"objective {objective.name} compares with a reference policy; none was given")
         self.model, self.objective, self.optimiser = model, objective, optimiser
         self.reference, self.seed = reference, seed
-        self._accumulate = jax.jit(self._micro, donate_argnames=("sums",))
-        self._apply = jax.jit(self._update, donate_argnames=("state",))
-        self._reference_logp = jax.jit(self._reference_scores)
-        self._score = jax.jit(self._scores)
-        self._measure = jax.jit(self._plain_loss)
+        self.placement, self.mesh = placement, None if placement is None else placement.mesh
+        if reference is not None and placement is not None:
+            self.reference = (reference[0], reshard(reference[1], placement))
+        self._accumulate = on_mesh(jax.jit(self._micro, donate_argnames=("sums",)), self.mesh)
+        self._apply = on_mesh(jax.jit(self._update, donate_argnames=("state",)), self.mesh)
+        self._reference_logp = on_mesh(jax.jit(self._reference_scores), self.mesh)
+        self._score = on_mesh(jax.jit(self._scores), self.mesh)
+        self._measure = on_mesh(jax.jit(self._plain_loss), self.mesh)
 
     def init(self, params: Params) -> TrainState:
         """The state before the first update."""
         params = {name: value.astype(jnp.float32) for name, value in params.items()}
-        return TrainState(params, self.optimiser.init(params), jnp.zeros((), jnp.int32))
+        if self.placement is None:
+            return TrainState(params, self.optimiser.init(params), jnp.zeros((), jnp.int32))
+        params = reshard(params, self.placement)
+        where = self._shardings(params)
+        # Compiled, so that moments are never whole on any device, not even before they are cut.
+        opt_state = jax.jit(self.optimiser.init, out_shardings=where.opt_state)(params)
+        return TrainState(params, opt_state, jax.device_put(jnp.zeros((), jnp.int32), where.step))
 
     def step(
         self, state: TrainState, frozen: Params, batches: Sequence[MicroBatch], options: Mapping[str, Any] = {}
@@ -129,7 +143,7 @@ class Trainer:
             )
         grads = jax.tree.map(jnp.zeros_like, state.params)
         losses, parts, maxima = [], [], []
-        for batch in batches:
+        for batch in self._placed(batches, frozen):
             known = self._with_reference(batch, frozen)
             grads, (loss, metrics, largest) = self._accumulate(
                 grads, state.params, frozen, batch.groups, known, counts, state.step
@@ -143,18 +157,37 @@ class Trainer:
     def evaluate(self, params: Params, frozen: Params, batches: Sequence[MicroBatch]) -> dict[str, tuple[Array, Array]]:
         """The objective's metrics as (sum, count) over these batches, without dropout and without an update."""
         parts = []
-        for batch in batches:
+        for batch in self._placed(batches, frozen):
             parts.append(self._measure(params, frozen, batch.groups, self._with_reference(batch, frozen)))
         return _summed(parts)
 
     def scores(self, params: Params, frozen: Params, groups: GroupBatch) -> Scores:
         """Scores of every continuation token under these parameters, without dropout."""
-        return self._score(params, frozen, groups)
+        return self._score(params, frozen, put_batch(groups, self.mesh))
 
     def reference_logp(self, frozen: Params, groups: GroupBatch) -> Float[Array, "n k c"]:
         """Log-probability of every continuation token under the reference."""
         assert self.reference is not None
-        return self._reference_logp(frozen, self.reference[1], groups)
+        return self._reference_logp(frozen, self.reference[1], put_batch(groups, self.mesh))
+
+    def _placed(self, batches: Sequence[MicroBatch], frozen: Params) -> Iterator[MicroBatch]:
+        """The batches one by one, cut by rows where there is a mesh."""
+        if self.placement is not None:
+            require_placed(frozen, self.placement)
+        for groups, recorded in batches:
+            yield MicroBatch(put_batch(groups, self.mesh), put_rows(dict(recorded), self.mesh))
+
+    def _shardings(self, params: Params) -> TrainState:
+        """Where the state of these parameters lives: moments with the parameters they are of."""
+        own, whole = {name: self.placement(name) for name in params}, replicated(self.mesh)
+        opt_state = optax.tree.map_params(
+            self.optimiser,
+            lambda _, sharding: sharding,
+            jax.eval_shape(self.optimiser.init, params),
+            own,
+            transform_non_params=lambda _: whole,
+        )
+        return TrainState(own, opt_state, whole)
 
     def _with_reference(self, batch: MicroBatch, frozen: Params) -> dict[str, Any]:
         known = dict(batch.recorded)
@@ -186,7 +219,11 @@ class Trainer:
             return total, (found.metrics, found.maxima)
 
         (value, (metrics, maxima)), grads = jax.value_and_grad(loss, has_aux=True)(dict(params))
-        return jax.tree.map(jnp.add, sums, grads), (value, metrics, maxima)
+        sums = jax.tree.map(jnp.add, sums, grads)
+        if self.placement is not None:
+            # Cut like the parameters as soon as they are summed: otherwise every device would hold all of them.
+            sums = jax.lax.with_sharding_constraint(sums, {name: self.placement(name) for name in sums})
+        return sums, (value, metrics, maxima)
 
     def _update(self, state: TrainState, grads: dict[str, Array], loss: Array) -> tuple[TrainState, Array, Array]:
         norm = optax.tree.norm(grads)
@@ -196,7 +233,10 @@ class Trainer:
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
         )
-        return TrainState(params, opt_state, state.step + 1), norm, ~finite
+        state = TrainState(params, opt_state, state.step + 1)
+        if self.placement is not None:
+            state = jax.lax.with_sharding_constraint(state, self._shardings(params))
+        return state, norm, ~finite
 
     def _scores(
         self, params: Params, frozen: Params, groups: GroupBatch, dropout: Key[Array, ""] | None = None

@@ -1,0 +1,98 @@
+"""Training and sampling on eight devices are those on one: same gradients, parameters and samples, and known traffic."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def found(repository) -> dict:
+    """What the program measured; it has eight CPU devices, this process has one."""
+    done = subprocess.run(
+        [sys.executable, repository / "tests" / "training" / "sharded_program.py"],
+        env={
+            **os.environ,
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+            "PYTHONPATH": os.pathsep.join(map(str, (repository, repository / "tests"))),
+        },
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_every_pair_of_objective_input_parameters_and_mesh_occurs(found):
+    cases = [case["case"][:4] for case in found["cases"] if not case["case"][3].startswith("replicas")]
+    for i in range(4):
+        for j in range(i):
+            pairs = {(case[i], case[j]) for case in cases}
+            assert len(pairs) == len({case[i] for case in cases}) * len({case[j] for case in cases})
+
+
+def test_every_mesh_makes_the_same_updates(found):
+    """Gradients, and parameters after one SGD or five AdamW updates; loss, metrics and gradient norm."""
+    for case in found["cases"]:
+        for what in ("metrics", "gradients", "parameters"):
+            assert case[what] <= TOLERANCE, case
+        # What is compared is neither zero nor huge, and something was learnt.
+        assert 0.01 < case["gradient_size"] < 100, case
+        assert case["moved"] > 30 * TOLERANCE, case
+
+
+def test_state_is_cut_and_not_copied(found):
+    """Parameters and moments of full fine-tuning on one device, as a share of all: 1/8 or 1/4 and the vectors."""
+    limits = {"data 8": (1, 1), "fsdp 8": (0.125, 0.2), "data 2 fsdp 2 tensor 2": (0.25, 0.3)}
+    for case in found["cases"]:
+        _, _, trained, mesh, _ = case["case"]
+        if trained == "all":
+            low, high = limits[mesh]
+            assert low <= case["share_of_state"] <= high, case
+
+
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_an_adapter_on_copies_of_its_base_reduces_its_gradients_and_nothing_else(found, kind):
+    operations = {operation for operation, _ in found["lora"][kind]["collectives"]}
+    shapes = [shape for _, group in found["lora"][kind]["collectives"] for shape in group]
+    assert operations == {"all-reduce"}
+    assert sorted(shape for shape in shapes if shape) == sorted(found["lora"][kind]["adapter"])
+
+
+def test_fsdp_gathers_weights_and_never_activations(found):
+    fsdp = found["fsdp"]
+    operations = {operation for operation, _ in fsdp["collectives"]}
+    assert operations <= {"all-gather", "all-reduce", "reduce-scatter"}
+    gathered = [shape for operation, group in fsdp["collectives"] if operation == "all-gather" for shape in group]
+    assert sorted(gathered) == sorted(fsdp["cut"]), "each weight once, and nothing but weights"
+    for _, group in fsdp["collectives"]:
+        assert all(shape in ([], *fsdp["parameters"]) for shape in group), group
+
+
+def test_samples_do_not_depend_on_the_mesh(found):
+    for kind in ("whole", "tensor"):
+        assert found["rollouts"][kind]["same"] == [True, True, True]
+        assert found["rollouts"][kind]["logp"] <= TOLERANCE
+        assert found["rollouts"][kind]["different"] > 12
+
+
+def test_decoding_moves_no_weights(found):
+    """With whole weights the devices only agree on when to stop; weights cut by tensor stay where they are."""
+    assert found["rollouts"]["whole"]["cut"] == 0
+    assert found["rollouts"]["whole"]["collectives"] == [["all-reduce", [[]]]]
+    assert found["rollouts"]["tensor"]["cut"] > 5
+    for _, group in found["rollouts"]["tensor"]["collectives"]:
+        assert all(shape not in found["fsdp"]["parameters"] for shape in group), group
+
+
+def test_rows_that_do_not_divide_and_parameters_elsewhere_are_refused(found):
+    assert "4 rows cannot be shared out to 8 devices" in found["refusals"]["rows"]
+    assert "a multiple of 8" in found["refusals"]["rows"]
+    assert "does not live where its placement says" in found["refusals"]["frozen"]
+    assert "mesh.reshard" in found["refusals"]["frozen"]
