@@ -47,8 +47,9 @@ ALLOWED: dict[str, set[str]] = {
     "preview": {"types", "data", "weights"},
     "exporting": RECORDS | {"config_yaml", "training"} | MODELS,
     "studies": BELOW_TRAINING | {"distributed", "config", "training", "evaluation", "reporting"},
+    "planning": CORE | {"data", "config", "training", "studies"} | MODELS | NUMERICS,
     "cli": RECORDING
-    | {"config", "studies", "training", "evaluation", "exporting", "inspection", "reporting", "preview"},
+    | {"planning", "config", "studies", "training", "evaluation", "exporting", "inspection", "reporting", "preview"},
 }
 NO_JAX = NUMPY_SIDE | {"reporting", "cli", "log", "progress"}
 NO_JAX |= {"config", "config_yaml", "config_tree", "overrides"}

@@ -285,7 +285,13 @@ def test_images_of_any_size(tmp_path):
     settings = {"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 3136, "max_pixels": 12845056}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     expected = "4 to 16384 soft tokens by size, one for 28 x 28 px (min_pixels 3,136, max_pixels 12,845,056)"
-    assert inspect(tmp_path).images == expected
+    found = inspect(tmp_path)
+    assert found.images == expected
+    assert not [line for line in found.problems if line.startswith("images:")]
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**settings, "merge_size": 1}))
+    said = [line for line in inspect(tmp_path).problems if line.startswith("images:")]
+    assert len(said) == 1
+    assert "cuts by (patch_size, merge_size, temporal_patch_size) = (14, 1, 2), the tower takes (14, 2, 2)" in said[0]
 
 
 # ---------------------------------------------------------------- adapters

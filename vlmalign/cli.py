@@ -16,6 +16,7 @@ from vlmalign import __version__
 from vlmalign.evaluation import harness_command
 from vlmalign.exporting import command as export_command
 from vlmalign.inspection import command as inspect_command
+from vlmalign.planning import command as plan_command
 
 
 class Command(NamedTuple):
@@ -50,6 +51,13 @@ def _chexreason(arguments: argparse.Namespace) -> None:
     run(load_config(ChexReasonConfig, arguments.config, _overrides(arguments)))
 
 
+def _align(arguments: argparse.Namespace) -> None:
+    from vlmalign.config import load_config
+    from vlmalign.studies.align import AlignConfig, run
+
+    run(load_config(AlignConfig, arguments.config, _overrides(arguments)), Path(arguments.config))
+
+
 def _report(arguments: argparse.Namespace) -> None:
     from vlmalign.reporting.html import write_report
 
@@ -78,9 +86,10 @@ def _overrides(arguments: argparse.Namespace) -> list[str]:
 
 
 COMMANDS = (
+    Command("align", "SFT, DPO, GRPO and PPO on your own JSON Lines", _study_arguments, _align),
     Command("chexreason", "chest films with reasoning: SFT, GRPO, evaluation", _study_arguments, _chexreason),
     Command("preview", "show a conversation as it is trained on", _preview_arguments, _preview),
-    Command("report", "write report.html of a run folder again", _run_folder_arguments, _report),
+    Command("report", "write report.html and the completion pages of a run again", _run_folder_arguments, _report),
     Command(
         "inspect",
         "what a checkpoint or adapter folder holds; what is wrong",
@@ -88,6 +97,7 @@ COMMANDS = (
         inspect_command.run,
     ),
     Command("export", "an adapter as a PEFT folder or a merged model", export_command.arguments, export_command.run),
+    Command("plan", "what a config needs and costs on GPUs not here", plan_command.arguments, plan_command.run),
     Command("lm-eval", "tasks of lm-evaluation-harness", harness_command.arguments, harness_command.run),
 )
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from tiny_tokenizer import FAMILIES, LEAST, MOST, family_folder
-from transformers import AutoTokenizer, Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil
 
 from vlmalign.data.chat import Chat, open_chat
 from vlmalign.data.messages import for_template
@@ -393,6 +394,63 @@ def test_a_header_that_is_only_written_with_the_answer():
     )
     chat = with_template(chat, none)
     assert drawn(chat, chat.example([user("Is it?"), model("Yes.")])) == "Is it?\n«Yes.<|im_end|>»"
+
+
+def test_a_second_stop_token_at_the_end_of_the_text_is_no_label():
+    """The model has stopped before it; some templates end every conversation by one."""
+    chat = with_template(
+        chat_of("qwen2.5"), marking(PLAIN) + "{{ '<|endoftext|>' if not add_generation_prompt else '' }}"
+    )
+    assert drawn(chat, chat.example([user("Is it?"), model("Yes.")])).endswith("assistant\n«Yes.<|im_end|>»")
+
+
+THINKING = "{{ m['content'].split('</think>')[-1] }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "turn"),
+    [
+        (marking(THINKING + STOP + BREAK), "messages[3] (assistant)"),
+        (marking(PLAIN).replace("in messages", "in messages if m['role'] != 'system'"), "messages[0] (system)"),
+        (marking(PLAIN, "{{ m['content'][:4] + '<|im_end|>' }}"), "messages[0] (system)"),
+    ],
+    ids=["reasoning", "a role", "a long text"],
+)
+def test_text_that_a_template_leaves_out(template, turn):
+    """Without a word; the labels or the question would not be those of the data."""
+    chat = with_template(chat_of("qwen2.5"), template)
+    messages = [SYSTEM, user(" Is it large? "), model("", weight=0), model("<think>It is.</think>Yes.\n")]
+    with pytest.raises(ValueError, match=re.escape(turn) + ": the chat template leaves out text of this turn"):
+        chat.example(messages)
+
+
+@pytest.mark.parametrize("prefix", ["first", "always", "normaliser"])
+def test_a_tokenizer_that_writes_a_space_before_every_text(prefix, tmp_path):
+    """As those of Llama 2 and Mistral do: it belongs before the conversation, not before each answer and question."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    if prefix == "normaliser":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prefix, split=False)
+    letters = sorted({*"▁[INST]/.?isYelarg\n"})
+    tokenizer.train_from_iterator(
+        [], trainers.BpeTrainer(special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=letters)
+    )
+    template = (
+        "{{ bos_token }}{% for m in messages %}{{ '[INST] ' + m['content'] + ' [/INST]' if m['role'] == 'user' else "
+        "' ' + m['content'] + eos_token }}{% endfor %}"
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=template
+    ).save_pretrained(tmp_path)
+    chat = open_chat(tmp_path, family="mistral", image_tokens=None)
+    messages = [user("Is it?"), model("Yes."), user("Is it large?"), model("Yes.")]
+    tokens, weight = whole(chat.example(messages))
+    # Each letter is a token here, so that pieces and the whole are cut alike.
+    together = chat.tokenizer.apply_chat_template(for_template(messages, parts=False), return_dict=True)["input_ids"]
+    assert tokens.tolist() == together
+    assert "".join(chat.tokenizer.convert_ids_to_tokens(tokens[weight > 0])) == "▁Yes.</s>▁Yes.</s>"
+    assert chat.prompt(messages[:1]).prompt.tokens.tolist() == tokens[: int(np.argmax(weight))].tolist()
 
 
 def real(name: str) -> str:

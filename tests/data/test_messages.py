@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from vlmalign.data.messages import ControlTokens, for_template, image_keys, read_conversation
+from vlmalign.data.messages import ControlTokens, for_template, image_keys, label_weight, read_conversation
 
 ROW = {"messages": [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "Yes.", "weight": 2}]}
 
@@ -67,7 +67,7 @@ def test_what_a_template_is_given():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     image = [{"type": "image", "image": "k"}]
     messages = [{"role": "user", "content": c} for c in ("t", parts[:1], parts, image, [])]
-    messages.append({"role": "assistant", "content": "c", "weight": 0.5, "name": "n"})
+    messages.append({"role": "assistant", "content": "c", "weight": 0.5, "name": "n", "tool_calls": None})
 
     def contents(flag):
         return [turn["content"] for turn in for_template(messages, parts=flag)]
@@ -75,6 +75,28 @@ def test_what_a_template_is_given():
     assert contents(True) == ["t", "a", parts, image, [], "c"]
     assert contents(False) == ["t", "a", "ab", image, "", "c"]
     assert for_template(messages, parts=True)[-1] == {"role": "assistant", "content": "c", "name": "n"}
+
+
+def test_parts_and_turns_with_fields_of_others_set_to_null(tmp_path):
+    """As tables write rows: templates that ask whether a part has an image, or a turn calls a tool, must see none."""
+    parts = [{"type": "text", "text": "a", "image": None}, {"type": "image", "text": None, "image": "k.png"}]
+    messages = [
+        {"role": "user", "content": parts, "weight": None},
+        {"role": "assistant", "content": "c", "weight": None},
+    ]
+    found = read_conversation(lines(tmp_path, {"messages": messages}), 1).messages
+    assert [label_weight(message) for message in found] == [0.0, 1.0]
+    key = str(tmp_path.resolve() / "k.png")
+    assert for_template(found, parts=True) == [
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image", "image": key}]},
+        {"role": "assistant", "content": "c"},
+    ]
+
+
+def test_a_system_turn_is_one_text():
+    """Gemma 3's template writes the first part of it and drops the others."""
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert for_template([{"role": "system", "content": parts}], parts=True) == [{"role": "system", "content": "ab"}]
 
 
 def test_control_tokens_are_found_wherever_a_template_might_write_them():
@@ -85,6 +107,8 @@ def test_control_tokens_are_found_wherever_a_template_might_write_them():
     tokens.refuse([{"role": "user", "content": [{"type": "image", "image": "films/[x].png"}]}])
     for message in (
         {"role": "user", "content": [{"type": "text", "text": "<a>"}]},
+        {"role": "user", "content": [{"type": "text", "text": "so <"}, {"type": "text", "text": "a>"}]},
+        {"role": "user", "content": [{"type": "text", "text": "< "}, {"type": "text", "text": " a>"}]},
         {"role": "assistant", "content": "", "reasoning_content": "so <a>"},
         {"role": "assistant", "content": "", "tool_calls": [{"arguments": {"x": ["<a>"]}}]},
     ):

@@ -270,12 +270,39 @@ def test_soft_token_id_beyond_the_embedding_table():
         (lambda c: c.update(hidden_activation="relu"), "hidden_activation"),
         (lambda c: c.update(layer_types=["full_attention"]), "layer_types"),
         (lambda c: c["rope_parameters"]["full_attention"].update(rope_type="yarn"), "yarn"),
+        (lambda c: c.update(sliding_window=0), "sliding_window"),
+        (lambda c: c.update(sliding_window=None), "sliding_window"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_settings_this_decoder_does_not_have_are_refused(change, named):
     with pytest.raises(ValueError, match=named):
         load_config(edit_config(text().folder, f"refused-{named}", change))
+
+
+def test_both_spellings_of_rotary_settings_in_one_file():
+    """transformers lays `rope_scaling` over the global layers' `rope_parameters`."""
+    change = {"rope_scaling": {"rope_type": "linear", "factor": 3.0}, "use_bidirectional_attention": None}
+    ropes = [s.rope for s in load_config(edit_config(text().folder, "both", lambda c: c.update(change))).decoder.layers]
+    config = json.loads((text().folder / "config.json").read_text())
+    expected = Gemma3TextConfig(**{**config, **change}).rope_parameters
+    assert expected["full_attention"]["factor"] == 3.0
+    assert [(r.theta, r.factor) for r in ropes] == [
+        (expected[kind]["rope_theta"], expected[kind].get("factor", 1.0)) for kind in config["layer_types"]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda c: c["text_config"].update(final_logit_softcapping=5.0), "final_logit_softcapping must be null"),
+        (lambda c: c["vision_config"].update(model_type="clip_vision_model"), "must be a siglip_vision_model"),
+    ],
+)
+def test_settings_of_a_vision_language_model_that_are_refused(change, named):
+    """transformers would compute the logits without the cap, which nobody who wrote it there meant."""
+    with pytest.raises(ValueError, match=named):
+        load_config(edit_config(vlm().folder, "refused-vlm", change))
 
 
 def test_patch_grid_that_does_not_pool_is_refused():

@@ -234,6 +234,19 @@ def test_features_are_those_of_transformers():
         assert_close(found, expected, 1e-5, key)
 
 
+def test_pictures_that_are_not_as_their_grid_said():
+    """The features of one would be taken for those of the next."""
+    ours = checkpoint()
+
+    class Turned(Pictures):
+        def read(self, keys):
+            return [image._replace(rows=image.columns, columns=image.rows) for image in super().read(keys)]
+
+    key = next(key for key, (rows, columns) in SIZES.items() if rows != columns)
+    with pytest.raises(ValueError, match=rf"image {key} was read as \d+ x \d+ soft tokens, its grid said"):
+        FeatureStore(ours.model, ours.params, Turned(), chunk=2).features([key])
+
+
 def test_hub_spelling_of_the_config():
     """Hub files keep the decoder's settings at the top level, call the rotary kind mrope, and the channels in_chans."""
 
@@ -260,6 +273,8 @@ def test_hub_spelling_of_the_config():
         ({"rope_scaling": {"type": "mrope"}}, "must give mrope_section"),
         ({"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 1]}}, "sum head_dim / 2 = 4"),
         ({"vision_config": {**VISION, "out_hidden_size": 64}}, "out_hidden_size must be the decoder's hidden_size 32"),
+        ({"vision_config": {**VISION, "rope_parameters": {"rope_theta": 77.0}}}, "rope_theta 10000, found"),
+        ({"vision_config": {**VISION, "rope_parameters": {"rope_type": "yarn"}}}, "turns by rope_type axial"),
         ({"vision_config": None}, "needs vision_config"),
     ],
 )

@@ -11,8 +11,11 @@ import pytest
 import torch
 from tiny_checkpoints import Checkpoint, assert_close, edit_config, group, logits, put, read, scores, write
 from transformers import (
+    AutoConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MinistralConfig,
+    MinistralForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Qwen2Config,
@@ -49,6 +52,12 @@ CASES = {
         Qwen2Config,
         {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "tie_word_embeddings": True},
     ),
+    # What transformers makes of a config.json of model_type mistral with layer_types.
+    "mistral by layer type": (
+        MinistralForCausalLM,
+        MinistralConfig,
+        {"head_dim": 16, "sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"]},
+    ),
 }
 TOKENS = np.random.default_rng(3).integers(3, 90, size=64).tolist()
 LAYOUT = Layout(24, 0, 0)
@@ -73,7 +82,11 @@ def checkpoint(name: str) -> Checkpoint:
                 value.copy_(center + spread * noise)
             else:
                 value.copy_(noise * (0.15 if "embed" in key else 1.3 * value.shape[1] ** -0.5))
-    return read(write(module.eval(), name.replace(" ", "-")), module)
+    folder = write(module.eval(), name.replace(" ", "-"))
+    if config_class is MinistralConfig:
+        folder = edit_config(folder, "mistral-with-layer-types", lambda config: config.update(model_type="mistral"))
+        assert isinstance(AutoConfig.from_pretrained(folder), MinistralConfig)
+    return read(folder, module)
 
 
 def torch_logits(module, tokens) -> np.ndarray:
@@ -136,9 +149,39 @@ def test_older_spelling_of_rotary_settings():
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": {"type": "linear", "factor": 4.0}},
+        {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_theta": 500.0},
+        {"rope_scaling": {"rope_type": "default", "rope_theta": 700.0}, "rope_theta": 500.0},
+        {"rope_scaling": None, "rope_theta": 500.0},
+    ],
+)
+def test_both_spellings_in_one_file(changes):
+    """What transformers makes of them: `rope_scaling` stands for the whole, the other's base included."""
+    both = {"model_type": "llama", **SIZES, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, **changes}
+    expected = LlamaConfig(**both).rope_parameters
+    rope = read_config(both).decoder.layers[0].rope
+    assert (rope.theta, rope.factor) == (expected["rope_theta"], expected.get("factor", 1.0))
+
+
+def test_a_window_in_words_or_of_no_tokens_is_refused():
+    """A word would count as true; a window of 0 tokens sees nothing, not even itself."""
+    base = {"model_type": "qwen2", **SIZES, "max_window_layers": 0, "sliding_window": 4}
+    assert read_config({**base, "use_sliding_window": None}).decoder.layers[0].window is None
+    with pytest.raises(ValueError, match="use_sliding_window must be true or false, found 'false'"):
+        read_config({**base, "use_sliding_window": "false"})
+    for window in (0, -1, "4", 4.0, True):
+        with pytest.raises(ValueError, match="sliding_window must be null or a number of tokens >= 1"):
+            read_config({**base, "use_sliding_window": True, "sliding_window": window})
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"hidden_act": "gelu"}, "hidden_act must be silu"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "one set of rotary settings .* full_attention"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1 here"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type must be default, linear or llama3"),
         ({"model_type": "falcon"}, "model_type must be one of"),
     ],

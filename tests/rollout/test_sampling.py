@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from tiny_checkpoints import assert_close
 
-from vlmalign.rollout.sampling import BLOCK, Sampling, draw, inverse_cdf, top_p_threshold
+from vlmalign.rollout.sampling import BLOCK, Sampling, draw, inverse_cdf, keep, top_p_threshold
 
 LAST = float(np.nextafter(np.float32(1), np.float32(0)))
 
@@ -144,4 +144,40 @@ def test_bfloat16_logits_are_drawn_in_float32():
 @pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.2}], ids=str)
 def test_wrong_settings_are_refused(wrong):
     with pytest.raises(ValueError, match="temperature >= 0 and 0 < top_p <= 1"):
+        Sampling(**wrong)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 6), min_size=12, max_size=12).filter(any),
+    top_k=st.integers(1, 14),
+    min_p=st.sampled_from([0.0, 0.2, 0.5, 1.0]),
+)
+def test_top_k_and_min_p_keep_what_a_sort_would_keep(counts, top_k, min_p):
+    """Ties with the last kept token are kept; min-p compares with the most likely token."""
+    p = np.asarray(counts, np.float32) / np.float32(64)
+    found = np.asarray(keep(jnp.asarray(p)[None], Sampling(top_k=top_k, min_p=min_p)))[0]
+    kth = np.sort(p)[::-1][min(top_k, len(p)) - 1]
+    kept = (p >= kth) & (p >= np.float32(min_p) * p.max())
+    assert np.array_equal(found, np.where(kept, p, 0))
+
+
+def test_top_p_is_of_the_mass_that_top_k_left():
+    p = jnp.asarray([[0.4, 0.3, 0.2, 0.1]])
+    assert (np.asarray(keep(p, Sampling(top_p=0.75)))[0] > 0).tolist() == [True, True, True, False]
+    assert (np.asarray(keep(p, Sampling(top_p=0.55, top_k=2)))[0] > 0).tolist() == [True, False, False, False]
+
+
+def test_kept_log_probability_under_top_k():
+    z = jnp.asarray([[2.0, 1.0, 0.0, -1.0]] * 64)
+    found = draw(z, jax.random.split(jax.random.key(1), 64), Sampling(top_k=2))
+    assert set(np.asarray(found.token).tolist()) == {0, 1}
+    pair = jax.nn.log_softmax(z[0, :2])
+    assert_close(found.kept_logp, pair[found.token], 1e-6)
+    assert_close(found.logp, jax.nn.log_softmax(z[0])[found.token], 1e-6)
+
+
+@pytest.mark.parametrize("wrong", [{"top_k": -1}, {"min_p": -0.1}, {"min_p": 1.1}], ids=str)
+def test_wrong_cuts_are_refused(wrong):
+    with pytest.raises(ValueError, match="top_k >= 0 and 0 <= min_p <= 1"):
         Sampling(**wrong)

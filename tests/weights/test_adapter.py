@@ -339,6 +339,34 @@ def test_folder_without_safetensors(folder):
         load(folder)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_adapter_of_a_run_that_diverged(folder, value):
+    def diverge(tensors):
+        name = sorted(tensors)[3]
+        return {**tensors, name: np.full_like(tensors[name], value)}
+
+    rewrite(folder, diverge)
+    with pytest.raises(ValueError, match=r"holds NaN or infinite numbers, as of a run that diverged: \S+lora_"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"use_rslora": "false"}, "use_rslora must be true or false, found 'false'"),
+        ({"use_dora": "no"}, "use_dora must be true or false"),
+        ({"target_modules": ["mlp.up_proj"]}, "has tensors for q_proj, which target_modules does not name"),
+    ],
+)
+def test_settings_that_say_another_thing_than_they_seem(folder, changes, said):
+    """A word for false would count as true; PEFT applies no tensors of a projection that is not named."""
+    spoil(folder, target_modules=["self_attn.q_proj"], use_rslora=False, use_dora=None)
+    load(folder)
+    spoil(folder, **changes)
+    with pytest.raises(ValueError, match=said):
+        load(folder)
+
+
 def test_a_truncated_file(folder):
     content = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(content[:-20])

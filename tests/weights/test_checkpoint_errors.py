@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import ml_dtypes
@@ -11,9 +12,10 @@ from safetensors.numpy import load_file, save_file
 from tiny_checkpoints import text, vlm, vlm_model, write
 
 from vlmalign.models.model import Model
-from vlmalign.weights.checkpoint import INDEX, load_config, load_params, tensor_files
+from vlmalign.weights.checkpoint import INDEX, load_config, load_params, out_of_place, tensor_files
 
 NORM = "language_model.model.norm.weight"
+TABLE = "language_model.model.embed_tokens.weight"
 QUERY = "language_model.model.layers.0.self_attn.q_proj.weight"
 
 
@@ -305,6 +307,53 @@ def test_a_setting_out_of_place(folder, changes, said):
     reconfigure(folder, text_config={**text, **changes})
     with pytest.raises(ValueError, match=rf"config\.json: a setting is missing or of the wrong kind .*{said}"):
         load_config(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        # Annotations are checked in tests, and say it first; `out_of_place` has a test of its own below.
+        ({"vocab_size": 96.0}, r"of the wrong kind.*vocab.*96\.0"),
+        ({"num_key_value_heads": None}, "of the wrong kind.*kv_heads.*None"),
+        ({"rms_norm_eps": float("nan")}, "norm_eps = nan"),
+        ({"head_dim": 0}, "head_dim = 0"),
+        ({"attention_bias": "false"}, "of the wrong kind.*qkv_bias.*false"),
+        ({"num_attention_heads": 3}, "num_attention_heads must be a multiple of num_key_value_heads, found 3 and 2"),
+        ({"layer_types": None, "sliding_window_pattern": 0}, "ZeroDivisionError"),
+        ({"is_causal": False}, "is_causal: false, as encoders"),
+    ],
+)
+def test_settings_that_are_no_sizes_switches_or_numbers(folder, changes, said):
+    """They would fail far from here or, as a word for false, count as true."""
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    reconfigure(folder, text_config={**text, **changes})
+    with pytest.raises(ValueError, match=said):
+        load_config(folder)
+
+
+def test_out_of_place():
+    @dataclass
+    class Part:
+        size: "int" = 1
+        switch: "bool" = True
+        scale: "float" = 1
+        cap: "float | None" = None
+
+    assert out_of_place(Part()) == []
+    assert out_of_place(Part(96.0, "false", "1e-6")) == ["size = 96.0", "switch = 'false'", "scale = '1e-6'"]
+    assert out_of_place(Part(0, None, float("inf"))) == ["size = 0", "switch = None", "scale = inf"]
+    assert out_of_place(Part(True, 1, True)) == ["size = True", "switch = 1", "scale = True"]
+
+
+def test_a_head_that_is_tied_and_another_matrix(folder):
+    """transformers would not tie such a head; leaving it out would train another model."""
+    table = load_file(folder / "model.safetensors")[TABLE]
+    retensor(folder, lambda tensors: tensors.update({"lm_head.weight": table.copy()}))
+    assert load(folder).keys() == vlm().params.keys()
+    table[-1, -1] += 1
+    retensor(folder, lambda tensors: tensors.update({"lm_head.weight": table}))
+    with pytest.raises(ValueError, match=r"ties the output head .* but lm_head\.weight is another matrix than"):
+        load(folder)
 
 
 def test_float16_is_refused_with_the_reason(folder):

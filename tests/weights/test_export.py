@@ -160,7 +160,8 @@ def test_everything_a_model_is_opened_with_comes_along(tmp_path):
     shutil.copytree(family("llama").folder, source)
     kept = ["tokenizer.json", "tokenizer.model", "merges.txt", "chat_template.jinja", "preprocessor_config.json",
             "LICENSE", "additional_chat_templates/tool.jinja"]  # fmt: skip
-    left = ["modeling.py", "README.md", "pytorch_model.bin", "original/params.json"]
+    # Beside an adapter's settings transformers would look for the adapter.
+    left = ["modeling.py", "README.md", "pytorch_model.bin", "original/params.json", "adapter_config.json"]
     for name in kept + left:
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_bytes(name.encode())

@@ -81,28 +81,30 @@ class Chat:
             raise ValueError(f"the conversation holds {len(keys)} images, but this chat is of text only")
         turns = for_template(messages, parts=self.image_text is not None)
         text, answers = write(self.tokenizer, turns, stops=self._stops, continues=continues)
-        pieces, at, used = [], 0, 0
+        pieces, at, used, before = [], 0, 0, ""
         for answer in answers:
             for start, end, weight in (
                 (at, answer.start, 0.0),
                 (answer.start, answer.stop, weights[answer.message]),
             ):
-                piece, used = self._segment(text[start:end], weight=weight, used=used, keys=keys)
+                piece, used = self._segment(text[start:end], before, weight=weight, used=used, keys=keys)
                 pieces.append(piece)
+                before = text[:end]
             if pieces[-1].tokens[-1] not in self.stop_ids:
                 raise ValueError(
                     f"messages[{answer.message}] ends in {text[answer.words : answer.stop]!r}, which is not one token"
                 )
             at = answer.stop
         if continues:
-            piece, used = self._segment(text[at:], weight=0.0, used=used, keys=keys)
+            piece, used = self._segment(text[at:], before, weight=0.0, used=used, keys=keys)
             pieces.append(piece)
         if used != len(keys):
             raise ValueError(f"the conversation holds {len(keys)} images, its rendered text places for {used}")
         return pieces
 
-    def _segment(self, text: str, *, weight: float, used: int, keys: Sequence[str]) -> tuple[Segment, int]:
-        """Tokens of a piece of rendered text, and the number of image occurrences up to its end (`used` before)."""
+    def _segment(self, text: str, before: str, *, weight: float, used: int, keys: Sequence[str]) -> tuple[Segment, int]:
+        """Tokens of a piece of rendered text that follows `before`, and the number of image occurrences up to its end
+        (`used` before)."""
         rule, here, counts = self.image_text, (), []
         if rule is not None:
             first, *rest = text.split(rule.placeholder)
@@ -113,7 +115,7 @@ class Chat:
                 )
             counts = [self._count(key) for key in here]
             text = first + "".join(rule.expansion(n) + part for n, part in zip(counts, rest, strict=True))
-        tokens = np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+        tokens = np.asarray(self._ids(text, before), np.int32)
         image = np.full(tokens.shape, -1, np.int32)
         weights = np.full(tokens.shape, weight, np.float32)
         if rule is not None:
@@ -123,6 +125,20 @@ class Chat:
             # Not labels, whoever shows the image: the model cannot write one.
             weights[np.isin(tokens, rule.ids)] = 0.0
         return Segment(tokens, image, weights), used + len(here)
+
+    def _ids(self, text: str, before: str) -> list[int]:
+        """Token ids of a piece of text that follows `before`.
+
+        Tokenizers of Llama 2's kind write a space before every text they are given, which belongs at the beginning of
+        the conversation alone: later pieces are tokenised behind something that no token reaches over.
+        """
+        if not before or not self._writes_a_space:
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        anchor = max((token for token in self._control.tokens if before.endswith(token)), key=len, default="\n")
+        first, both = (self.tokenizer(x, add_special_tokens=False)["input_ids"] for x in (anchor, anchor + text))
+        if both[: len(first)] != first:
+            raise ValueError(f"the tokenizer joins {anchor!r} with what follows it; answers cannot be cut out here")
+        return both[len(first) :]
 
     def _count(self, key: str) -> int:
         assert self.image_tokens is not None
@@ -135,6 +151,12 @@ class Chat:
     def _stops(self) -> list[str]:
         known = self.tokenizer.convert_ids_to_tokens(list(self.stop_ids))
         return [token for token in known if token is not None]
+
+    @cached_property
+    def _writes_a_space(self) -> bool:
+        ids = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        # SentencePiece's mark of a space.
+        return "".join(self.tokenizer.convert_ids_to_tokens(ids)).startswith("\u2581")
 
     @cached_property
     def _control(self) -> ControlTokens:
@@ -205,7 +227,7 @@ def open_chat(
         ValueError: when the folder has no chat template, is a vision model of a family without an image rule, or has
             a tokenizer that writes tokens which the model does not have.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if not tokenizer.chat_template:
         tokenizer.chat_template = _processor_template(folder)
     if vocab is not None:

@@ -45,8 +45,7 @@ def _problem(message: Any) -> str | None:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind not in ("text", "image") or not isinstance(part.get(kind), str):
             return f'content[{j}] must be {{"type": "text", "text": ...}} or {{"type": "image", "image": path}}'
-    if "weight" in message:
-        weight = message["weight"]
+    if (weight := message.get("weight")) is not None:
         if role != "assistant":
             return f"weight belongs to assistant turns, found it on {role}"
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
@@ -60,7 +59,8 @@ def label_weight(message: Message) -> float:
     >>> label_weight({"role": "user", "content": "?"}), label_weight({"role": "assistant", "content": "!"})
     (0.0, 1.0)
     """
-    return float(message.get("weight", 1.0)) if message["role"] == "assistant" else 0.0
+    weight = message.get("weight")
+    return 0.0 if message["role"] != "assistant" else 1.0 if weight is None else float(weight)
 
 
 def image_keys(messages: Sequence[Message]) -> list[str]:
@@ -78,14 +78,20 @@ def for_template(messages: Sequence[Message], *, parts: bool) -> list[dict[str, 
     """The turns as a chat template takes them: without weights, a lone text part as text.
 
     Templates of text models write a list of parts out as code, so where images have no place (`parts` False) several
-    text parts become one text.
+    text parts become one text; and so do those of a system turn, of which Gemma 3's template writes the first alone.
+    Tables fill the fields that a row does not have with null: templates that ask whether a field is there see none.
     """
     turns = []
     for message in messages:
         content = message["content"]
-        if not isinstance(content, str) and (not parts or len(content) == 1) and not image_keys([message]):
-            content = "".join(part["text"] for part in content)
-        turns.append({**{k: v for k, v in message.items() if k != "weight"}, "content": content})
+        if not isinstance(content, str):
+            joined = not parts or len(content) == 1 or message["role"] == "system"
+            if joined and not image_keys([message]):
+                content = "".join(part["text"] for part in content)
+            else:
+                content = [{"type": part["type"], part["type"]: part[part["type"]]} for part in content]
+        kept = {k: v for k, v in message.items() if k != "weight" and v is not None}
+        turns.append({**kept, "content": content})
     return turns
 
 
@@ -96,10 +102,10 @@ class ControlTokens:
     """
 
     def __init__(self, tokens: Iterable[str]):
-        self._tokens = frozenset(tokens)
-        self._lengths = sorted({len(token) for token in self._tokens})
+        self.tokens = frozenset(tokens)
+        self._lengths = sorted({len(token) for token in self.tokens})
         # A tokenizer may have thousands; all begin with one of few characters.
-        first = "".join(sorted({token[0] for token in self._tokens}))
+        first = "".join(sorted({token[0] for token in self.tokens}))
         self._first = re.compile(f"[{re.escape(first)}]") if first else re.compile(r"(?!)")
 
     def find(self, text: str) -> str | None:
@@ -110,19 +116,27 @@ class ControlTokens:
         """
         for match in self._first.finditer(text):
             for length in self._lengths:
-                if (found := text[match.start() : match.start() + length]) in self._tokens:
+                if (found := text[match.start() : match.start() + length]) in self.tokens:
                     return found
         return None
 
     def refuse(self, messages: Sequence[Message]) -> None:
         """Raises ValueError naming the turn and the token, if any turn's text spells one."""
         for i, message in enumerate(messages):
-            found = next(filter(None, map(self.find, _texts(message))), None)
+            found = next(filter(None, map(self.find, (*_texts(message), *_joined(message["content"])))), None)
             if found:
                 raise ValueError(
                     f"messages[{i}] ({message['role']}) spells {found!r} in its text, a token that only the chat "
                     "template may write; images are given as parts of their own, and other such text must be removed"
                 )
+
+
+def _joined(content: Any) -> list[str]:
+    """Texts of parts end to end, with and without the space between them: what templates make of them."""
+    if isinstance(content, str):
+        return []
+    texts = [part["text"] if part["type"] == "text" else "\n" for part in content]
+    return ["".join(texts), "".join(text.strip() or text for text in texts)]
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -17,6 +17,10 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from vlmalign.data.messages import Message
 
+#: roles of which templates may write the text in another form (Llama 3.1: results of tools as JSON), and the answers,
+#: each of which is looked for in its own place
+REWRITTEN = ("tool", "ipython", "function", "assistant")
+
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -45,8 +49,9 @@ def write(
     `stops` are the tokens that may end an answer.
 
     Raises:
-        ValueError: naming the turn, when the template refuses the conversation, rewrites earlier turns as later ones
-            come (no prefix is stable then), ends a turn without a stop token, or marks other text as the answer.
+        ValueError: naming the turn, when the template refuses the conversation, leaves out text of it, rewrites earlier
+            turns as later ones come (no prefix is stable then), ends a turn without a stop token, or marks other text
+            as the answer.
     """
     if messages[0]["role"] == "assistant":
         raise ValueError("messages[0] is an assistant turn: there is nothing it answers")
@@ -65,7 +70,11 @@ def write(
         answer = _answer(i, text, len(before), len(after), stops)
         if before == _render(tokenizer, messages[:i], continues=False):
             _check_opening(message, text[answer.start : answer.words], i)
+        _check_words(message, i, text[answer.start : answer.words])
         answers.append(answer)
+    for i, message in enumerate(messages):
+        if message["role"] not in REWRITTEN:
+            _check_words(message, i, text)
     if _MARKER.search(tokenizer.get_chat_template()):
         spans = _marked(tokenizer, messages, text, continues=continues)
         answers = _agreed(text, answers, spans)
@@ -80,10 +89,23 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, 
 
 
 def _answer(i: int, text: str, start: int, end: int, stops: Sequence[str]) -> Answer:
-    words, stop = max((text.rfind(stop, start, end), stop) for stop in stops)
-    if words < 0:
+    # The first: where a template ends the text by another stop token, the model never comes to write that one.
+    found = [(place, stop) for stop in stops if (place := text.find(stop, start, end)) >= 0]
+    if not found:
         raise ValueError(f"messages[{i}] renders without a stop token: the model would never learn to stop")
+    words, stop = min(found)
     return Answer(i, start, words, words + len(stop), end)
+
+
+def _check_words(message: Message, i: int, written: str) -> None:
+    """Templates may trim a text; some leave turns of a role out, or the reasoning before an answer, without a word."""
+    content = message["content"]
+    parts = [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
+    if not all(part.strip() in written for part in parts):
+        raise ValueError(
+            f"messages[{i}] ({message['role']}): the chat template leaves out text of this turn; take the text out, "
+            "or use a template that writes it"
+        )
 
 
 def _check_opening(message: Message, written: str, i: int) -> None:

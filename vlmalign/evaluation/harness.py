@@ -103,10 +103,12 @@ class VlmalignLM(TemplateLM):
         config = load_config(folder)
         self.model = Model(config, dtype=_dtype(folder) if dtype == "auto" else dtype)
         options = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
+        self.tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, **options
+        )
         self.stop_ids = read_stop_ids(folder, self.tokenizer)
         self.max_length = max_length or resolve_max_length(
-            AutoConfig.from_pretrained(folder, local_files_only=True), self.tokenizer
+            AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False), self.tokenizer
         )
         self.add_bos_token, self._prefix_token_id, self.seed = add_bos_token, prefix_token_id, seed
         self._budget = batch_tokens

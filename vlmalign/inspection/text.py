@@ -10,7 +10,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerB
 from vlmalign.data.chat import Chat, open_chat, read_stop_ids
 from vlmalign.data.pixels import open_pixels
 from vlmalign.inspection.records import Text
-from vlmalign.models.config import ModelConfig, SiglipConfig
+from vlmalign.models.config import ModelConfig, QwenVisionConfig, SiglipConfig
 from vlmalign.weights.layout import read_json
 
 #: settings whose `auto_map` would have transformers run code that came with the folder
@@ -106,7 +106,18 @@ def _image_size(folder: Path, config: ModelConfig, problems: list[str]) -> dict[
         return None
     try:
         open_pixels(folder, family=config.family, image_tokens=config.vision.tokens)
-        return dict(AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil").size)
+        processor = AutoImageProcessor.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, backend="pil"
+        )
+        if isinstance(config.vision, QwenVisionConfig):
+            cuts = (processor.patch_size, processor.merge_size, processor.temporal_patch_size)
+            takes = (config.vision.patch, config.vision.merge, config.vision.frames)
+            if cuts != takes:
+                problems.append(
+                    f"images: the processor cuts by (patch_size, merge_size, temporal_patch_size) = {cuts}, the tower takes "
+                    f"{takes}: copy the image settings from the original model"
+                )
+        return dict(processor.size)
     except (ValueError, OSError) as error:
         problems.append(f"images: {one_line(error, folder)}")
         return None

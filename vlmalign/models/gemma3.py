@@ -36,6 +36,7 @@ TEXT_DEFAULTS = {
     "rope_local_base_freq": 10_000.0,
 }
 VISION_DEFAULTS = {
+    "model_type": "siglip_vision_model",
     "hidden_size": 768,
     "intermediate_size": 3072,
     "num_hidden_layers": 12,
@@ -66,10 +67,10 @@ def _rope(kind: str, settings: Mapping[str, Any], theta: float) -> Rope:
 
 def _layers(text: Mapping[str, Any]) -> tuple[LayerSpec, ...]:
     newer = text.get("rope_parameters") or {}
+    # Where a file has both, the older one is laid over, as in the reference implementation.
+    full = {**(newer.get("full_attention") or {}), **(text.get("rope_scaling") or {})}
     ropes = {
-        "full_attention": _rope(
-            "full_attention", newer.get("full_attention") or text.get("rope_scaling") or {}, text["rope_theta"]
-        ),
+        "full_attention": _rope("full_attention", full, text["rope_theta"]),
         "sliding_attention": _rope(
             "sliding_attention", newer.get("sliding_attention") or {}, text["rope_local_base_freq"]
         ),
@@ -80,14 +81,15 @@ def _layers(text: Mapping[str, Any]) -> tuple[LayerSpec, ...]:
     ]
     if len(kinds) != count or not set(kinds) <= set(ropes):
         raise ValueError(f"layer_types must name {count} layers as {' or '.join(ropes)}; found {kinds}")
-    return tuple(
-        LayerSpec(rope=ropes[kind], window=text["sliding_window"] if kind == "sliding_attention" else None)
-        for kind in kinds
-    )
+    window = text["sliding_window"]
+    if "sliding_attention" in kinds and (type(window) is not int or window < 1):
+        raise ValueError(f"config.json: sliding_window must be a number of tokens >= 1, found {window!r}")
+    return tuple(LayerSpec(rope=ropes[kind], window=window if kind == "sliding_attention" else None) for kind in kinds)
 
 
 def _decoder(found: Mapping[str, Any]) -> DecoderConfig:
     text = {**TEXT_DEFAULTS, **found}
+    text["use_bidirectional_attention"] = text["use_bidirectional_attention"] or False
     for key, only in (
         ("attn_logit_softcapping", None),
         ("use_bidirectional_attention", False),
@@ -120,6 +122,8 @@ def _decoder(found: Mapping[str, Any]) -> DecoderConfig:
 
 def _vision(found: Mapping[str, Any], tokens: int) -> SiglipConfig:
     vision = {**VISION_DEFAULTS, **found}
+    if vision["model_type"] != "siglip_vision_model":
+        raise ValueError(f"config.json: the vision part must be a siglip_vision_model, found {vision['model_type']!r}")
     if vision["hidden_act"] != "gelu_pytorch_tanh":
         raise ValueError(f"config.json: vision hidden_act must be gelu_pytorch_tanh, found {vision['hidden_act']!r}")
     config = SiglipConfig(
@@ -152,6 +156,11 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
     image = {**IMAGE_DEFAULTS, **{k: v for k, v in config.items() if v is not None}}
     # The top-level setting decides; the text part of the same file may say otherwise, as its own default.
     text = {**config["text_config"], "tie_word_embeddings": config.get("tie_word_embeddings", True)}
+    if text.get("final_logit_softcapping") is not None:
+        raise ValueError(
+            "config.json: final_logit_softcapping must be null for a Gemma 3 vision-language model, found "
+            f"{text['final_logit_softcapping']!r}: the reference implementation leaves such a cap out there"
+        )
     return ModelConfig(
         family="gemma3",
         decoder=_decoder(text),

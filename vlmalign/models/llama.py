@@ -23,7 +23,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {
         "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": None, "hidden_act": "silu",
-        "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "sliding_window": 4096, "rope_theta": 10_000.0,
+        "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "sliding_window": 4096, "layer_types": None,
+        "rope_theta": 10_000.0,
     },
     "qwen2": {
         "vocab_size": 151_936, "hidden_size": 4096, "intermediate_size": 22_016, "num_hidden_layers": 32,
@@ -35,8 +36,17 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def read_rope(text: Mapping[str, Any]) -> Rope:
-    """Rotary settings from `rope_parameters`, or from older `rope_theta` with `rope_scaling`."""
-    settings = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
+    """Rotary settings from `rope_parameters`, or from older `rope_theta` with `rope_scaling`.
+
+    A file with both is read as the reference implementation reads it: by its `rope_scaling`.
+    """
+    settings = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    if nested := [key for key, value in settings.items() if isinstance(value, Mapping)]:
+        raise ValueError(
+            f"config.json: one set of rotary settings was expected, found one each for {', '.join(nested)}"
+        )
+    if (part := settings.get("partial_rotary_factor", text.get("partial_rotary_factor"))) not in (None, 1):
+        raise ValueError(f"config.json: partial_rotary_factor must be 1 here (whole heads turn), found {part!r}")
     theta = float(settings.get("rope_theta", text["rope_theta"]))
     kind = settings.get("rope_type", settings.get("type", "default"))
     if kind == "default":
@@ -54,18 +64,26 @@ def read_rope(text: Mapping[str, Any]) -> Rope:
 
 
 def read_windows(text: Mapping[str, Any]) -> list[int | None]:
-    """The window of each layer: Mistral's everywhere, Qwen2's by layer type or from layer `max_window_layers` on."""
+    """The window of each layer: by layer type; else Mistral's everywhere, Qwen2's from layer `max_window_layers` on."""
     count, kind = text["num_hidden_layers"], text["model_type"]
-    if kind == "mistral":
-        return [text["sliding_window"]] * count
-    if kind == "llama" or not text["use_sliding_window"]:
+    if kind == "llama":
         return [None] * count
-    types = text["layer_types"] or [
-        "sliding_attention" if i >= text["max_window_layers"] else "full_attention" for i in range(count)
-    ]
+    if kind == "qwen2":
+        # A word such as "false" would count as true.
+        if text["use_sliding_window"] not in (True, False, None):
+            raise ValueError(
+                f"config.json: use_sliding_window must be true or false, found {text['use_sliding_window']!r}"
+            )
+        if not text["use_sliding_window"]:
+            return [None] * count
+    first = 0 if kind == "mistral" else text["max_window_layers"]
+    types = text["layer_types"] or ["sliding_attention" if i >= first else "full_attention" for i in range(count)]
     if len(types) != count or not set(types) <= {"sliding_attention", "full_attention"}:
         raise ValueError(f"config.json: layer_types must name {count} layers as full or sliding; found {types}")
-    return [text["sliding_window"] if t == "sliding_attention" else None for t in types]
+    window = text["sliding_window"]
+    if window is not None and (type(window) is not int or window < 1):
+        raise ValueError(f"config.json: sliding_window must be null or a number of tokens >= 1, found {window!r}")
+    return [window if t == "sliding_attention" else None for t in types]
 
 
 def read_decoder(found: Mapping[str, Any]) -> DecoderConfig:

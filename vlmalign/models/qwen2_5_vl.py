@@ -13,6 +13,7 @@ from typing import Any
 
 from vlmalign.models.config import DecoderConfig, ImageTokens, LayerSpec, ModelConfig, QwenVisionConfig
 from vlmalign.models.llama import read_decoder
+from vlmalign.models.qwen_vision import THETA
 
 # What config.json leaves out equals the reference implementation's defaults (transformers, configuration_qwen2_5_vl.py).
 TEXT_DEFAULTS = {
@@ -23,13 +24,13 @@ TEXT_DEFAULTS = {
 VISION_DEFAULTS = {
     "depth": 32, "hidden_size": 3584, "intermediate_size": 3420, "num_heads": 16, "in_channels": 3, "patch_size": 14,
     "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112, "out_hidden_size": 3584,
-    "fullatt_block_indexes": (7, 15, 23, 31), "hidden_act": "silu",
+    "fullatt_block_indexes": (7, 15, 23, 31), "hidden_act": "silu", "rope_parameters": None,
 }  # fmt: skip
 IMAGE_DEFAULTS = {"image_token_id": 151_655, "vision_start_token_id": 151_652, "vision_end_token_id": 151_653}
 
 
 def _decoder(text: Mapping[str, Any]) -> DecoderConfig:
-    rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
+    rope = dict(text.get("rope_scaling") or text.get("rope_parameters") or {})
     sections = rope.pop("mrope_section", None)
     if sections is None:
         raise ValueError("config.json of Qwen2.5-VL must give mrope_section in rope_scaling or rope_parameters")
@@ -57,6 +58,9 @@ def _vision(found: Mapping[str, Any], embed: int) -> QwenVisionConfig:
             f"config.json: the tower's out_hidden_size must be the decoder's hidden_size {embed}, "
             f"found {vision['out_hidden_size']}"
         )
+    rope = vision["rope_parameters"] or {}
+    if rope.get("rope_type", "axial") not in ("axial", "default") or rope.get("rope_theta", THETA) != THETA:
+        raise ValueError(f"config.json: the tower turns by rope_type axial with rope_theta {THETA:g}, found {rope}")
     patch, merge = vision["patch_size"], vision["spatial_merge_size"]
     return QwenVisionConfig(
         embed=vision["hidden_size"],

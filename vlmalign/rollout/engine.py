@@ -1,7 +1,11 @@
-"""K completions per prompt in one compiled program: each prompt prefilled once, its completions decoded against it.
+"""What runs on the device during a rollout: prompts computed once, their completions decoded in blocks against them.
 
-The prompt's keys and values are held once per prompt and shared by its K completions; each completion has a cache of
-its own tokens only. Decoding runs in blocks of known length inside a loop that ends when every completion has stopped.
+A prompt's keys and values are held once and shared by its K completions; each completion has a cache of its own tokens
+only, as long as the longest of them has become. A block is a known number of tokens, so that the device never waits
+for the host within it; caches are per layer, layers are unrolled, and the caches that grow are donated.
+
+`generate` puts all of this into one program; `completions.Generator` runs the same steps as programs of a few shapes
+that follow the completions as they grow and end.
 """
 
 from __future__ import annotations
@@ -12,10 +16,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vlmalign.models.attention import KeyValue, attend_segments, group_attention, resolve_attention
+from vlmalign.models.attention import KeyValue, attend_decode, group_attention, resolve_attention
 from vlmalign.models.model import Model, Params
 from vlmalign.models.network import Network
-from vlmalign.randomness import sample_keys
+from vlmalign.rollout.decode_weights import bind_for_decoding
 from vlmalign.rollout.sampling import Draw, Sampling, draw
 from vlmalign.shapes import Array, Float, Int, Key
 from vlmalign.types import GroupBatch
@@ -31,38 +35,64 @@ class Rollout(NamedTuple):
     length: Int[Array, "n k"]  #: real tokens, the stop token included
     stopped: Array  #: [n, k] bool: ended with a stop token rather than at the length limit
     logp: Float[Array, "n k c"]  #: log-probability over the whole vocabulary at the sampling temperature
-    kept_logp: Float[Array, "n k c"]  #: the same within the tokens that top-p kept
+    kept_logp: Float[Array, "n k c"]  #: the same within the tokens that top-k, top-p and min-p kept
 
 
-class _State(NamedTuple):
-    step: Int[Array, ""]
-    logits: Float[Array, "m vocab"]
-    stopped: Array
-    length: Int[Array, "n k"]
-    tokens: Int[Array, "n k c"]
-    logp: Float[Array, "n k c"]
-    kept_logp: Float[Array, "n k c"]
-    cache: list[KeyValue]
+class Prefilled(NamedTuple):
+    """What decoding reads of prompts."""
+
+    last: Float[Array, "n embed"]  #: the state after each prompt's last token
+    shared: list[KeyValue]  #: per layer; keys [n, kv_heads, head_dim, p], values [n, kv_heads, p, head_dim]
 
 
-def prefill(model: Model, network: Network, batch: GroupBatch) -> tuple[Float[Array, "n embed"], list[KeyValue]]:
-    """The last real state of each prompt, and every layer's prompt keys and values [n, p, kv_heads, head_dim]."""
+class Rows(NamedTuple):
+    """Which prompt and which samples of it stand in each row, and how far they have come."""
+
+    prompt_length: Int[Array, "n"]
+    next_position: Int[Array, "n"]
+    group_id: Int[Array, "n"]
+    sample: Int[Array, "n k"]  #: sample ids, from which keys are derived
+    step: Int[Array, "n"]  #: tokens that the row's completions have
+
+
+class Cache(NamedTuple):
+    """What grows with every token."""
+
+    states: Float[Array, "n k embed"]  #: after the last token of each completion
+    own: list[KeyValue]  #: per layer [n, k, kv_heads, tokens, head_dim]
+
+
+def block_length(completion: int) -> int:
+    """Tokens per block, such that blocks cover `completion` tokens with the least overhang.
+
+    >>> block_length(64), block_length(21), block_length(5)
+    (16, 11, 5)
+    """
+    count = -(-completion // BLOCK)
+    return -(-completion // count)
+
+
+def prefill(model: Model, params: Params, batch: GroupBatch) -> Prefilled:
+    """Every layer's prompt keys and values, and the last real state of each prompt: no logits of prompt tokens."""
     if batch.features is None and batch.pixels is not None:
         raise ValueError("a rollout reads image features, found pixels; attach features first (FeatureStore.attach)")
+    network = model.bind(params)
     x = network.embed(batch.tokens, batch.image, batch.features)
-    places, layout, cache = model.places(batch), batch.layout, []
+    places, layout, shared = model.places(batch), batch.layout, []
     choice = resolve_attention(
         model.attention, layout=layout, head_dim=model.config.decoder.head_dim, dtype=jnp.dtype(model.dtype)
     )
 
     def attend(layer: int, q: Array, kv: KeyValue, window: int | None) -> Array:
-        assert len(cache) == layer
-        cache.append(kv)
+        assert len(shared) == layer
+        # Laid out as decoding multiplies them, so that they are turned once and not at every step.
+        shared.append(KeyValue(jnp.moveaxis(kv.key, 1, 3), jnp.moveaxis(kv.value, 1, 2)))
         return group_attention(q, kv, places, layout, window, name=choice.name)
 
-    hidden = network.language_model(x, batch.position, attend, remat="none")
-    last = jnp.maximum(jnp.sum(batch.segment == 0, axis=1) - 1, 0)
-    return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0], cache
+    with jax.named_scope("prefill"):
+        hidden = network.language_model(x, batch.position, attend, remat="none")
+    end = jnp.maximum(jnp.sum(batch.segment == 0, axis=1) - 1, 0)
+    return Prefilled(jnp.take_along_axis(hidden, end[:, None, None], axis=1)[:, 0], shared)
 
 
 def after_prompt(batch: GroupBatch) -> Int[Array, "n"]:
@@ -74,52 +104,142 @@ def after_prompt(batch: GroupBatch) -> Int[Array, "n"]:
 
 def output_logits(model: Model, network: Network, states: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
     """float32 logits, soft-capped where the family does so."""
-    z = jnp.einsum("...d,vd->...v", states, network.head, preferred_element_type=jnp.float32)
+    return _logits(model, network.head, states)
+
+
+def _logits(
+    model: Model, head: Float[Array, "vocab embed"], states: Float[Array, "*batch embed"]
+) -> Float[Array, "*batch vocab"]:
+    z = jnp.einsum("...d,vd->...v", states, head, preferred_element_type=jnp.float32)
     cap = model.config.decoder.logit_softcap
     return z if cap is None else cap * jnp.tanh(z / cap)
 
 
-def _decode_step(
+def empty_cache(model: Model, *, rows: int, group: int, length: int) -> Cache:
+    """No tokens yet; room for `length` of each completion."""
+    config, dtype = model.config.decoder, jnp.dtype(model.dtype)
+    shape = (rows, group, config.kv_heads, length, config.head_dim)
+    own = [KeyValue(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in config.layers]
+    return Cache(jnp.zeros((rows, group, config.embed), dtype), own)
+
+
+def sample_keys(key: Key[Array, ""], rows: Rows) -> Key[Array, "n k"]:
+    """One key per completion, from the group's id and the sample's: the same whatever the row and the neighbours."""
+    fold = jax.random.fold_in
+    return jax.vmap(lambda group, samples: jax.vmap(partial(fold, fold(key, group)))(samples))(
+        rows.group_id, rows.sample
+    )
+
+
+def _append(cache: Float[Array, "n k g d h"], block: Float[Array, "n k g b h"], step: Int[Array, "n"]) -> Array:
+    """The cache with a block's tokens from index `step[n]` on in every completion of row n."""
+
+    def row(old: Array, new: Array, at: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(old, new, at, axis=2)
+
+    return jax.vmap(row)(cache, block, step)
+
+
+def _advance(
     model: Model,
     network: Network,
     tokens: Int[Array, "n k"],
-    step: Int[Array, ""],
-    prompt_length: Int[Array, "n"],
-    next_position: Int[Array, "n"],
+    index: Int[Array, ""],
+    rows: Rows,
     shared: list[KeyValue],
-    cache: list[KeyValue],
-) -> tuple[Float[Array, "n k vocab"], list[KeyValue]]:
-    """Logits after `tokens`, which stand at index `step` of every completion, and the grown cache."""
+    own: list[KeyValue],
+    block: list[KeyValue],
+) -> tuple[Float[Array, "n k embed"], list[KeyValue]]:
+    """The states after `tokens`, the ones at `index` of the block, and the block's keys and values with theirs."""
     n, k = tokens.shape
     config = model.config.decoder
-    own_column = jnp.arange(cache[0].key.shape[2])
-    far_column = jnp.arange(shared[0].key.shape[1])
+    step = (rows.step + index)[:, None]  # [n, 1]
+    # Distance to each key along the path prompt -> completion, in tokens.
+    far = (rows.prompt_length[:, None] + step) - jnp.arange(shared[0].value.shape[2])  # [n, p]
+    near = step - jnp.arange(own[0].key.shape[3])  # [n, d]
+    last = jnp.broadcast_to(index - jnp.arange(block[0].key.shape[3]), (n, block[0].key.shape[3]))  # [n, b]
+    real = (far > step, near > index, last >= 0)
     grown: list[KeyValue] = []
 
     def attend(layer: int, q: Array, kv: KeyValue, window: int | None) -> Array:
-        key, value = (
-            jax.lax.dynamic_update_slice_in_dim(old, new[:, :, None].astype(old.dtype), step, axis=2)
-            for old, new in zip(cache[layer], kv, strict=True)
-        )  # [n, k, c, kv_heads, head_dim]
-        grown.append(KeyValue(key, value))
-        near = own_column <= step
-        far = far_column < prompt_length[:, None]  # [n, p]
-        if window is not None:
-            near &= step - own_column < window
-            far &= prompt_length[:, None] + step - far_column < window
-        out = attend_segments(
-            q.reshape(n, k, 1, config.kv_heads, -1, config.head_dim),
-            grown[layer],
-            jnp.broadcast_to(near, (n, k, 1, len(own_column))),
-            shared[layer],
-            jnp.broadcast_to(far[:, None, None, :], (n, k, 1, len(far_column))),
+        grown.append(
+            KeyValue(
+                *(
+                    jax.lax.dynamic_update_slice_in_dim(old, new[:, :, :, None].astype(old.dtype), index, axis=3)
+                    for old, new in zip(block[layer], kv, strict=True)
+                )
+            )
+        )
+        masks = (
+            real if window is None else tuple(r & (d < window) for r, d in zip(real, (far, near, last), strict=True))
+        )
+        out = attend_decode(
+            q.reshape(n, k, config.kv_heads, -1, config.head_dim), shared[layer], (own[layer], grown[layer]), masks
         )
         return out.reshape(n, k, config.heads, config.head_dim)
 
     # Generated text: under M-RoPE its three coordinates are equal, which is what the decoder makes of one.
-    position = jnp.broadcast_to((next_position + step)[:, None], (n, k))
-    hidden = network.language_model(network.language_model.embed(tokens), position, attend, remat="none")
-    return output_logits(model, network, hidden), grown
+    position = jnp.broadcast_to(rows.next_position[:, None] + step, (n, k))
+    states = network.language_model(network.language_model.embed(tokens), position, attend, remat="none")
+    return states, grown
+
+
+class Drawn(NamedTuple):
+    """What a block of decoding drew, stop tokens and what follows them included."""
+
+    tokens: Int[Array, "n k b"]
+    logp: Float[Array, "n k b"]
+    kept_logp: Float[Array, "n k b"]
+
+
+def decode(
+    model: Model,
+    params: Params,
+    cache: Cache,
+    shared: list[KeyValue],
+    rows: Rows,
+    key: Key[Array, ""],
+    *,
+    steps: int,
+    sampling: Sampling,
+) -> tuple[Cache, Drawn]:
+    """`steps` more tokens of every completion. Finished ones run along: the host drops what comes after their end.
+
+    The key of a draw is derived from (`key`, `rows.group_id`, sample id, position): it does not depend on the row, the
+    number of rows or how far the neighbours have come.
+    """
+    n, k = rows.sample.shape
+    config = model.config.decoder
+    keys = sample_keys(key, rows).reshape(n * k)
+
+    def one(index: Array, carry: tuple[Array, list[KeyValue], Drawn]) -> tuple[Array, list[KeyValue], Drawn]:
+        states, block, drawn = carry
+        # Within the loop: turned outside of it, matrices would be copied into the order they came from.
+        network, head = bind_for_decoding(model, params)
+        with jax.named_scope("draw"):
+            logits = _logits(model, head, states.reshape(n * k, -1))
+            place = jax.vmap(jax.random.fold_in)(keys, jnp.repeat(rows.step + index, k))
+            picked: Draw = draw(logits, place, sampling)
+        drawn = Drawn(
+            *(
+                jax.lax.dynamic_update_index_in_dim(old, new.reshape(n, k), index, axis=2)
+                for old, new in zip(drawn, picked, strict=True)
+            )
+        )
+        with jax.named_scope("decode"):
+            token = picked.token.reshape(n, k)
+            states, block = _advance(model, network, token, index, rows, shared, cache.own, block)
+        return states, block, drawn
+
+    # A block has a small cache of its own, and the large one stands still: were it written at every step, XLA would
+    # copy it whenever it cannot prove that all reads come first.
+    shape, dtype = (n, k, config.kv_heads, steps, config.head_dim), jnp.dtype(model.dtype)
+    block = [KeyValue(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in config.layers]
+    shape = (n, k, steps)
+    empty = Drawn(jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape))
+    states, block, drawn = jax.lax.fori_loop(0, steps, one, (cache.states, block, empty))
+    own = jax.tree.map(lambda old, new: _append(old, new, rows.step), cache.own, block)
+    return Cache(states, own), drawn
 
 
 @partial(jax.jit, static_argnames=("model", "group", "completion", "stop_ids", "sampling"))
@@ -137,59 +257,65 @@ def generate(
 ) -> Rollout:
     """`group` completions of at most `completion` tokens for each prompt of a batch with layout (P; 0 x 0).
 
-    The key of a draw is derived from (`key`, the row's `group_id`, sample id, position): it does not depend on the
-    row, the batch size or how far the neighbours have come. Sample ids count from `first_sample`.
+    One program: prefill, then blocks until every completion has stopped. Sample ids count from `first_sample`.
     """
-    network = model.bind(params)
-    n = batch.tokens.shape[0]
-    with jax.named_scope("prefill"):
-        last, shared = prefill(model, network, batch)
-        first = output_logits(model, network, last)  # [n, vocab]
-    prompt_length = jnp.sum(batch.segment == 0, axis=1)
-    next_position = after_prompt(batch)
-    keys = sample_keys(key, batch.group_id, first_sample + jnp.arange(group)).reshape(n * group)
-    stops = jnp.asarray(stop_ids, jnp.int32)
-
-    def one(state: _State) -> _State:
-        picked: Draw = draw(state.logits, jax.vmap(jax.random.fold_in, (0, None))(keys, state.step), sampling)
-        # Past the limit (the last block may overhang it) and after the stop token nothing is written.
-        live = ~state.stopped & (state.step < completion)
-        token, logp, kept = (jnp.where(live, x.reshape(n, group), 0) for x in picked)
-        at = jnp.minimum(state.step, completion - 1)
-
-        def put(rows: Array, value: Array) -> Array:
-            old = jax.lax.dynamic_index_in_dim(rows, at, axis=2, keepdims=False)
-            return jax.lax.dynamic_update_index_in_dim(rows, jnp.where(live, value, old), at, axis=2)
-
-        with jax.named_scope("decode"):
-            logits, cache = _decode_step(model, network, token, at, prompt_length, next_position, shared, state.cache)
-        return _State(
-            step=state.step + 1,
-            logits=logits.reshape(n * group, -1),
-            stopped=state.stopped | (live & jnp.isin(token, stops)),
-            length=state.length + live,
-            tokens=put(state.tokens, token),
-            logp=put(state.logp, logp),
-            kept_logp=put(state.kept_logp, kept),
-            cache=cache,
-        )
-
-    def block(state: _State) -> _State:
-        return jax.lax.fori_loop(0, BLOCK, lambda _, s: one(s), state)
-
-    shape = (n, group, completion)
-    config = model.config.decoder
-    cache_shape = (*shape, config.kv_heads, config.head_dim)
-    start = _State(
-        step=jnp.zeros((), jnp.int32),
-        logits=jnp.repeat(first, group, axis=0),
-        # Padding rows have no prompt: they count as stopped from the start.
-        stopped=jnp.broadcast_to((prompt_length == 0)[:, None], (n, group)),
-        length=jnp.zeros((n, group), jnp.int32),
-        tokens=jnp.zeros(shape, jnp.int32),
-        logp=jnp.zeros(shape),
-        kept_logp=jnp.zeros(shape),
-        cache=[KeyValue(*(jnp.zeros(cache_shape, x.dtype) for x in kv)) for kv in shared],
+    n, steps = batch.tokens.shape[0], block_length(completion)
+    room = -(-completion // steps) * steps
+    prompts, prompt_length = prefill(model, params, batch), jnp.sum(batch.segment == 0, axis=1)
+    rows = Rows(
+        prompt_length=prompt_length,
+        next_position=after_prompt(batch),
+        group_id=jnp.asarray(batch.group_id),
+        sample=jnp.broadcast_to(first_sample + jnp.arange(group), (n, group)),
+        step=jnp.zeros((n,), jnp.int32),
     )
-    end = jax.lax.while_loop(lambda s: (s.step < completion) & ~jnp.all(s.stopped), block, start)
-    return Rollout(end.tokens, end.length, end.stopped, end.logp, end.kept_logp)
+    stops = jnp.asarray(stop_ids, jnp.int32)
+    cache = empty_cache(model, rows=n, group=group, length=room)
+    shape = (n, group, room)
+    states = jnp.broadcast_to(prompts.last[:, None], cache.states.shape)
+
+    class State(NamedTuple):
+        done: Int[Array, ""]
+        running: Array  # [n, k] bool
+        cache: Cache
+        drawn: Drawn
+
+    def block(state: State) -> State:
+        cache, new = decode(
+            model,
+            params,
+            state.cache,
+            prompts.shared,
+            rows._replace(step=jnp.broadcast_to(state.done, (n,))),
+            key,
+            steps=steps,
+            sampling=sampling,
+        )
+        drawn = Drawn(
+            *(
+                jax.lax.dynamic_update_slice_in_dim(old, piece, state.done, axis=2)
+                for old, piece in zip(state.drawn, new, strict=True)
+            )
+        )
+        running = state.running & ~jnp.any(jnp.isin(new.tokens, stops), axis=-1)
+        return State(state.done + steps, running, cache, drawn)
+
+    end = jax.lax.while_loop(
+        lambda s: (s.done < completion) & jnp.any(s.running),
+        block,
+        State(
+            done=jnp.zeros((), jnp.int32),
+            # Rows without a prompt count as stopped from the start.
+            running=jnp.broadcast_to((prompt_length > 0)[:, None], (n, group)),
+            cache=cache._replace(states=states),
+            drawn=Drawn(jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape)),
+        ),
+    )
+    drawn = Drawn(*(x[..., :completion] for x in end.drawn))
+    is_stop = jnp.isin(drawn.tokens, stops) & (jnp.arange(completion) < end.done)
+    real = (prompt_length > 0)[:, None]
+    stopped = jnp.any(is_stop, axis=-1) | ~real
+    length = jnp.where(jnp.any(is_stop, axis=-1), jnp.argmax(is_stop, axis=-1) + 1, completion)
+    length = jnp.where(real, length, 0)
+    tokens, logp, kept = (jnp.where(jnp.arange(completion) < length[..., None], x, 0) for x in drawn)
+    return Rollout(tokens, length, stopped, logp, kept)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
 from vlmalign.data.groups import collate
+from vlmalign.models.config import QwenVisionConfig
 from vlmalign.models.model import Model, Params
 from vlmalign.models.towers import Picture, arrange, size_class
 from vlmalign.shapes import Float
@@ -39,13 +40,23 @@ class FeatureStore:
     """
 
     def __init__(
-        self, model: Model, params: Params, pictures: Pictures, *, capacity_bytes: int = 16 * GIB, chunk: int = 16
+        self,
+        model: Model,
+        params: Params,
+        pictures: Pictures,
+        *,
+        capacity_bytes: int = 16 * GIB,
+        chunk: int = 16,
+        announce: Callable[[Sequence[str]], None] | None = None,
     ):
-        """`capacity_bytes` of host memory are held at most; `chunk` images of like size go through the tower at once."""
+        """`capacity_bytes` of host memory are held at most; `chunk` images of like size go through the tower at once.
+
+        `announce` is told, in order, of images that `pictures` will be asked for (`data.prefetch.PrefetchReader`).
+        """
         self._model = model.without_lora()
         self._params = params
         self._encode = jax.jit(self._model.encode)
-        self._pictures = pictures
+        self._pictures, self._announce = pictures, announce
         self._capacity, self._chunk = capacity_bytes, chunk
         self._held: OrderedDict[str, np.ndarray] = OrderedDict()
         self._bytes = 0
@@ -59,6 +70,11 @@ class FeatureStore:
     def grid(self, key: str) -> Grid:
         """How the soft tokens of one image lie."""
         return self._pictures.grid(key)
+
+    def expect(self, keys: Sequence[str]) -> None:
+        """These images will be asked for soon: those not held are read ahead, where the reader can do that."""
+        if self._announce is not None:
+            self._announce([key for key in keys if key not in self._held])
 
     def features(self, keys: Sequence[str]) -> list[Float[np.ndarray, "tokens embed"]]:
         """Features of these images in this order; those not held are read and encoded, `chunk` at a time."""
@@ -92,9 +108,20 @@ class FeatureStore:
                 found[key] = flat[start : start + tokens].copy()
                 start += tokens
 
+        if self._announce is not None:
+            self._announce(missing)  # so that the next ones are read while the tower works on a chunk
         for start in range(0, len(missing), self._chunk):
             keys = missing[start : start + self._chunk]
             for key, picture in zip(keys, self._pictures.read(keys), strict=True):
+                if isinstance(vision, QwenVisionConfig):
+                    found_grid = Grid(picture.rows // vision.merge, picture.columns // vision.merge)
+                    if found_grid != self.grid(key):
+                        # The features of the next image would be taken for its own.
+                        raise ValueError(
+                            f"image {key} was read as {found_grid.rows} x {found_grid.columns} soft tokens, its grid said "
+                            f"{self.grid(key).rows} x {self.grid(key).columns}; the image settings do not fit the tower, "
+                            "or the file has changed"
+                        )
                 alike = waiting[size_class(vision, picture)]
                 alike.append((key, picture))
                 if len(alike) == self._chunk:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from vlmalign.shapes import Array, Float, Int, Key
+from vlmalign.shapes import Array, Bool, Float, Int, Key
 
 #: columns per block of the two-level inverse distribution function
 BLOCK = 512
@@ -16,16 +17,26 @@ BLOCK = 512
 
 @dataclass(frozen=True)
 class Sampling:
-    """Temperature 0 takes the most likely token. `top_p` keeps the smallest set of tokens of at least that mass."""
+    """Which tokens may be drawn, and how likely they are among themselves.
+
+    Temperature 0 takes the most likely token. `top_k` keeps the k most likely tokens (0: all), then `top_p` the
+    smallest set of those with at least that share of their mass (Holtzman et al., arXiv 1904.09751), then `min_p`
+    those at least that share as likely as the most likely one (arXiv 2407.01082). Tokens as likely as the least likely
+    kept one are kept too.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError(
                 f"sampling needs temperature >= 0 and 0 < top_p <= 1; found {self.temperature} and {self.top_p}"
             )
+        if self.top_k < 0 or not 0 <= self.min_p <= 1:
+            raise ValueError(f"sampling needs top_k >= 0 and 0 <= min_p <= 1; found {self.top_k} and {self.min_p}")
 
 
 class Draw(NamedTuple):
@@ -39,25 +50,56 @@ class Draw(NamedTuple):
 def top_p_threshold(probabilities: Float[Array, "m vocab"], top_p: float) -> Float[Array, "m 1"]:
     """The largest t such that the tokens of probability >= t hold at least `top_p` of the mass.
 
-    Found exactly by bisection over the bit pattern (non-negative floats sort like their bits), 31 passes and no
-    sort. Tokens as likely as the least likely kept one are all kept.
+    Found exactly, without a sort; see `_largest_threshold`.
 
     >>> float(top_p_threshold(jnp.array([[0.5, 0.3, 0.15, 0.05]]), 0.75)[0, 0])
     0.30000001192092896
     """
     p = probabilities
     goal = top_p * jnp.sum(p, axis=-1, keepdims=True)
+    return _largest_threshold(p, lambda kept: jnp.sum(jnp.where(kept, p, 0.0), axis=-1, keepdims=True) >= goal)
+
+
+def top_k_threshold(probabilities: Float[Array, "m vocab"], top_k: int) -> Float[Array, "m 1"]:
+    """The k-th largest probability: the largest t such that at least `top_k` tokens have probability >= t.
+
+    >>> float(top_k_threshold(jnp.array([[0.5, 0.25, 0.125, 0.125]]), 2)[0, 0])
+    0.25
+    """
+    return _largest_threshold(probabilities, lambda kept: jnp.sum(kept, axis=-1, keepdims=True) >= top_k)
+
+
+def _largest_threshold(p: Float[Array, "m vocab"], enough: Callable[[Array], Array]) -> Float[Array, "m 1"]:
+    """The largest t for which `enough(p >= t)` holds in a row; it holds at 0.
+
+    By bisection over the bit pattern, since non-negative floats sort like their bits: 31 passes over the row.
+    """
 
     def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = ends  # mass(low) >= goal > mass(high)
+        low, high = ends  # enough at low, not at high
         middle = low + (high - low) // 2
-        threshold = jax.lax.bitcast_convert_type(middle, jnp.float32)
-        enough = jnp.sum(jnp.where(p >= threshold, p, 0.0), axis=-1, keepdims=True) >= goal
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+        holds = enough(p >= jax.lax.bitcast_convert_type(middle, jnp.float32))
+        return jnp.where(holds, middle, low), jnp.where(holds, high, middle)
 
     top = jax.lax.bitcast_convert_type(jnp.max(p, axis=-1, keepdims=True), jnp.int32) + 1
     low, _ = jax.lax.fori_loop(0, 31, halve, (jnp.zeros_like(top), top))
     return jax.lax.bitcast_convert_type(low, jnp.float32)
+
+
+def keep(probabilities: Float[Array, "m vocab"], sampling: Sampling) -> Float[Array, "m vocab"]:
+    """The probabilities with those of tokens that must not be drawn set to 0; not scaled up again."""
+    p, vocab = probabilities, probabilities.shape[-1]
+
+    def cut(p: Array, kept: Bool[Array, "m vocab"]) -> Array:
+        return jnp.where(kept, p, 0.0)
+
+    if 0 < sampling.top_k < vocab:
+        p = cut(p, p >= top_k_threshold(p, sampling.top_k))
+    if sampling.top_p < 1:
+        p = cut(p, p >= top_p_threshold(p, sampling.top_p))
+    if sampling.min_p > 0:
+        p = cut(p, p >= sampling.min_p * jnp.max(p, axis=-1, keepdims=True))
+    return p
 
 
 def inverse_cdf(weights: Float[Array, "m vocab"], uniform: Float[Array, "m"]) -> Int[Array, "m"]:
@@ -89,15 +131,21 @@ def _last_passed(weights: Float[Array, "m size"], target: Float[Array, "m"]) -> 
 def draw(logits: Float[Array, "m vocab"], keys: Key[Array, "m"], sampling: Sampling) -> Draw:
     """One token per row. The log-probabilities are of the tempered distribution; greedy reports temperature 1."""
     z = logits.astype(jnp.float32) / (sampling.temperature or 1.0)
-    total = jax.nn.logsumexp(z, axis=-1, keepdims=True)
+    top = jnp.max(z, axis=-1, keepdims=True)
+    weights = jnp.exp(z - top)
+    total = top + jnp.log(jnp.sum(weights, axis=-1, keepdims=True))  # log-sum-exp of z
+
+    def picked(token: Int[Array, "m"]) -> Float[Array, "m"]:
+        return (jnp.take_along_axis(z, token[:, None], axis=-1) - total)[:, 0]
+
     if sampling.temperature == 0:
-        token = jnp.argmax(z, axis=-1)
-        logp = jnp.take_along_axis(z - total, token[:, None], axis=-1)[:, 0]
-        return Draw(token.astype(jnp.int32), logp, jnp.zeros_like(logp))
-    p = jnp.exp(z - total)
-    if sampling.top_p < 1:
-        p = jnp.where(p >= top_p_threshold(p, sampling.top_p), p, 0.0)
-    uniform = jax.vmap(jax.random.uniform)(keys)
-    token = inverse_cdf(p, uniform)
-    logp = jnp.take_along_axis(z - total, token[:, None], axis=-1)[:, 0]
-    return Draw(token.astype(jnp.int32), logp, logp - jnp.log(jnp.sum(p, axis=-1)))
+        token = jnp.argmax(z, axis=-1).astype(jnp.int32)
+        return Draw(token, picked(token), jnp.zeros(token.shape))
+    p = weights
+    if sampling.top_k or sampling.top_p < 1 or sampling.min_p:
+        p = keep(jnp.exp(z - total), sampling)
+    token = inverse_cdf(p, jax.vmap(jax.random.uniform)(keys)).astype(jnp.int32)
+    logp = picked(token)
+    if p is weights:
+        return Draw(token, logp, logp)
+    return Draw(token, logp, logp - jnp.log(jnp.sum(p, axis=-1)))

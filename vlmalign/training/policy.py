@@ -6,69 +6,60 @@ recorded once, before the first, and a checkpoint may only be made between rollo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
-from vlmalign.data.pipeline import Position, shuffled_batches
-from vlmalign.models.lora import merge_adapter
-from vlmalign.models.model import Params
-from vlmalign.objectives.advantages import combined_advantages, group_advantages, leave_one_out_advantages
-from vlmalign.objectives.entropy import top_entropy_masks
+from vlmalign.models.lora import is_adapter, merge_adapter
+from vlmalign.models.model import Model, Params
+from vlmalign.objectives.advantages import (
+    Advantages,
+    combined_advantages,
+    group_advantages,
+    leave_one_out_advantages,
+)
+from vlmalign.objectives.entropy import (
+    EntropyState,
+    applied_coefficient,
+    init_entropy,
+    top_entropy_masks,
+    update_entropy,
+)
 from vlmalign.objectives.gae import estimate_advantages, token_rewards, whiten
 from vlmalign.objectives.kl import kl_per_token, rewards_less_kl
 from vlmalign.objectives.names import require_known
 from vlmalign.randomness import key_for
 from vlmalign.rollout.completions import Completion, Generator
+from vlmalign.shapes import Array
 from vlmalign.training.completion_log import CompletionLog
 from vlmalign.training.loop import Work
-from vlmalign.training.rollouts import Rollout, Sampled, Sampler, Score, Task
+from vlmalign.training.rollout_batches import by_group, by_row, record, rollout_batches, with_advantage
+from vlmalign.training.rollout_settings import RolloutSettings
+from vlmalign.training.rollouts import OVERLONG, Prompts, Rollout, Sampled, Sampler, Score, Task
 from vlmalign.training.step import MicroBatch, Trainer
-from vlmalign.training.supervised import Shapes, micro_batches
+from vlmalign.training.supervised import Shapes
 from vlmalign.training.value_head import split_value_head
-from vlmalign.types import Group, GroupBatch, Scores, Segment
-
-ADVANTAGES = ("group", "leave_one_out", "token")
+from vlmalign.types import Group, Scores
 
 
-@dataclass(frozen=True)
-class RolloutSettings:
-    """What is sampled for an optimiser batch, and what its completions are compared with."""
+@runtime_checkable
+class Memory(Protocol):
+    """What rewards remember from round to round; part of every checkpoint."""
 
-    prompts: int  #: per optimiser batch
-    updates: int = 1  #: optimiser steps on one rollout
-    attempts: int = 1  #: rounds of dynamic sampling; 1: none
-    overlong_buffer: int | None = None  #: tokens before the limit from which length costs reward; None: no penalty
-    advantage: str = "group"  #: "group", "leave_one_out" (RLOO), or "token" (GAE with a value head: PPO)
-    scale: str = "none"  #: of group advantages, as in `advantages.SCALES`
-    ddof: int = 1  #: 1: Bessel's standard deviation, 0: the population's
-    normalise_first: Mapping[str, float] | None = None  #: GDPO: normalise these rewards apart, with these weights
-    kl_in_reward: float = 0.0  #: weight of the KL to the reference in the reward (needs a reference)
-    kl: str = "k1"  #: estimator of that KL
-    top_entropy: float = 1.0  #: share of tokens, by entropy, that carry the policy term
-    gamma: float = 1.0  #: of GAE
-    lam: float = 0.95  #: of GAE
-    seed: int = 0
+    def get_state(self) -> dict[str, Any]:
+        """JSON. Called when a checkpoint is made: what rewards keep on disk must be there when this returns."""
+        ...
 
-    def __post_init__(self) -> None:
-        require_known("advantage", self.advantage, ADVANTAGES)
-        for name in ("prompts", "updates", "attempts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, found {getattr(self, name)}")
-        if self.advantage != "group" and (self.normalise_first is not None or self.scale != "none"):
-            raise ValueError(f"scale and normalise_first belong to group advantages, found {self.advantage!r}")
-
-    @property
-    def scores_first(self) -> bool:
-        """The policy that sampled scores its completions before the first update."""
-        return self.updates > 1 or self.kl_in_reward > 0 or self.top_entropy < 1 or self.advantage == "token"
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go back to where `get_state` said."""
+        ...
 
 
 class PolicySource:
-    """Rolls out the adapted model, merged once per rollout, and turns rewards into advantages over whole groups."""
+    """Rolls out the trained policy, merged once per rollout, and turns rewards into advantages over whole groups."""
 
     def __init__(
         self,
@@ -81,209 +72,239 @@ class PolicySource:
         score: Score,
         shapes: Shapes,
         settings: RolloutSettings,
+        memory: Memory | None = None,
         log: CompletionLog | None = None,
     ):
-        if generator.group < 2 and settings.advantage != "token":
-            raise ValueError(
-                f"a group needs at least 2 completions to compare, found {generator.group}; raise rollout.group"
-            )
-        if settings.kl_in_reward > 0 and trainer.reference is None:
-            raise ValueError("kl_in_reward compares with a reference policy; none was given")
-        self._batches: Position = shuffled_batches(tasks, batch=settings.prompts, seed=settings.seed)
+        """`base` are the frozen parameters (none where the whole model is trained); `memory` is that of `score`.
+
+        Raises:
+            ValueError: when generator, trainer and settings do not fit each other.
+        """
+        _check(generator, trainer, settings)
+        self._prompts = Prompts(tasks, most=settings.prompts, seed=settings.seed)
         self._generator, self._trainer, self._base = generator, trainer, base
-        self._decode, self._score, self._shapes, self._settings = decode, score, shapes, settings
-        self._log = log
-        lora = trainer.model.lora
-        self._merge = None if lora is None else jax.jit(lambda base, adapter: merge_adapter(base, adapter, lora.scale))
+        self._shapes, self._settings = shapes, settings
+        self._memory, self._log = memory, log
+        self._merge = jax.jit(lambda base, trained: merged_policy(trainer.model, base, trained))
+        self._policy: dict[str, Array] = {}  #: what is being rolled out, while it is
+        self._sampler = Sampler(
+            generate=self._generate,
+            decode=decode,
+            score=score,
+            flat=lambda rollouts: self._advantages(_rewards(rollouts), rollouts).flat,
+            wanted=settings.prompts,
+            attempts=settings.attempts,
+            longest=generator.completion,
+            overlong_buffer=settings.overlong_buffer,
+        )
         self._held: list[MicroBatch] = []
         self._used = 0  #: updates made of what is held
+        adaptive = settings.adaptive_entropy
+        self._entropy: EntropyState | None = None if adaptive is None else init_entropy(adaptive)
 
     def work(self, step: int, params: Params) -> Work:
         if step % self._settings.updates:
+            assert self._held, "a stage begins and continues between rollouts"
             self._used += 1
-            return Work(self._held, {"update": self._used})
+            return Work(self._held, {"update": self._used}, self._options())
         if step == 0 and self._log is not None:
             self._log.rewind(0)
-        sampled = self._sample(step, params)
-        self._held, advantages = self._batch(sampled, params)
+        self._policy = self._merge(self._base, params)
+        sampled = self._sampler.draw(step, self._prompts)
+        self._policy = {}  # a copy of the whole model: its memory is needed for training
+        self._held, advantages = self._batch(sampled.rollouts, params)
         self._used = 1
         if self._log is not None:
             self._log.write(step + 1, sampled.rollouts, advantages)
-        return Work(self._held, {"update": 1, **_metrics(sampled)})
+        return Work(self._held, {"update": 1, **_metrics(sampled)}, self._options())
+
+    def observe(self, line: Mapping[str, Any]) -> None:
+        adaptive = self._settings.adaptive_entropy
+        if adaptive is not None and line.get("entropy") is not None:
+            self._entropy = update_entropy(line["entropy"], self._entropy, adaptive)
+
+    def _options(self) -> dict[str, float]:
+        """What the objective's counts need of this step: the coefficient of an entropy bonus that adapts."""
+        adaptive = self._settings.adaptive_entropy
+        return {} if adaptive is None else {"entropy_coef": applied_coefficient(self._entropy, adaptive)}
 
     def get_state(self) -> dict[str, Any]:
         if self._used % self._settings.updates:
             raise ValueError(
                 f"a checkpoint between the {self._settings.updates} updates of one rollout cannot be continued; "
-                "make checkpoint_every and evaluate_every multiples of updates"
+                "make steps, checkpoint_every and evaluate_every multiples of updates"
             )
-        log = None if self._log is None else self._log.position()
-        return {"data": self._batches.get_state(), "completions": log}
+        return {
+            "prompts": self._prompts.get_state(),
+            "completions": None if self._log is None else self._log.position(),
+            "memory": None if self._memory is None else self._memory.get_state(),
+            "entropy": None if self._entropy is None else _saved(self._entropy),
+        }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._batches.set_state(state["data"])
-        if self._log is not None and state["completions"] is not None:
-            self._log.rewind(state["completions"])
+        self._prompts.set_state(state["prompts"])
+        self._held, self._used = [], 0
+        if state["entropy"] is not None:
+            self._entropy = _restored(state["entropy"])
+        if self._log is not None:
+            self._log.rewind(state["completions"] or 0)
+        if self._memory is not None:
+            self._memory.set_state(state["memory"] or {})
 
-    def _sample(self, step: int, params: Params) -> Sampled:
-        policy, _ = split_value_head(params)
-        merged = {**self._base, **policy} if self._merge is None else self._merge(self._base, policy)
-        key = key_for(self._settings.seed, step, "rollout")
+    def _generate(self, prompts: Sequence[Group], number: int) -> list[list[Completion]]:
+        # By round, not by step: a prompt that is drawn again must not be answered again with the same draws.
+        return self._generator.run(self._policy, prompts, key_for(self._settings.seed, number, "rollout"))
 
-        def generate(prompts: Sequence[Group], attempt: int) -> list[list[Completion]]:
-            # A prompt that is drawn again must not be answered again with the same draws.
-            return self._generator.run(merged, prompts, jax.random.fold_in(key, attempt) if attempt else key)
-
-        sampler = Sampler(
-            generate=generate,
-            decode=self._decode,
-            score=self._score,
-            wanted=self._settings.prompts,
-            attempts=self._settings.attempts,
-            longest=self._generator.completion,
-            overlong_buffer=self._settings.overlong_buffer,
-        )
-        return sampler.draw(step, self._batches)
-
-    def _batch(self, sampled: Sampled, params: Params) -> tuple[list[MicroBatch], np.ndarray]:
+    def _batch(self, rollouts: list[Rollout], params: Params) -> tuple[list[MicroBatch], np.ndarray]:
         """Micro-batches with everything recorded, and the advantages [groups, K] for the log."""
-        settings, rollouts = self._settings, sampled.rollouts
-        # Numbered anew: dynamic sampling may bring the same prompt twice.
-        groups = [
-            replace(r.task.prompt, id=i, continuations=tuple(map(_segment, r.completions)))
-            for i, r in enumerate(rollouts)
-        ]
-        batches = [
-            _recorded(batch, rollouts) for batch in micro_batches(groups, self._shapes, self._generator.features)
-        ]
-        rewards = np.stack([r.rewards for r in rollouts])
+        settings = self._settings
+        rewards = _rewards(rollouts)
+        batches = rollout_batches(rollouts, self._shapes, self._generator.features)
+        scores: list[Scores] = []
+        kl: list[np.ndarray] | None = None
         if settings.scores_first:
             scores = [jax.device_get(self._trainer.scores(params, self._base, b.groups)) for b in batches]
-            batches = [
-                b._replace(recorded={**b.recorded, "old_logp": s.logp}) for b, s in zip(batches, scores, strict=True)
-            ]
+            batches = [record(b, old_logp=s.logp) for b, s in zip(batches, scores, strict=True)]
             if settings.top_entropy < 1:
-                masks = [b.groups.weight > 0 for b in batches]
-                chosen = top_entropy_masks([s.entropy for s in scores], masks, share=settings.top_entropy)
-                batches = [
-                    b._replace(groups=b.groups._replace(entropy_mask=m)) for b, m in zip(batches, chosen, strict=True)
-                ]
-            batches, kl = self._with_kl(batches)
-            if settings.advantage == "token":
-                return self._with_token_advantages(batches, scores, rewards, kl)
+                batches = self._with_entropy_masks(batches, scores)
+            # Once per rollout, since the reference does not change from update to update.
+            if settings.kl_in_reward > 0 or self._trainer.objective.needs_reference:
+                ref = [np.asarray(self._trainer.reference_logp(self._base, b.groups)) for b in batches]
+                batches = [record(b, ref_logp=r) for b, r in zip(batches, ref, strict=True)]
             if settings.kl_in_reward > 0:
-                rewards = _by_group(
-                    batches,
-                    [
-                        rewards_less_kl(_rows(b, rewards), k, beta=settings.kl_in_reward)
-                        for b, k in zip(batches, kl, strict=True)
-                    ],
-                    rewards,
-                )
-        advantages = self._advantages(rewards, rollouts)
-        return [_with_advantage(b, advantages) for b in batches], advantages
+                known = [(b.recorded["old_logp"], b.recorded["ref_logp"], b.groups.weight) for b in batches]
+                kl = [kl_per_token(*each, kind=settings.kl) for each in known]
+        if settings.advantage == "token":
+            return self._with_token_advantages(batches, scores, rewards, kl)
+        if kl is not None:
+            rows = [
+                rewards_less_kl(by_row(b, rewards), k, beta=settings.kl_in_reward)
+                for b, k in zip(batches, kl, strict=True)
+            ]
+            rewards = by_group(batches, rows, len(rollouts))
+        advantages = self._advantages(rewards, rollouts).value
+        return [with_advantage(b, advantages) for b in batches], advantages
 
-    def _advantages(self, rewards: np.ndarray, rollouts: Sequence[Rollout]) -> np.ndarray:
+    def _advantages(self, rewards: np.ndarray, rollouts: Sequence[Rollout]) -> Advantages:
         settings = self._settings
+        if rewards.shape[1] < 2:  # PPO, whose critic compares
+            return Advantages(np.zeros(rewards.shape, np.float32), np.zeros(len(rewards), bool))
         if settings.advantage == "leave_one_out":
-            return leave_one_out_advantages(rewards).value
+            return leave_one_out_advantages(rewards)
         if settings.normalise_first is None:
-            return group_advantages(rewards, scale=settings.scale, ddof=settings.ddof).value
-        parts = np.stack(
-            [np.stack([r.parts[name] for r in rollouts]) for name in settings.normalise_first], axis=-1
-        )  # [groups, K, rewards]
-        weights = np.array(list(settings.normalise_first.values()))
-        return combined_advantages(parts, weights, aggregation="normalise_then_sum", ddof=settings.ddof).value
+            return group_advantages(rewards, scale=settings.scale, ddof=settings.ddof)
+        weights = dict(settings.normalise_first)
+        for name in weights:
+            require_known("reward in normalise_first", name, tuple(rollouts[0].parts))
+        if OVERLONG in rollouts[0].parts and OVERLONG not in weights:
+            raise ValueError(f"overlong_buffer is set: give the penalty a weight in normalise_first ({OVERLONG}: 1.0)")
+        parts = np.stack([np.stack([r.parts[name] for r in rollouts]) for name in weights], axis=-1)
+        # A completion one of whose rewards failed is not scored by the others.
+        parts = np.where(np.isfinite(rewards)[..., None], parts, np.nan)  # [groups, K, rewards]
+        return combined_advantages(
+            parts, np.array(list(weights.values())), aggregation="normalise_then_sum", ddof=settings.ddof
+        )
 
-    def _with_kl(self, batches: list[MicroBatch]) -> tuple[list[MicroBatch], list[np.ndarray]]:
-        """The reference's log-probabilities, recorded, and the KL of every token; zeros when rewards hold none."""
-        if self._settings.kl_in_reward == 0:
-            return batches, [np.zeros(b.groups.weight.shape) for b in batches]
-        found, kl = [], []
+    def _with_entropy_masks(self, batches: list[MicroBatch], scores: list[Scores]) -> list[MicroBatch]:
+        masks = []
         for batch in batches:
-            ref = np.asarray(self._trainer.reference_logp(self._base, batch.groups))
-            found.append(batch._replace(recorded={**batch.recorded, "ref_logp": ref}))
-            old = batch.recorded["old_logp"]
-            kl.append(kl_per_token(old, ref, batch.groups.weight, kind=self._settings.kl))
-        return found, kl
+            left_out = (
+                batch.groups.truncated if self._settings.mask_truncated else np.zeros_like(batch.groups.truncated)
+            )
+            masks.append((batch.groups.weight > 0) & ~left_out[..., None])
+        chosen = top_entropy_masks([s.entropy for s in scores], masks, share=self._settings.top_entropy)
+        return [b._replace(groups=b.groups._replace(entropy_mask=m)) for b, m in zip(batches, chosen, strict=True)]
 
     def _with_token_advantages(
-        self, batches: list[MicroBatch], scores: list[Scores], rewards: np.ndarray, kl: list[np.ndarray]
+        self, batches: list[MicroBatch], scores: list[Scores], rewards: np.ndarray, kl: list[np.ndarray] | None
     ) -> tuple[list[MicroBatch], np.ndarray]:
         settings = self._settings
-        found = []
-        for batch, score, penalty in zip(batches, scores, kl, strict=True):
-            own = _rows(batch, rewards)
+        if not np.isfinite(rewards).any():
+            raise ValueError("no completion of this optimiser batch could be scored; look at the rewards' faults")
+        found, advantages = [], []
+        for i, (batch, score) in enumerate(zip(batches, scores, strict=True)):
+            own = by_row(batch, rewards)
             # A completion that could not be scored teaches nothing.
             weight = np.where(np.isfinite(own)[..., None], batch.groups.weight, 0.0).astype(np.float32)
+            penalty = None if kl is None else kl[i]
             per_token = token_rewards(own, weight, kl=penalty, beta=settings.kl_in_reward)
             estimated = estimate_advantages(per_token, score.values, weight, gamma=settings.gamma, lam=settings.lam)
-            recorded = {**batch.recorded, "old_values": score.values, "returns": estimated.returns}
-            found.append((MicroBatch(batch.groups._replace(weight=weight), recorded), estimated.advantage))
-        whitened = whiten([a for _, a in found], [b.groups.weight for b, _ in found])
-        done = [b._replace(recorded={**b.recorded, "advantage": a}) for (b, _), a in zip(found, whitened, strict=True)]
-        means = [a.sum(-1) / np.maximum((b.groups.weight > 0).sum(-1), 1) for b, a in zip(done, whitened, strict=True)]
-        return done, _by_group(done, means, np.zeros_like(rewards))
+            batch = record(batch, old_values=score.values, returns=estimated.returns)
+            found.append(batch._replace(groups=batch.groups._replace(weight=weight)))
+            advantages.append(estimated.advantage)
+        whitened = whiten(advantages, [b.groups.weight for b in found])
+        means = [a.sum(-1) / np.maximum((b.groups.weight > 0).sum(-1), 1) for b, a in zip(found, whitened, strict=True)]
+        done = [record(b, advantage=a) for b, a in zip(found, whitened, strict=True)]
+        return done, by_group(done, means, len(rewards))
 
 
-def _segment(completion: Completion) -> Segment:
-    tokens = completion.tokens.astype(np.int32)
-    return Segment(tokens, np.full(tokens.shape, -1, np.int32), np.ones(tokens.shape, np.float32))
+def merged_policy(model: Model, base: Params, trained: Params) -> dict[str, Array]:
+    """The parameters of `model` without its adapter: trained ones in place of the base's, in the model's dtypes."""
+    policy, _ = split_value_head(trained)
+    adapter = {name: value for name, value in policy.items() if is_adapter(name)}
+    whole = {name: value.astype(model.shapes[name].dtype) for name, value in policy.items() if name not in adapter}
+    together = {**base, **whole}
+    return together if model.lora is None else merge_adapter(together, adapter, model.lora.scale)
 
 
-def _recorded(batch: GroupBatch, rollouts: Sequence[Rollout]) -> MicroBatch:
-    """The batch with what was recorded while sampling: log-probabilities, and which completions were cut off."""
-    rows, group, _ = batch.weight.shape
-    truncated = np.zeros((rows, group), bool)
-    found = {name: np.zeros(batch.weight.shape, np.float32) for name in ("rollout_logp", "kept_logp")}
-    for row, number in enumerate(batch.group_id):
-        if number >= 0:
-            for k, completion in enumerate(rollouts[int(number)].completions):
-                truncated[row, k] = not completion.stopped
-                found["rollout_logp"][row, k, : len(completion.logp)] = completion.logp
-                found["kept_logp"][row, k, : len(completion.kept_logp)] = completion.kept_logp
-    return MicroBatch(batch._replace(truncated=truncated), found)
+def _check(generator: Generator, trainer: Trainer, settings: RolloutSettings) -> None:
+    objective, per_token = trainer.objective, settings.advantage == "token"
+    if generator.group < 2 and not per_token:
+        raise ValueError(
+            f"a group needs at least 2 completions to compare, found {generator.group}; raise rollout.group"
+        )
+    if settings.kl_in_reward > 0 and trainer.reference is None:
+        raise ValueError("kl_in_reward compares with a reference policy; none was given")
+    if per_token != objective.needs_values:
+        raise ValueError(
+            f"token advantages go with an objective that trains a value head, and only with it; found advantage "
+            f"{settings.advantage!r} and objective {objective.name}"
+        )
+    if generator.sampling.temperature != objective.temperature:
+        raise ValueError(
+            f"completions are sampled at temperature {generator.sampling.temperature}, but the objective takes "
+            f"log-probabilities at {objective.temperature}; make them equal (and > 0)"
+        )
 
 
-def _rows(batch: MicroBatch, values: np.ndarray) -> np.ndarray:
-    """[groups, K] -> [rows, K] of a micro-batch; NaN in padding rows."""
-    ids = batch.groups.group_id
-    return np.where((ids >= 0)[:, None], values[np.maximum(ids, 0)], np.nan)
-
-
-def _by_group(batches: Sequence[MicroBatch], rows: Sequence[np.ndarray], like: np.ndarray) -> np.ndarray:
-    """The inverse of `_rows`."""
-    found = np.array(like)
-    for batch, values in zip(batches, rows, strict=True):
-        real = batch.groups.group_id >= 0
-        found[batch.groups.group_id[real]] = values[real]
-    return found
-
-
-def _with_advantage(batch: MicroBatch, advantages: np.ndarray) -> MicroBatch:
-    own = np.nan_to_num(_rows(batch, advantages)).astype(np.float32)
-    return batch._replace(groups=batch.groups._replace(advantage=own))
+def _rewards(rollouts: Sequence[Rollout]) -> np.ndarray:
+    """[groups, K]"""
+    return np.stack([r.rewards for r in rollouts])
 
 
 def _metrics(sampled: Sampled) -> dict[str, float | None]:
     rollouts = sampled.rollouts
-    rewards = np.stack([r.rewards for r in rollouts])
+    rewards = _rewards(rollouts)
     known = rewards[np.isfinite(rewards)]
     completions = [c for r in rollouts for c in r.completions]
-    parts = {}
-    for name in rollouts[0].parts:
-        values = np.concatenate([r.parts[name] for r in rollouts])
-        values = values[np.isfinite(values)]
-        parts[name] = float(values.mean()) if values.size else None
-    return {
-        "reward": float(known.mean()) if known.size else None,
+    numbers = {
+        "reward": _mean(rewards),
         "reward_std": float(known.std()) if known.size else None,
         "unscored": float(rewards.size - known.size),
         "reward_faults": float(sampled.faults),
-        **parts,
         "length": float(np.mean([len(c.tokens) for c in completions])),
         "stopped": float(np.mean([c.stopped for c in completions])),
-        "flat_groups": float(np.mean([r.flat for r in rollouts])),
+        "flat_groups": float(sampled.flat.mean()),
         "attempts": float(sampled.attempts),
         "groups_drawn": float(sampled.drawn),
     }
+    parts = {name: _mean(np.concatenate([r.parts[name] for r in rollouts])) for name in rollouts[0].parts}
+    if taken := numbers.keys() & parts.keys():
+        raise ValueError(f"the metrics hold numbers called {', '.join(sorted(taken))} already; rename those rewards")
+    return {**numbers, **parts}
+
+
+def _mean(values: np.ndarray) -> float | None:
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if known.size else None
+
+
+def _saved(state: EntropyState) -> dict[str, float | None]:
+    """JSON has no infinity, which is what the last entropy is before the first step."""
+    last = state.last_entropy
+    return {"coefficient": state.coefficient, "last_entropy": last if math.isfinite(last) else None}
+
+
+def _restored(saved: Mapping[str, float | None]) -> EntropyState:
+    last = saved["last_entropy"]
+    return EntropyState(float(saved["coefficient"] or 0.0), math.inf if last is None else last)

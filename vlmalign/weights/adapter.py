@@ -128,6 +128,9 @@ def load_adapter(folder: Path, config: ModelConfig) -> Adapter:
     if problems:
         raise ValueError(f"{folder} does not fit this model: {_some(problems)}")
     params = {name: jnp.asarray(found[source[name]], jnp.float32) for name in shapes}
+    broken = [source[name] for name, value in params.items() if not np.isfinite(value).all()]
+    if broken:
+        raise ValueError(f"{folder} holds NaN or infinite numbers, as of a run that diverged: {_some(broken)}")
     return Adapter(spec, params, settings.get("base_model_name_or_path"))
 
 

@@ -7,7 +7,9 @@ little more host memory than what stays there.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from vlmalign.weights.layout import (
     account,
     describe,
     read_json,
+    stored_tensors,
     tensor_files,
 )
 
@@ -49,6 +52,9 @@ __all__ = [
 Placement = Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding]
 #: called as weights arrive, with bytes of the files read so far and in all
 Advance = Callable[[int, int], None]
+
+#: our name of the embedding table
+EMBEDDING = "language_model.embed_tokens.weight"
 
 #: bytes of a tensor that are held in the file's dtype while they are cast
 CHUNK = 16 << 20
@@ -81,6 +87,12 @@ def refusals(config: Mapping[str, Any]) -> list[str]:
             f"config.json describes a {', '.join(map(str, others))}; only models that write text are read here "
             f"(architectures ending in {' or '.join(GENERATORS)}), not classifiers, rewards or bare encoders"
         )
+    if any(
+        isinstance(part, Mapping) and part.get("is_causal") is False for part in (config, config.get("text_config"))
+    ):
+        found.append(
+            "config.json says is_causal: false, as encoders made from such models do; here a token never sees later text"
+        )
     return found
 
 
@@ -102,9 +114,37 @@ def load_config(folder: Path) -> ModelConfig:
 def parse_config(config: Mapping[str, Any]) -> ModelConfig:
     """The model that a parsed config.json describes; ValueError for an unknown family and for settings out of place."""
     try:
-        return read_config(config)
-    except (KeyError, TypeError) as error:
+        found = read_config(config)
+    except (KeyError, TypeError, ZeroDivisionError) as error:
         raise ValueError(f"config.json: a setting is missing or of the wrong kind ({error!r})") from error
+    for name, part in (("decoder", found.decoder), ("vision tower", found.vision)):
+        if part is not None and (wrong := out_of_place(part)):
+            raise ValueError(
+                f"config.json: settings of the {name} are missing or of the wrong kind: {', '.join(wrong)}"
+            )
+    if found.decoder.heads % found.decoder.kv_heads:
+        raise ValueError(
+            f"config.json: num_attention_heads must be a multiple of num_key_value_heads, found {found.decoder.heads} "
+            f"and {found.decoder.kv_heads}"
+        )
+    return found
+
+
+def out_of_place(part: Any) -> list[str]:
+    """Sizes (which are whole numbers above 0), switches and numbers of a config record that JSON gave as something else.
+
+    A word such as "false" would count as true, and a size of 96.0 would fail far from here.
+    """
+    wrong = []
+    for field in fields(part):
+        value, kind = getattr(part, field.name), field.type
+        if (
+            (kind == "int" and (type(value) is not int or value < 1))
+            or (kind == "bool" and type(value) is not bool)
+            or (kind == "float" and (type(value) not in (int, float) or not math.isfinite(value)))
+        ):
+            wrong.append(f"{field.name} = {value!r}")
+    return wrong
 
 
 def load_params(
@@ -118,11 +158,14 @@ def load_params(
     process's share of it) and `CHUNK` bytes.
 
     Raises:
-        ValueError: naming every tensor that is unknown, missing, doubled, misshaped or of a dtype that is not read.
+        ValueError: naming every tensor that is unknown, missing, doubled, misshaped or of a dtype that is not read; when
+            config.json ties the output head to the embedding, and the files hold a head that is another matrix.
     """
     sources, problems = account(folder, model)
     if problems:
         raise ValueError(f"{folder} does not fit its config.json. " + "; ".join(describe(problems)))
+    if model.config.decoder.tied_head:
+        _check_stored_heads(folder, sources[EMBEDDING])
     expected = model.without_lora().shapes
     by_file: dict[Path, list[str]] = {}
     for name, stored in sources.items():
@@ -140,6 +183,28 @@ def load_params(
                 if advance is not None:
                     advance(done, total)
     return {name: params[name] for name in expected}
+
+
+def _check_stored_heads(folder: Path, embedding: Stored) -> None:
+    """ValueError for a stored output head that is not the embedding again: whose tying is a mistake of config.json."""
+    for head in stored_tensors(tensor_files(folder)):
+        if head.name.endswith("lm_head.weight") and not _equal(head, embedding):
+            raise ValueError(
+                f"{folder}: config.json ties the output head to the embedding (tie_word_embeddings), but {head.name} is "
+                f"another matrix than {embedding.name}; set tie_word_embeddings to false if the head was trained, or "
+                f"remove {head.name} from the files"
+            )
+
+
+def _equal(one: Stored, other: Stored) -> bool:
+    """Whether two stored matrices are the same numbers, read `CHUNK` bytes at a time."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    rows = max(1, CHUNK // (one.nbytes // one.shape[0]))
+    with safe_open(one.file, framework="numpy") as first, safe_open(other.file, framework="numpy") as second:
+        a, b = first.get_slice(one.name), second.get_slice(other.name)
+        parts = [slice(start, min(start + rows, one.shape[0])) for start in range(0, one.shape[0], rows)]
+        return all(np.array_equal(a[part], b[part]) for part in parts)
 
 
 def _load(opened: Any, stored: Stored, dtype: jnp.dtype, place: jax.sharding.Sharding | None) -> Array:

@@ -28,6 +28,8 @@ from vlmalign.weights.layout import FLOATS, INDEX, SINGLE, Stored, account, read
 KEPT_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 KEPT_NAMES = ("LICENSE", "LICENSE.md", "NOTICE", "NOTICE.md")
 KEPT_FOLDERS = ("additional_chat_templates",)
+#: and what is not: the index is written anew; beside an adapter's settings transformers looks for the adapter
+LEFT = (INDEX, "adapter_config.json")
 
 _merge = jax.jit(merge_matrix, static_argnames="scale")
 
@@ -117,7 +119,7 @@ def write_merged(
     for file in sorted(source.iterdir()):
         if file.is_dir() and file.name in KEPT_FOLDERS:
             shutil.copytree(file, folder / file.name)
-        elif file.is_file() and (file.suffix in KEPT_SUFFIXES or file.name in KEPT_NAMES) and file.name != INDEX:
+        elif file.is_file() and (file.suffix in KEPT_SUFFIXES or file.name in KEPT_NAMES) and file.name not in LEFT:
             shutil.copyfile(file, folder / file.name)
     if set(plan) != {SINGLE}:
         index = {

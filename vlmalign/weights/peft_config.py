@@ -76,19 +76,31 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         value = settings.get(key, 0.0 if key == "lora_dropout" else None)
         if not isinstance(value, kinds) or isinstance(value, bool):
             raise ValueError(f"{key} must be a number, found {value!r}")
+    for key in ("use_rslora", "use_dora"):
+        # A word such as "false" would count as true.
+        if settings.get(key) not in (True, False, None):
+            raise ValueError(f"{key} must be true or false, found {settings[key]!r}")
 
 
 def read_spec(settings: Mapping[str, Any], targets: tuple[str, ...]) -> LoraSpec:
     """The spec of an adapter with these (checked) settings whose tensors are on `targets`.
 
     Raises:
-        ValueError: when a number is out of range, or a projection is named that has no tensors.
+        ValueError: when a number is out of range, a projection is named that has no tensors, or one has tensors that is
+            not named.
     """
     listed = settings.get("target_modules")
     if isinstance(listed, list) and not settings.get("exclude_modules"):
         without = [t for t in ATTENTION_AND_FEED_FORWARD if t in listed and t not in targets]
         if without:
             raise ValueError(f"target_modules names {', '.join(without)}, for which the weights file has no tensors")
+    if isinstance(listed, list):
+        unnamed = [t for t in targets if not any(name == t or name.endswith("." + t) for name in listed)]
+        if unnamed:
+            raise ValueError(
+                f"the weights file has tensors for {', '.join(unnamed)}, which target_modules does not name: PEFT would "
+                "leave them out; add them to target_modules, or remove the tensors"
+            )
     return LoraSpec(
         rank=settings["r"],
         alpha=float(settings["lora_alpha"]),

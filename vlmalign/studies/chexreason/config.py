@@ -53,6 +53,15 @@ class Sample(Config):
     films_per_patient: Positive | None = None
 
 
+class Reading(Config):
+    """How films are read. None of this changes a pixel."""
+
+    workers: Annotated[int, Field(ge=0)] = 0  #: processes that read ahead; 0: films are read when they are needed
+    ahead: Positive = 32  #: films read ahead at most (Gemma 3: 9.6 MB each); no fewer than a batch has
+    resize_cache: str | None = None  #: folder of resized films; "{run}" as in roots, better a folder that runs share
+    resize_cache_gib: Annotated[float, Field(gt=0)] = 64.0  #: its limit: the least recently used go first
+
+
 class Data(Config):
     """The training source, what is drawn from it, and its reasoning traces."""
 
@@ -62,6 +71,7 @@ class Data(Config):
     on_bad: Literal["error", "skip"] = (
         "error"  #: a film that cannot be decoded stops the run, or is left out and listed
     )
+    reading: Reading = Reading()
 
 
 class Lora(Config):

@@ -10,7 +10,8 @@ import jax
 
 from vlmalign.data.answers import film_question
 from vlmalign.data.chat import Chat, open_chat
-from vlmalign.data.pixels import open_pixels
+from vlmalign.data.pixels import GIB, open_pixels
+from vlmalign.data.prefetch import PrefetchReader
 from vlmalign.models.lora import LoraSpec, merge_adapter
 from vlmalign.models.model import Model
 from vlmalign.progress import Progress
@@ -32,6 +33,7 @@ class System:
     chat: Chat
     features: FeatureStore
     prompt: str
+    reader: PrefetchReader | None  #: None: films are read when they are needed
 
     def question(self, example: Example, number: int) -> Group:
         """The prompt about one film; `number` is what its sampling keys are derived from."""
@@ -48,6 +50,11 @@ class System:
             sampling=sampling,
             multiple=multiple,
         )
+
+    def close(self) -> None:
+        """End the processes that read films."""
+        if self.reader is not None:
+            self.reader.close()
 
     @cached_property
     def merge(self):
@@ -77,11 +84,22 @@ def open_system(config: ChexReasonConfig, progress: Progress) -> System:
         progress.update(done >> 20)
 
     base = load_params(settings.path, model, advance=advance)
-    pixels = open_pixels(settings.path, family=shape.family, image_tokens=shape.vision.tokens)
+    reading = config.data.reading
+    pixels = open_pixels(
+        settings.path,
+        family=shape.family,
+        image_tokens=shape.vision.tokens,
+        cache=None if reading.resize_cache is None else config.place(reading.resize_cache),
+        cache_bytes=int(reading.resize_cache_gib * GIB),
+    )
     chat = open_chat(
         settings.path,
         family=shape.family,
         image_tokens=lambda key: pixels.grid(key).tokens,
         vocab=shape.decoder.vocab,
     )
-    return System(model, base, chat, FeatureStore(model, base, pixels), config.prompt)
+    if not reading.workers:
+        return System(model, base, chat, FeatureStore(model, base, pixels), config.prompt, None)
+    reader = PrefetchReader(pixels, workers=reading.workers, ahead=reading.ahead)
+    features = FeatureStore(model, base, reader, announce=reader.expect)
+    return System(model, base, chat, features, config.prompt, reader)

@@ -1,0 +1,168 @@
+"""How well a plan foresees memory: its peaks beside what a run of the same programs takes on this CPU, as JSON.
+
+    python scripts/measure_plan.py
+
+A Gemma 3 of random weights (0.38 B parameters, 1.5 GB in float32, by default) is planned for the device that JAX runs
+on here. Then the planned programs, compiled but never run before, are run phase by phase on real arrays that are made
+after everything was compiled. Counted is the growth of the process's anonymous memory (RssAnon of /proc/PID/status:
+Linux only) from just before the first array, at its peak in each phase.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from measure_loading import Watch, memory
+
+CONFIG = Path(__file__).resolve().parent.parent / "configs" / "chexreason" / "medgemma_4b.yaml"
+
+
+def gemma(asked: argparse.Namespace) -> dict[str, Any]:
+    """config.json of a Gemma 3 of these sizes, with a small tower of 16 soft tokens."""
+    return {
+        "model_type": "gemma3",
+        "image_token_index": 5,
+        "boi_token_index": 6,
+        "eoi_token_index": 7,
+        "mm_tokens_per_image": 16,
+        "text_config": {
+            "model_type": "gemma3_text",
+            "vocab_size": asked.vocab,
+            "hidden_size": asked.embed,
+            "intermediate_size": asked.ffn,
+            "num_hidden_layers": asked.layers,
+            "num_attention_heads": asked.embed // 256,
+            "num_key_value_heads": max(1, asked.embed // 512),
+            "head_dim": 128,
+        },
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": 256,
+            "intermediate_size": 512,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 224,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+    }
+
+
+def measure(asked: argparse.Namespace) -> dict[str, Any]:
+    """Plan, compile, run; every phase with its planned and measured bytes."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from vlmalign.config import load_config
+    from vlmalign.planning.batches import base_of
+    from vlmalign.planning.inputs import read_lengths, read_model
+    from vlmalign.planning.jobs import Job
+    from vlmalign.planning.memory import phases
+    from vlmalign.planning.plan import jobs
+    from vlmalign.planning.programs import lower, read_compiled
+    from vlmalign.planning.target import open_target
+    from vlmalign.planning.this_device import this_device
+    from vlmalign.planning.workload import read_workload
+    from vlmalign.rollout.decode_weights import decode_weights
+    from vlmalign.studies.chexreason.config import ChexReasonConfig
+    from vlmalign.training.step import TrainState
+
+    shapes = [
+        f"{stage}.shapes.{k}" for stage in ("sft", "grpo") for k in (f"rows={asked.rows}", "completion_multiple=32")
+    ]
+    rollout = [f"grpo.rollout.{k}" for k in (f"rows={asked.rows}", f"completion={asked.completion}")]
+    rows = [f"grpo.prompts={asked.rows}", f"sft.batch={asked.rows}", "evaluation.sets=[]"]
+    config = load_config(
+        ChexReasonConfig, CONFIG, ["model.dtype=float32", f"model.remat={asked.remat}", *shapes, *rollout, *rows]
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.json"
+        file.write_text(json.dumps(gemma(asked)), encoding="utf-8")
+        model = read_model(config, file)
+    lengths = read_lengths(config, model, prompt=asked.prompt, answer=None, completion=None)
+    workload = read_workload(config, model, lengths, count=1)
+    target = open_target(this_device(model.dtype), 1)
+    planned: dict[str, Job] = {job.name: job for job in jobs(workload, target)}
+    compiled = {name: lower(job, target).compile() for name, job in planned.items()}
+    programs = {name: read_compiled(name, each) for name, each in compiled.items()}
+    expected = {phase.name: phase.peak for phase in phases(workload, programs, target)}
+
+    def filled(tree: Any) -> Any:
+        """Arrays of these shapes whose memory is really there: written, not promised."""
+
+        def one(x: jax.ShapeDtypeStruct) -> jax.Array:
+            if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+                return jax.random.key(0)
+            return jax.device_put(np.full(x.shape, 0 if jnp.issubdtype(x.dtype, jnp.integer) else 0.01, x.dtype))
+
+        return jax.block_until_ready(jax.tree.map(one, tree))
+
+    found: dict[str, int] = {}
+    baseline = memory("self", "RssAnon")
+
+    def run(phase: str, program: str, *arguments: Any) -> Any:
+        with Watch(os.getpid()) as watch:
+            out = jax.block_until_ready(compiled[program](*arguments))
+        found[phase] = watch.peak - baseline
+        return out
+
+    base, pixels = (filled(part) for part in planned["encode"].arguments)
+    run("encode", "encode", base, pixels)
+    del pixels
+    arguments = planned["sft gradients"].arguments
+    state = filled(planned["grpo optimiser"].arguments[0])
+    sums = filled(arguments[0])
+    sums, _ = run("sft gradients", "sft gradients", sums, state.params, base, *filled(arguments[3:]))
+    state, *_ = run("sft optimiser", "sft optimiser", state, sums, jnp.float32(1))
+    del sums, _
+    reference = {name: value.copy() for name, value in state.params.items()}
+    policy = run("rollout merge", "merge", base, state.params)
+    prefilled = run("rollout prefill", "rollout prefill", policy, filled(planned["rollout prefill"].arguments[1]))
+    del prefilled
+    weights = decode_weights(base_of(model), policy)
+    out = run("rollout decode", "rollout decode", weights, *filled(planned["rollout decode"].arguments[1:]))
+    del out, weights, policy
+    run("grpo reference", "grpo reference", base, reference, filled(planned["grpo reference"].arguments[2]))
+    arguments = planned["grpo gradients"].arguments
+    sums, _ = run("grpo gradients", "grpo gradients", filled(arguments[0]), state.params, base, *filled(arguments[3:]))
+    state = TrainState(*state)
+    run("grpo optimiser", "grpo optimiser", state, sums, jnp.float32(1))
+    rows_found = [
+        {
+            "phase": name,
+            "planned_bytes": expected[name],
+            "measured_bytes": value,
+            "ratio": round(expected[name] / value, 3),
+        }
+        for name, value in found.items()
+    ]
+    planned_peak, measured_peak = max(expected.values()), max(found.values())
+    return {
+        "parameters": sum(value.size for value in base.values()),
+        "planned_peak_bytes": planned_peak,
+        "measured_peak_bytes": measured_peak,
+        "ratio": round(planned_peak / measured_peak, 3),
+        "phases": rows_found,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, default in (
+        ("layers", 6), ("embed", 2048), ("ffn", 8192), ("vocab", 16_384), ("rows", 2), ("prompt", 64), ("completion", 64)
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--remat", default="none", choices=("none", "full"))
+    # Before JAX is imported: what is measured is a CPU's memory.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    print(json.dumps(measure(parser.parse_args()), indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""`vlmalign plan` as it is typed: what it prints and writes, and what it says of mistakes."""
+
+import json
+
+import pytest
+from small_plan import CONFIG, MEDGEMMA, OVERRIDES, SMALL
+
+from vlmalign.cli import main
+
+
+@pytest.fixture
+def model_config(tmp_path):
+    path = tmp_path / "model" / "config.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(SMALL))
+    return path
+
+
+@pytest.fixture
+def no_plug_in(monkeypatch):
+    monkeypatch.setattr("vlmalign.planning.target.PLUG_IN", ("no-such-wheel",))
+
+
+def plan(*arguments: str) -> int:
+    return main(["plan", str(CONFIG), "--set", *OVERRIDES, *map(str, arguments)])
+
+
+def test_a_plan_in_json_and_words(no_plug_in, model_config, tmp_path, capsys):
+    out = tmp_path / "out" / "plan.json"
+    assert plan("--device", "a100-80", "--count", "2", "--model-config", model_config, "--json", out) == 0
+    said = capsys.readouterr().out
+    found = json.loads(out.read_text())
+    assert found["device"]["count"] == 2
+    assert found["method"] == "arithmetic"
+    assert "pip install no-such-wheel" in found["refusal"]
+    assert found["fits"] is True
+    assert found["lengths"]["known"]["prompt"].startswith("image tokens")
+    settings = found["as_configured"]
+    assert settings["peak_bytes"] == max(phase["peak"] for phase in settings["memory_per_device"])
+    assert settings["time"]["gpu_hours"] == pytest.approx(2 * settings["time"]["roofline_gpu_hours"])
+    assert found["proposed"]["remat"] == "none"
+    for text in ("2 x NVIDIA A100-SXM4-80GB", "Nothing was compiled", "Fits:", "GPU-hours:", "left out: validation"):
+        assert text in said
+
+
+def test_the_folder_of_the_model_may_hold_its_config_alone(no_plug_in, model_config, capsys):
+    path = f"model.path={model_config.parent}"
+    assert main(["plan", str(CONFIG), "--set", *OVERRIDES, path, "--device", "h200", "--no-search"]) == 0
+    assert "Fits:" in capsys.readouterr().out
+
+
+def test_medgemma_on_every_device(no_plug_in, capsys):
+    """The arithmetic says of the paper's run that it fits an A100-80, and a 24 GB card not as it is configured."""
+    arguments = ["--model-config", str(MEDGEMMA), "--no-search"]
+    assert main(["plan", str(CONFIG), "--device", "a100-80", *arguments]) == 0
+    assert "Fits:" in capsys.readouterr().out
+    assert main(["plan", str(CONFIG), "--device", "rtx4090-24", *arguments]) == 0
+    assert "Does NOT fit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "a100-81"], "unknown device 'a100-81'; known: a100-40"),
+        (["--device", "h100", "--count", "0"], "--count must be >= 1, found 0"),
+        (["--device", "h100", "--share", "1.5"], "--share must be above 0 and at most 1, found 1.5"),
+        (["--device", "h100"], "put its config.json there, or give --model-config FILE"),
+        (["--device", "h100", "--model-config", "nowhere.json"], "nowhere.json does not exist"),
+    ],
+)
+def test_mistakes_in_plain_words(arguments, message, capsys):
+    assert plan(*arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_lengths_out_of_range(model_config, capsys):
+    assert plan("--device", "h100", "--model-config", model_config, "--completion-tokens", "99") == 2
+    assert "completions have 1 to 16 tokens (grpo.rollout.completion), found 99" in capsys.readouterr().err
+
+
+def test_a_text_model_is_refused(tmp_path, capsys):
+    text = tmp_path / "text.json"
+    text.write_text(json.dumps({**SMALL["text_config"], "rope_theta": 10000.0}))
+    assert plan("--device", "h100", "--model-config", text) == 2
+    assert "no vision tower" in capsys.readouterr().err

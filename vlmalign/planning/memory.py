@@ -1,0 +1,163 @@
+"""Peak memory of one device in every phase of a run: what stays there all along, and what the phase's program adds.
+
+What stays is arithmetic (the arrays a stage holds are known); what a program adds is the compiler's plan for it, or
+where nothing could be compiled an estimate of the arrays that it makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from vlmalign.models.model import Model
+from vlmalign.planning.batches import base_of, prompt_batch, size, split, update_batch
+from vlmalign.planning.cost import cache_bytes
+from vlmalign.planning.jobs import turned_names
+from vlmalign.planning.programs import Program
+from vlmalign.planning.target import Target
+from vlmalign.planning.workload import CHUNK, Sampled, Update, Workload
+from vlmalign.types import Layout
+
+#: of a device's memory, kept for what no plan sees: the driver's context, libraries' workspaces, gaps between arrays
+MARGIN = 0.10
+#: tokens whose logits exist at once (`objectives.logprobs.token_logprobs`)
+HEAD_CHUNK = 1024
+
+
+class Phase(NamedTuple):
+    """Bytes on one device at the height of a phase."""
+
+    name: str
+    parameters: int  #: the base, and during a rollout the merged copy
+    adapter: int  #: trained parameters, the reference's, gradients
+    optimiser: int
+    cache: int  #: keys and values
+    working: int  #: all else: batch, activations, logits
+    how: str  #: of `working`: "compiled" or "arithmetic"
+
+    @property
+    def peak(self) -> int:
+        return self.parameters + self.adapter + self.optimiser + self.cache + self.working
+
+
+def usable(memory: int) -> int:
+    """Of a device's memory, what may be planned with."""
+    return round(memory * (1 - MARGIN))
+
+
+def phases(workload: Workload, programs: Mapping[str, Program], target: Target) -> list[Phase]:
+    """Every phase of the run, in its order; what a program needs is estimated where it is not among `programs`."""
+    model, count = workload.model, target.count
+    frozen, trained = map(size, split(model))
+    found = [_phase("encode", Held(frozen), programs, _encoding(model))]
+    for update in (workload.sft, workload.grpo):
+        reference = trained if update.objective.needs_reference else 0
+        held = Held(frozen, trained + reference, size(jax.eval_shape(update.optimiser.init, split(model).trained)))
+        if update is workload.grpo:
+            found += _rollout("rollout", workload.rollout, model, held, programs, target)
+        batch = size(update_batch(model, update)) // count
+        if reference:
+            found.append(
+                _phase(f"{update.name} reference", held, programs, batch + _scoring(model, update, count), batch)
+            )
+        summed = held._replace(adapter=held.adapter + trained)
+        found.append(
+            _phase(f"{update.name} gradients", summed, programs, batch + _training(model, update, count), batch)
+        )
+        found.append(_phase(f"{update.name} optimiser", summed, programs, trained))
+    for sampled in workload.evaluation[:1]:  # their shapes differ in nothing but how few films there may be
+        found += _rollout("evaluation", sampled, model, Held(frozen, trained), programs, target)
+    return found
+
+
+class Held(NamedTuple):
+    """What stays on every device throughout a phase: its columns in `Phase`."""
+
+    parameters: int
+    adapter: int = 0
+    optimiser: int = 0
+    cache: int = 0
+
+
+def _phase(name: str, held: Held, programs: Mapping[str, Program], estimate: int, batch: int = 0) -> Phase:
+    if name not in programs:
+        return Phase(name, *held, estimate, "arithmetic")
+    return Phase(name, *held, batch + programs[name].memory.beyond, "compiled")
+
+
+def _rollout(
+    name: str, sampled: Sampled, model: Model, held: Held, programs: Mapping[str, Program], target: Target
+) -> list[Phase]:
+    """The adapter is merged into a copy of every weight; then prompts and completions have their caches."""
+    merged = programs["merge"].memory.outputs if "merge" in programs else size(split(model).frozen)
+    merging = _phase("merge", held, programs, merged)
+    held = held._replace(parameters=held.parameters + merged)
+    count, shapes = target.count, split(model).frozen
+    again = size([shapes[name] for name in turned_names(base_of(model), target)])
+    rows, kv, item = -(-sampled.rows // count), cache_bytes(model), jnp.dtype(model.dtype).itemsize
+    prompts, own = rows * sampled.prompt * kv, rows * sampled.group * sampled.completion * kv
+    batch = size(prompt_batch(model, rows=sampled.rows, prompt=sampled.prompt)) // count
+    some = rows if count > 1 else max(1, rows // 4)
+    prefill = some * (
+        sampled.prompt * kv + _scores(model, Layout(sampled.prompt, 0, 0)) + _wide(model, sampled.prompt) * item
+    )
+    logits = rows * sampled.group * model.config.decoder.vocab * 4
+    return [
+        merging._replace(name=f"{name} merge"),
+        _phase(f"{name} prefill", held._replace(cache=prompts), programs, batch + prefill, batch),
+        _phase(
+            f"{name} decode",
+            held._replace(parameters=held.parameters + again, cache=prompts + own),
+            programs,
+            3 * logits,
+        ),
+    ]
+
+
+# ---------------------------------------------------------------- estimates, for want of a compiler: rough
+
+
+def _encoding(model: Model) -> int:
+    """Pixels, one layer's states, and every score of one layer, as where cuDNN's attention is not to be had."""
+    vision = model.config.vision
+    patches, item = vision.grid**2, jnp.dtype(model.dtype).itemsize
+    pixels = vision.channels * vision.image_size**2 * 4
+    states = patches * (4 * vision.embed + vision.ffn) * item
+    return CHUNK * (pixels + states + vision.heads * patches**2 * (4 + item))
+
+
+def _scoring(model: Model, update: Update, count: int) -> int:
+    item = jnp.dtype(model.dtype).itemsize
+    rows = -(-update.rows // count)
+    return rows * (_wide(model, update.layout.row) * item + _scores(model, update.layout)) + _head(model)
+
+
+def _training(model: Model, update: Update, count: int) -> int:
+    """What the forward pass leaves for the backward pass, one layer at work, and one chunk of logits with its gradient."""
+    config, layout, item = model.config.decoder, update.layout, jnp.dtype(model.dtype).itemsize
+    rows, layers = -(-update.rows // count), len(config.layers)
+    kept = config.embed * layout.row * item
+    if model.remat == "none":
+        kept = _wide(model, layout.row) * item + _scores(model, layout)
+    at_work = 2 * (_wide(model, layout.row) * item + _scores(model, layout))
+    return rows * (layers * kept + at_work) + 2 * _head(model)
+
+
+def _wide(model: Model, tokens: int) -> int:
+    """Numbers that one layer's forward pass makes of `tokens` tokens, scores aside."""
+    config = model.config.decoder
+    return tokens * (6 * config.embed + 2 * config.head_dim * (config.heads + config.kv_heads) + 4 * config.ffn)
+
+
+def _scores(model: Model, layout: Layout) -> int:
+    """Bytes of one layer's attention weights over one row, float32 and once more in the model's dtype."""
+    prompt, group, completion = layout
+    pairs = prompt**2 + group * completion * (prompt + completion)
+    return model.config.decoder.heads * pairs * (4 + jnp.dtype(model.dtype).itemsize)
+
+
+def _head(model: Model) -> int:
+    return HEAD_CHUNK * model.config.decoder.vocab * 4

@@ -1,0 +1,82 @@
+"""Jobs traced and compiled for a target, never run, and what the compiler says of them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+
+from vlmalign.planning.hlo import Findings, read_program
+from vlmalign.planning.jobs import Job
+from vlmalign.planning.target import Target, tracing
+
+
+class Memory(NamedTuple):
+    """Bytes on one device, as the compiler plans them."""
+
+    arguments: int
+    outputs: int
+    temporary: int
+    aliased: int  #: of the outputs: written over arguments that are given away
+
+    @property
+    def beyond(self) -> int:
+        """What a call needs beside its arguments."""
+        return self.outputs - self.aliased + self.temporary
+
+
+@dataclass(frozen=True)
+class Program:
+    """One compiled program."""
+
+    name: str
+    memory: Memory
+    findings: Findings
+    seconds: float  #: tracing and compiling
+
+
+def lower(job: Job, target: Target) -> jax.stages.Lowered:
+    """The job's function traced for the target, ready for its compiler."""
+    with tracing(_alone(target) if job.alone else target):
+        return jax.jit(job.function, donate_argnums=job.donated).trace(*job.arguments).lower()
+
+
+def compile_all(jobs: Sequence[Job], target: Target, say: Callable[[str], None]) -> dict[str, Program]:
+    """Every job's program. Tracing takes its turn; compiling runs beside it, a program per core."""
+    with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
+        waiting: list[Future[Program]] = []
+        for job in jobs:
+            started = time.perf_counter()
+            waiting.append(pool.submit(_compile, job.name, lower(job, target), target.options, started))
+        found = {}
+        for future in waiting:
+            program = future.result()
+            found[program.name] = program
+            say(f"compiled {program.name}: {program.seconds:.0f} s")
+    return found
+
+
+def _alone(target: Target) -> Target:
+    return Target(target.device, 1, target.devices[:1])
+
+
+def _compile(name: str, lowered: jax.stages.Lowered, options: dict[str, Any], started: float) -> Program:
+    program = read_compiled(name, lowered.compile(compiler_options=options))
+    return replace(program, seconds=time.perf_counter() - started)
+
+
+def read_compiled(name: str, compiled: jax.stages.Compiled) -> Program:
+    """What is known of a compiled program."""
+    stats = compiled.memory_analysis()
+    memory = Memory(
+        stats.argument_size_in_bytes,
+        stats.output_size_in_bytes,
+        stats.temp_size_in_bytes,
+        stats.alias_size_in_bytes,
+    )
+    return Program(name, memory, read_program(compiled.as_text()), 0.0)

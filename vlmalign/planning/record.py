@@ -1,0 +1,124 @@
+"""A plan as plain data for JSON; every group of numbers says how it was come by.
+
+"compiled": the compiler's plan for the program, never run. "arithmetic": counted from shapes. "measured": timed here.
+"assumed": given, or the stated guess.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vlmalign.planning.batches import split
+from vlmalign.planning.cost import adapter_weights
+from vlmalign.planning.devices import THIS, Device
+from vlmalign.planning.memory import MARGIN, Phase
+from vlmalign.planning.plan import Plan
+from vlmalign.planning.schedule import Times
+from vlmalign.planning.workload import Workload
+
+LIMITS = (
+    "No kernel was tried on a GPU: a run there may choose others, with workspaces of some MiB.",
+    "cuDNN's attention is planned with, but whether a version of it takes these shapes shows only on the GPU.",
+    "Times are rooflines of weights, caches and products: activations, samplers, hosts and links between devices come "
+    "on top.",
+)
+
+
+def record(plan: Plan, *, share: float) -> dict[str, Any]:
+    """Everything a plan says; `share` is of the roofline, for the GPU-hours to expect."""
+    target, workload = plan.target, plan.workload
+    device, model = target.device, workload.model
+    return {
+        "device": {
+            "name": device.name,
+            "title": device.title,
+            "count": target.count,
+            "memory_bytes": device.memory,
+            "usable_bytes": plan.usable,
+            "margin": MARGIN,
+            "bytes_per_second": device.bandwidth,
+            "flops_per_second": device.flops[model.dtype],
+            "how": "measured" if device.name == THIS else "data sheet",
+        },
+        "method": "compiled" if plan.programs else "arithmetic",
+        "refusal": target.refusal,
+        "model": {
+            "family": model.config.family,
+            "layers": len(model.config.decoder.layers),
+            "parameters": sum(value.size for value in split(model).frozen.values()),
+            "adapter_parameters": adapter_weights(model),
+            "dtype": model.dtype,
+        },
+        "lengths": {
+            "how": "assumed",
+            "prompt_tokens": workload.lengths.prompt,
+            "answer_tokens": workload.lengths.answer,
+            "completion_tokens": workload.lengths.completion,
+            "known": workload.lengths.known,
+        },
+        "fits": plan.fits,
+        "peak_bytes": plan.peak.peak,
+        "as_configured": _settings(plan, workload, plan.phases, plan.times, share),
+        "proposed": None
+        if plan.proposed is None
+        else _settings(plan, plan.proposed, plan.proposed_phases, plan.proposed_times, share),
+        "tried": [
+            {"stage": choice.stage, **t.candidate._asdict(), "peak_bytes": t.peak, "fits": t.fits, "how": t.how}
+            for choice in plan.choices
+            for t in choice.tried
+        ],
+        "nothing_fits": [choice.stage for choice in plan.choices if choice.taken is None],
+        "programs": [
+            {
+                "name": program.name,
+                "how": "compiled",
+                **{f"{name}_bytes": value for name, value in program.memory._asdict().items()},
+                "collectives": [each._asdict() for each in program.findings.collectives],
+                "copies_in_loops": [each._asdict() for each in program.findings.copies],
+                "library_calls": program.findings.calls,
+                "sorts": program.findings.sorts,
+                "compile_seconds": round(program.seconds, 1),
+            }
+            for program in plan.programs.values()
+        ],
+        "left_out": list(workload.left_out),
+        "limits": list(LIMITS),
+    }
+
+
+def _settings(plan: Plan, workload: Workload, phases: tuple[Phase, ...], times: Times, share: float) -> dict[str, Any]:
+    device, count = plan.target.device, plan.target.count
+    peak = max(phase.peak for phase in phases)
+    return {
+        "remat": workload.model.remat,
+        "sft_rows": workload.sft.rows,
+        "grpo_rows": workload.grpo.rows,
+        "rollout_rows": workload.rollout.rows,
+        "fits": peak <= plan.usable,
+        "peak_bytes": peak,
+        "memory_per_device": [{**phase._asdict(), "peak": phase.peak} for phase in phases],
+        "time": {
+            "how": "arithmetic",
+            "parts": [
+                {
+                    "name": part.name,
+                    "flops": part.cost.flops,
+                    "bytes": part.cost.bytes,
+                    "bound": _bound(part.cost.flops, part.cost.bytes, device, workload.model.dtype),
+                    "roofline_seconds": part.seconds,
+                    "times": part.times,
+                }
+                for part in times.parts
+            ],
+            "sft_step_seconds": times.sft_step,
+            "grpo_step_seconds": times.grpo_step,
+            "grpo_epoch_seconds": times.epoch,
+            "roofline_gpu_hours": times.hours(count, 1.0),
+            "share_of_roofline": share,
+            "gpu_hours": times.hours(count, share),
+        },
+    }
+
+
+def _bound(flops: float, moved: float, device: Device, dtype: str) -> str:
+    return "operations" if flops / device.flops[dtype] >= moved / device.bandwidth else "bandwidth"

@@ -1,0 +1,131 @@
+"""What programs are compiled for: the devices here, or descriptions of GPUs that are not, with no driver and no GPU.
+
+XLA compiles for a description of a GPU where JAX's CUDA plug-in is installed. While such a program is traced, whoever
+asks which GPU there is must hear of the described one: `tracing`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from vlmalign.mesh import build_mesh, default_mesh
+from vlmalign.planning.devices import THIS, Device, description
+
+PLUG_IN = ("jax-cuda12-plugin", "jax-cuda12-pjrt")
+
+#: What is compiled differs in these from what a GPU compiles for itself, where it tries kernels out:
+#: - Products go to cuBLAS. The Triton kernels that a GPU chooses by trying need sizes that nothing has tried here; with
+#:   their defaults, products of some sizes do not compile at all.
+#: - A row's softmax is not made one Triton kernel, the search for whose tiles takes most of the compile time. Peak
+#:   memory changed by 0.02 % (update of MedGemma-4B, 20,032 tokens, A100).
+#: - LLVM does not optimise kernels: nothing here runs, and memory is planned before.
+COMPILER_OPTIONS: dict[str, Any] = {
+    "xla_gpu_enable_triton_gemm": False,
+    "xla_disable_hlo_passes": "triton-softmax-rewriter",
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """`count` devices of one kind. `devices` is empty where nothing can be compiled for them, and `refusal` says why."""
+
+    device: Device
+    count: int
+    devices: tuple[jax.Device, ...] = ()
+    refusal: str | None = None
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """Copies of the parameters, rows of batches shared out; None for one device."""
+        return build_mesh(default_mesh(lora=True), self.devices) if self.count > 1 else None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """For the compiler. Of a device that is here, nothing but its own."""
+        return {} if self.device.name == THIS else dict(COMPILER_OPTIONS)
+
+
+def plug_in_problem() -> str | None:
+    """Why nothing can be compiled for a GPU that is not here, and what to do; None when it can be."""
+    wanted = version("jax")
+    install = f"pip install {' '.join(f'{name}=={wanted}' for name in PLUG_IN)}"
+    for name in PLUG_IN:
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            return f"JAX's CUDA plug-in is not installed (no driver and no GPU are needed): {install}"
+        if found != wanted:
+            return f"{name} {found} does not belong to jax {wanted}: {install}"
+    return None
+
+
+def open_target(device: Device, count: int) -> Target:
+    """The devices to compile for.
+
+    Raises:
+        ValueError: for a count below 1, and for more devices than there are where they are meant to be here.
+    """
+    if count < 1:
+        raise ValueError(f"count must be >= 1 device, found {count}")
+    if device.name == THIS:
+        here = jax.devices()
+        if count > len(here):
+            raise ValueError(f"count is {count}, but only {len(here)} devices are here; name a device of the table")
+        return Target(device, count, tuple(here[:count]))
+    problem = plug_in_problem()
+    if problem is not None:
+        return Target(device, count, refusal=problem)
+    described = topologies.get_topology_desc(
+        platform="cuda", target_config=description(device), topology=f"1x1x{count}"
+    )
+    return Target(device, count, tuple(described.devices))
+
+
+@contextmanager
+def tracing(target: Target) -> Iterator[None]:
+    """Within, code that asks which devices there are, or what cuDNN can do on them, hears of the target's."""
+    with ExitStack() as stack:
+        if target.device.name != THIS:
+            for owner, name, answer in _answers(target):
+                stack.enter_context(_replaced(owner, name, answer))
+        if target.mesh is not None:
+            stack.enter_context(jax.set_mesh(target.mesh))
+        yield
+
+
+def _answers(target: Target) -> list[tuple[Any, str, Callable[..., Any]]]:
+    """(module, function, what it says instead). cuDNN's own checks ask a driver that is not here."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    assert target.device.chip is not None
+    capability = target.device.chip.capability
+
+    def parsed(text: str) -> tuple[int, ...]:
+        return tuple(map(int, text.split(".")))
+
+    return [
+        (jax, "devices", lambda backend=None: list(target.devices)),
+        (cudnn, "check_cudnn_version", lambda: 91000),
+        (cudnn, "check_compute_capability", lambda least: capability >= parsed(least)),
+        (cudnn, "is_cuda_compute_capability_equal", lambda asked: capability == parsed(asked)),
+    ]
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, answer: Callable[..., Any]) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, answer)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)

@@ -1,0 +1,48 @@
+"""The device that JAX runs on here: its memory as the system tells it, its rates measured in a few seconds."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from vlmalign.planning.devices import THIS, Device
+from vlmalign.shapes import Array
+
+ROUNDS = 5
+#: side of the measured product, and bytes of the measured copy: large enough that calling costs nothing beside them
+SIDE = {"cpu": 1024, "gpu": 8192}
+COPY = {"cpu": 128 << 20, "gpu": 1 << 30}
+
+
+def this_device(dtype: str) -> Device:
+    """JAX's first device. Rates are medians of `ROUNDS`, in this dtype, with whatever else runs on it now."""
+    device = jax.devices()[0]
+    stats = device.memory_stats() or {}
+    memory = stats.get("bytes_limit") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    side, size = SIDE[device.platform], COPY[device.platform]
+    square = jnp.ones((side, side), dtype)
+    product = jax.jit(lambda a: a @ a)
+    block = jnp.ones((size // 4,), jnp.float32)
+    copy = jax.jit(lambda x: x + 1)
+    return Device(
+        THIS,
+        f"{device.device_kind} ({device.platform})",
+        memory,
+        bandwidth=2 * size / _seconds(copy, block),  # read and written
+        flops={dtype: 2 * side**3 / _seconds(product, square)},
+    )
+
+
+def _seconds(run: Callable[[Array], Array], x: Array) -> float:
+    run(x).block_until_ready()  # compiles
+    taken = []
+    for _ in range(ROUNDS):
+        started = time.perf_counter()
+        run(x).block_until_ready()
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken)

@@ -1,0 +1,70 @@
+"""From a config to a trained adapter: all rows read and checked first, then stage after stage, in one run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vlmalign.log import stage_timer
+from vlmalign.progress import Progress
+from vlmalign.shapes import Array
+from vlmalign.studies.align.config import AlignConfig, AnyStage
+from vlmalign.studies.align.finish import finish
+from vlmalign.studies.align.policy import run_policy
+from vlmalign.studies.align.policy_config import Policy
+from vlmalign.studies.align.prepare import prepare
+from vlmalign.studies.align.prepare import remember as remember_data
+from vlmalign.studies.align.rewards import Built, build_rewards, refuse_received
+from vlmalign.studies.align.rewards import remember as remember_rewards
+from vlmalign.studies.align.run_folder import begin, check_folder
+from vlmalign.studies.align.stage_config import Sft
+from vlmalign.studies.align.stages import Work, run_dpo, run_sft, stage_seed
+from vlmalign.studies.align.summary import print_summary
+from vlmalign.studies.align.system import Trained, open_front, open_system
+
+
+def run(config: AlignConfig, source: Path) -> Path:
+    """Train all stages, continuing an interrupted run; returns the folder of the result, `adapter` or `model`.
+
+    `source` is the file that the config was read from, as the user named it.
+
+    Raises:
+        ValueError: for anything that is not as it should be: folder, config, model, data, rewards. Before any work starts
+            where it can be known then.
+    """
+    refuse_received(config, source)
+    check_folder(config)
+    with Progress() as progress:
+
+        @contextmanager
+        def timed(name: str) -> Iterator[None]:
+            with stage_timer(config.run / "timing.jsonl", name):
+                yield
+
+        progress.say(f"run folder {config.run}")
+        front = open_front(config.model)
+        stages = list(enumerate(config.stages))
+        built = {index: build_rewards(stage) for index, stage in stages if isinstance(stage, Policy)}
+        data = prepare(config, front.chat, built, progress)
+        begin(config)
+        remember_rewards(config, built)
+        remember_data(config, data)
+        with timed("load model"):
+            system, trained = open_system(config, front, progress)
+        for index, stage in stages:
+            folder = config.folder(index)
+            with timed(folder.name):
+                work = Work(system, data[index], folder, stage_seed(config, index), progress)
+                params = _run_stage(stage, work, trained, built.get(index))
+                trained = Trained(params, fresh=False)
+        with timed("export"):
+            result = finish(config, system, trained)
+    print_summary(config, result)
+    return result
+
+
+def _run_stage(stage: AnyStage, work: Work, start: Trained, built: Built | None) -> dict[str, Array]:
+    if built is not None:
+        return run_policy(stage, work, start, built.rewards)
+    return run_sft(stage, work, start) if isinstance(stage, Sft) else run_dpo(stage, work, start)
