@@ -46,7 +46,7 @@ ALLOWED: dict[str, set[str]] = {
     "reporting": set(),
     "preview": {"types", "data", "weights"},
     "exporting": RECORDS | {"config_yaml", "training"} | MODELS,
-    "studies": BELOW_TRAINING | {"distributed", "config", "training", "evaluation", "reporting"},
+    "studies": BELOW_TRAINING | {"distributed", "config", "config_tree", "training", "evaluation", "reporting"},
     "planning": CORE | {"data", "config", "training", "studies"} | MODELS | NUMERICS,
     "cli": RECORDING
     | {"planning", "config", "studies", "training", "evaluation", "exporting", "inspection", "reporting", "preview"},
