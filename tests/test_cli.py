@@ -86,7 +86,7 @@ def test_interrupt_exits_130(study, config_file, capsys):
 
     study.action = action
     assert cli.main(["chexreason", config_file]) == 130
-    assert "the same command continues the run" in capsys.readouterr().err
+    assert "goes on when the same command is given again" in capsys.readouterr().err
 
 
 def test_report_writes_the_report_of_a_run_folder(monkeypatch, tmp_path, capsys):

@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.run_command(arguments)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues the run", file=sys.stderr)
+        print("\ninterrupted; a run goes on when the same command is given again", file=sys.stderr)
         return 130
     except (
         ValueError,

@@ -98,7 +98,7 @@ class GroupBatch(NamedTuple):
     weight: Any  #: [N, K, C] float32: loss weight of each continuation token (0 on padding); prompts carry none
     group_id: Any  #: [N] int32: the group a row belongs to
     features: Any = None  #: [F, d]: soft tokens of the distinct images, end to end
-    pixels: Any = None  #: [I, channel, height, width]: the distinct images, when the tower is trained
+    pixels: Any = None  #: the distinct images as `towers.arrange` lays them out, when the tower is trained
     advantage: Any = None  #: [N, K] float32: one advantage per continuation, computed over whole groups
     truncated: Any = None  #: [N, K] bool: sampling stopped at the length limit, not at a stop token
     entropy_mask: Any = None  #: [N, K, C] bool: tokens whose policy term is kept, chosen over the whole optimiser batch

@@ -298,7 +298,9 @@ def test_numbers_that_make_no_sense(name):
 
 
 PROGRAM = """
-import sys
+import signal, sys
+# Jobs that a shell starts in the background are born with SIGINT ignored, and would pass that on.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path[:0] = {path!r}
 from test_prefetch_program import Plain
 from vlmalign.data.prefetch import PrefetchReader

@@ -7,6 +7,7 @@ from small_plan import medgemma, small_workload
 
 from vlmalign.models.decoder import REMAT
 from vlmalign.planning import cost
+from vlmalign.planning.batches import base_of, split
 from vlmalign.planning.cost import Cost
 from vlmalign.planning.devices import DEVICES, THIS, find_device
 from vlmalign.planning.memory import MARGIN, phases, usable
@@ -43,7 +44,7 @@ def test_published_sizes_of_medgemma(real):
 def test_forward_is_two_operations_per_weight_and_token():
     layout = Layout(1, 0, 0)
     workload = medgemma()
-    base = workload.model.without_lora()
+    base = base_of(workload.model)
     config = base.config.decoder
     found = cost.forward(base, layout, 3, head=False)
     assert found.flops == 3 * (2 * cost.layer_weights(config) + 4 * 34 * 8 * 256)
@@ -69,7 +70,7 @@ def test_decoding_is_bound_by_weights_and_caches(real):
     """Of 512 steps for 8 x 4: weights 512 times, the prompts' caches 512 times, own caches as long as they are then."""
     from vlmalign.rollout.completions import Generator
 
-    work, model = real.rollout, real.model.without_lora()
+    work, model = real.rollout, base_of(real.model)
     made = Generator(model, None, (), work.rows, work.group, work.completion, work.sampling)
     assert [s.length for s in made.shapes[:4]] == [64, 128, 256, 512]
     _, decode = cost.rollout(real.model, work, made, rows=8, length=512)
@@ -98,7 +99,7 @@ def test_phases_hold_what_stays(tmp_path):
     workload = small_workload(tmp_path)
     found = {phase.name: phase for phase in phases(workload, {}, Target(A100, 1))}
     model = workload.model
-    base = sum(v.size * v.dtype.itemsize for v in model.without_lora().shapes.values())
+    base = sum(v.size * v.dtype.itemsize for v in split(model).frozen.values())
     adapter = 4 * cost.adapter_weights(model)
     gradients = found["grpo gradients"]
     assert (gradients.parameters, gradients.adapter) == (base, 3 * adapter)

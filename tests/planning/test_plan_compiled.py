@@ -78,6 +78,9 @@ def test_what_was_compiled_runs(workload, compiled):
     counts = {name: jnp.float32(1) for name in counts}
     params = {name: jnp.full_like(value, 0.01) for name, value in params.items()}
     weight = jnp.ones_like(batch.weight)
+    # Text: image 0 everywhere would put one feature, zeros, in place of every token, and nothing would have a gradient.
+    tokens = jnp.arange(batch.tokens.size, dtype=jnp.int32).reshape(batch.tokens.shape) % 100
+    batch = batch._replace(tokens=tokens, image=jnp.full_like(batch.image, -1))
     out, (loss, *_) = compiled["grpo gradients"](
         sums,
         params,

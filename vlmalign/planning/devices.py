@@ -69,7 +69,9 @@ def find_device(name: str) -> Device:
     table = {device.name: device for device in DEVICES}
     if name in table:
         return table[name]
-    near = difflib.get_close_matches(name.lower(), [*table, THIS], n=1, cutoff=0.4)
+    near = [known for known in table if known.startswith(name.lower())] or difflib.get_close_matches(
+        name.lower(), [*table, THIS], n=1, cutoff=0.4
+    )
     raise ValueError(
         f"unknown device {name!r}; known: {', '.join([*table, THIS])}" + (f"; the nearest is {near[0]}" if near else "")
     )

@@ -19,6 +19,7 @@ from vlmalign.weights.merged import KEPT_FOLDERS, KEPT_NAMES, KEPT_SUFFIXES
 from vlmalign.weights.new_folder import new_folder
 
 EMBEDDING = "language_model.embed_tokens.weight"
+ADAPTER = "adapter_config.json"
 
 
 def export_whole(folder: Path, source: Path, model: Model, params: Mapping[str, Array]) -> None:
@@ -62,7 +63,8 @@ def export_whole(folder: Path, source: Path, model: Model, params: Mapping[str, 
         for kept in sorted(source.iterdir()):
             if kept.is_dir() and kept.name in KEPT_FOLDERS:
                 shutil.copytree(kept, partial_folder / kept.name)
-            elif kept.is_file() and (kept.suffix in KEPT_SUFFIXES or kept.name in KEPT_NAMES):
+            # With an adapter's settings beside it, `transformers` would take the folder for an adapter.
+            elif kept.name != ADAPTER and kept.is_file() and (kept.suffix in KEPT_SUFFIXES or kept.name in KEPT_NAMES):
                 shutil.copyfile(kept, partial_folder / kept.name)
         for file, tensors in files.items():
             with safe_open(partial_folder / file, framework="numpy") as opened:

@@ -88,7 +88,7 @@ def _examples(config: ChexReasonConfig, system: System, films: LabelledFilms, ro
             )
         trace = label_trace(example.labels) if traces is None else traces[example.id]
         messages = film_example(str(example.image), config.prompt, answer_text(trace, example.labels))
-        groups.append(system.chat.example(messages, group_id=int(row)))
+        groups.append(system.chat.example(messages, group_id=int(row), name=f"film {example.id}"))
     return groups
 
 
