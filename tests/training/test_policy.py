@@ -227,6 +227,17 @@ def test_updates_share_one_rollout_and_what_was_recorded_first():
             assert here[name].tolist() == told(what, here["tokens"]).tolist()
 
 
+def test_the_bonus_of_a_step_is_in_its_loss():
+    """The coefficient that `work` names reaches the objective's counts, which divide the entropy's sum."""
+    settings = GrpoSettings(max_completion=LONGEST, entropy_coef=1.0)
+    batches = [b.groups for b in source().work().batches]
+    plain, adapted = (grpo_counts(batches, settings=settings, **more) for more in ({}, {"entropy_coef": 0.25}))
+    assert adapted["entropy"] == pytest.approx(plain["entropy"] / 0.25)
+    assert {name: n for name, n in adapted.items() if name != "entropy"} == {
+        name: n for name, n in plain.items() if name != "entropy"
+    }
+
+
 def test_a_checkpoint_between_updates_is_refused():
     made = source(count=8, updates=2)
     made.policy.get_state()
