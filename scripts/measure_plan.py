@@ -65,7 +65,7 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
     from vlmalign.planning.jobs import Job
     from vlmalign.planning.memory import phases
     from vlmalign.planning.plan import jobs
-    from vlmalign.planning.programs import lower, read_compiled
+    from vlmalign.planning.programs import lower, options_of, read_compiled
     from vlmalign.planning.target import open_target
     from vlmalign.planning.this_device import this_device
     from vlmalign.planning.workload import read_workload
@@ -84,12 +84,14 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.json"
         file.write_text(json.dumps(gemma(asked)), encoding="utf-8")
-        model = read_model(config, file)
+        model = read_model(config.model, file)
     lengths = read_lengths(config, model, prompt=asked.prompt, answer=None, completion=None)
     workload = read_workload(config, model, lengths, count=1)
     target = open_target(this_device(model.dtype), 1)
     planned: dict[str, Job] = {job.name: job for job in jobs(workload, target)}
-    compiled = {name: lower(job, target).compile() for name, job in planned.items()}
+    compiled = {
+        name: lower(job, target).compile(compiler_options=options_of(job, target)) for name, job in planned.items()
+    }
     programs = {name: read_compiled(name, each) for name, each in compiled.items()}
     expected = {phase.name: phase.peak for phase in phases(workload, programs, target)}
 

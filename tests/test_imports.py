@@ -31,7 +31,8 @@ ALLOWED: dict[str, set[str]] = {
     "machine": set(),
     "randomness": RECORDS,
     "mesh": RECORDS,
-    "distributed": CORE,
+    "distributed": set(),
+    "exchange": CORE | {"distributed"},
     "data": {"types"},  # not shapes: without jaxtyping it imports JAX
     "rewards": {"types"},
     "models": CORE,
@@ -42,14 +43,26 @@ ALLOWED: dict[str, set[str]] = {
     "control": CORE,
     "judges": CORE | NUMPY_SIDE | MODELS | NUMERICS,
     "evaluation": BELOW_TRAINING,
-    "training": BELOW_TRAINING | {"distributed"},
+    "training": BELOW_TRAINING | {"distributed", "exchange"},
     "reporting": set(),
     "preview": {"types", "data", "weights"},
     "exporting": RECORDS | {"config_yaml", "training"} | MODELS,
-    "studies": BELOW_TRAINING | {"distributed", "config", "config_tree", "training", "evaluation", "reporting"},
+    "studies": BELOW_TRAINING
+    | {"distributed", "exchange", "config", "config_tree", "training", "evaluation", "reporting"},
     "planning": CORE | {"data", "config", "training", "studies"} | MODELS | NUMERICS,
     "cli": RECORDING
-    | {"planning", "config", "studies", "training", "evaluation", "exporting", "inspection", "reporting", "preview"},
+    | {
+        "distributed",
+        "planning",
+        "config",
+        "studies",
+        "training",
+        "evaluation",
+        "exporting",
+        "inspection",
+        "reporting",
+        "preview",
+    },
 }
 NO_JAX = NUMPY_SIDE | {"reporting", "cli", "log", "progress"}
 NO_JAX |= {"config", "config_yaml", "config_tree", "overrides"}

@@ -10,9 +10,9 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from vlmalign import __version__
+from vlmalign import __version__, distributed
 from vlmalign.evaluation import harness_command
 from vlmalign.exporting import command as export_command
 from vlmalign.inspection import command as inspect_command
@@ -40,6 +40,32 @@ def _study_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", metavar="DIR", help="run folder; short for --set run=DIR")
 
 
+def _training_arguments(parser: argparse.ArgumentParser) -> None:
+    _study_arguments(parser)
+    several = parser.add_argument_group(
+        "several processes",
+        "read from SLURM, Open MPI or Kubernetes, or set by scripts/launch_ssh.py, unless given here",
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 can be reached")
+    several.add_argument("--processes", type=int, metavar="N", help="how many there are; 1: this one alone")
+    several.add_argument("--process", type=int, metavar="I", help="which one this is, from 0")
+    several.add_argument("--local-devices", metavar="0,1", help='devices of this host that it uses, or "all"')
+    several.add_argument("--heartbeat", type=int, metavar="S", help="seconds of silence after which one is dead (30)")
+
+
+def _join(arguments: argparse.Namespace) -> None:
+    """Become one of several processes, where flags or variables say so."""
+    distributed.start(
+        distributed.Processes(
+            arguments.coordinator,
+            arguments.processes,
+            arguments.process,
+            arguments.local_devices,
+            arguments.heartbeat,
+        )
+    )
+
+
 def _run_folder_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run, finished or not")
 
@@ -48,14 +74,23 @@ def _chexreason(arguments: argparse.Namespace) -> None:
     from vlmalign.config import load_config
     from vlmalign.studies.chexreason import ChexReasonConfig, run
 
-    run(load_config(ChexReasonConfig, arguments.config, _overrides(arguments)))
+    _join(arguments)
+    run(_settled(load_config(ChexReasonConfig, arguments.config, _overrides(arguments))))
 
 
 def _align(arguments: argparse.Namespace) -> None:
     from vlmalign.config import load_config
     from vlmalign.studies.align import AlignConfig, run
 
-    run(load_config(AlignConfig, arguments.config, _overrides(arguments)), Path(arguments.config))
+    _join(arguments)
+    run(_settled(load_config(AlignConfig, arguments.config, _overrides(arguments))), Path(arguments.config))
+
+
+def _settled(config: Any) -> Any:
+    """With what the config leaves to the plan ("auto") chosen for the devices here."""
+    from vlmalign.planning.auto import settled
+
+    return settled(config, lambda line: print(line, file=sys.stderr, flush=True))
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -86,8 +121,8 @@ def _overrides(arguments: argparse.Namespace) -> list[str]:
 
 
 COMMANDS = (
-    Command("align", "SFT, DPO, GRPO and PPO on your own JSON Lines", _study_arguments, _align),
-    Command("chexreason", "chest films with reasoning: SFT, GRPO, evaluation", _study_arguments, _chexreason),
+    Command("align", "SFT, DPO, GRPO and PPO on your own JSON Lines", _training_arguments, _align),
+    Command("chexreason", "chest films with reasoning: SFT, GRPO, evaluation", _training_arguments, _chexreason),
     Command("preview", "show a conversation as it is trained on", _preview_arguments, _preview),
     Command("report", "write report.html and the completion pages of a run again", _run_folder_arguments, _report),
     Command(
@@ -134,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.run_command(arguments)
     except KeyboardInterrupt:
         print("\ninterrupted; a run goes on when the same command is given again", file=sys.stderr)
-        return 130
+        return distributed.leave(130)
     except (
         ValueError,
         OSError,
@@ -143,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"vlmalign {arguments.command}: {error}", file=sys.stderr)
         print("(--traceback shows where in the code this arose)", file=sys.stderr)
-        return 2
+        return distributed.leave(2)
     return 0
 
 

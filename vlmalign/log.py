@@ -29,13 +29,19 @@ class MetricsWriter:
 
     JSON has no word for NaN and infinities: such a number is written as null, and the line says under "nonfinite"
     which names had which ("nan", "inf", "-inf"). `nonfinite` counts those this writer has seen.
+
+    Of the processes of one run one writes. With `writes=False` this checks what it is given and touches no file; its
+    position is 0.
     """
 
-    def __init__(self, path: str | Path, *, sync_seconds: float = 5.0):
+    def __init__(self, path: str | Path, *, sync_seconds: float = 5.0, writes: bool = True):
         self.path = Path(path)
         self.nonfinite = 0
         self._sync_seconds = sync_seconds
         self._synced = time.monotonic()
+        self._file = None
+        if not writes:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115  (open for the writer's life)
         self._drop_torn_line()
@@ -52,6 +58,8 @@ class MetricsWriter:
         if lost:
             line["nonfinite"] = lost
             self.nonfinite += len(lost)
+        if self._file is None:
+            return
         # Unbuffered, one call a line: a kill between two of them leaves whole lines.
         self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
         if time.monotonic() - self._synced >= self._sync_seconds:
@@ -59,6 +67,8 @@ class MetricsWriter:
 
     def position(self) -> int:
         """Bytes written so far, all of them on disk by the time this returns: what a checkpoint records."""
+        if self._file is None:
+            return 0
         self._sync()
         return os.fstat(self._file.fileno()).st_size
 
@@ -67,6 +77,8 @@ class MetricsWriter:
 
         Raises ValueError when the file cannot be the one it was asked of.
         """
+        if self._file is None:
+            return
         size = os.fstat(self._file.fileno()).st_size
         if not 0 <= position <= size:
             raise ValueError(
@@ -82,8 +94,9 @@ class MetricsWriter:
         self._sync()
 
     def close(self) -> None:
-        self._sync()
-        self._file.close()
+        if self._file is not None:
+            self._sync()
+            self._file.close()
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -105,8 +118,8 @@ class MetricsWriter:
 
 
 @contextmanager
-def stage_timer(path: str | Path, stage: str) -> Iterator[None]:
-    """Appends {"stage", "seconds"} to the file at `path` when its block ends, also by an error.
+def stage_timer(path: str | Path, stage: str, *, writes: bool = True) -> Iterator[None]:
+    """Appends {"stage", "seconds"} to the file at `path` when its block ends, also by an error; one process `writes`.
 
     A stage that was interrupted and continued has several lines: its time is their sum.
     """
@@ -115,8 +128,9 @@ def stage_timer(path: str | Path, stage: str) -> Iterator[None]:
         yield
     finally:
         line = json.dumps({"stage": stage, "seconds": round(time.perf_counter() - started, 3)})
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        if writes:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
 
 
 def _plain(value: Any, name: str, lost: dict[str, str]) -> Any:

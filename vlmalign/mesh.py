@@ -228,25 +228,38 @@ def put_rows(tree: Any, mesh: Mesh | None) -> Any:
     """
     if mesh is None:
         return tree
-    shares, sharding = math.prod(mesh.shape[axis] for axis in ROWS), batch_sharding(mesh)
+    sharding = batch_sharding(mesh)
 
     def put(x: Any) -> Array:
-        if x.shape[0] % shares:
-            raise ValueError(
-                f"{x.shape[0]} rows cannot be shared out to {shares} devices ({_sizes(mesh)}); "
-                f"make the rows of a micro-batch, and its images, a multiple of {shares}"
-            )
+        require_rows(x.shape[0], mesh, "the rows of a micro-batch, and its images,")
         return _put(x, sharding)
 
     return jax.tree.map(put, tree)
+
+
+def put_whole(tree: Any, mesh: Mesh | None) -> Any:
+    """Arrays with a copy on every device. Every process must hold them."""
+    return tree if mesh is None else jax.tree.map(lambda x: _put(x, replicated(mesh)), tree)
+
+
+def row_shares(mesh: Mesh | AbstractMesh | None) -> int:
+    """How many devices share out the rows of a batch; batches have a multiple of so many."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def require_rows(rows: int, mesh: Mesh | AbstractMesh | None, what: str) -> None:
+    """Raises ValueError when so many rows do not divide over the devices that share them out; `what` should change."""
+    if rows % (shares := row_shares(mesh)):
+        raise ValueError(
+            f"{rows} rows cannot be shared out to {shares} devices ({_sizes(mesh)}); make {what} a multiple of {shares}"
+        )
 
 
 def put_batch(batch: GroupBatch, mesh: Mesh | None) -> GroupBatch:
     """A batch cut by rows (and its pixels by images). Features are whole everywhere: any row may show any image."""
     if mesh is None:
         return batch
-    features = None if batch.features is None else _put(batch.features, replicated(mesh))
-    return put_rows(batch._replace(features=None), mesh)._replace(features=features)
+    return put_rows(batch._replace(features=None), mesh)._replace(features=put_whole(batch.features, mesh))
 
 
 def _put(x: Any, sharding: NamedSharding) -> Array:
@@ -260,20 +273,33 @@ def on_mesh(fn: Callable, mesh: Mesh | None) -> Callable:
     """The compiled function `fn` with `mesh` in force while it is traced and called; `fn` itself without a mesh."""
     if mesh is None:
         return fn
+    # On CPUs the collectives of two programs that run at once, over several processes, wait for each other for ever.
+    in_turn = isinstance(mesh, Mesh) and mesh.is_multi_process and mesh.devices.flat[0].platform == "cpu"
 
     @wraps(fn)
     def call(*args: Any, **options: Any) -> Any:
         with jax.set_mesh(mesh):
-            return fn(*args, **options)
+            found = fn(*args, **options)
+        return jax.block_until_ready(found) if in_turn else found
 
     return call
 
 
 def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
-    """`x` with its dims cut by these axes (None: whole), inside a compiled function."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """`x` with its dims cut by these axes (None: whole), inside a compiled function.
+
+    A dim that its axes do not divide stays whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+
+    def divides(size: int, cut: str | tuple[str, ...] | None) -> bool:
+        names = (cut,) if isinstance(cut, str) else cut or ()
+        return size % math.prod(mesh.shape[name] for name in names) == 0
+
+    spec = [cut if divides(size, cut) else None for size, cut in zip(x.shape, axes, strict=False)]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
 def per_shard(fn: Callable, *, cut: Sequence[bool]) -> Callable:
@@ -291,7 +317,12 @@ def per_shard(fn: Callable, *, cut: Sequence[bool]) -> Callable:
         axes = next(a for a in (AXES, ROWS, ()) if size % math.prod(mesh.shape[axis] for axis in a) == 0)
         share = PartitionSpec(axes)
         specs = tuple(share if own else PartitionSpec() for own in cut)
-        return jax.shard_map(fn, in_specs=specs, out_specs=share)(*args)
+
+        def shard(*args: Array) -> Any:
+            # Each device's own from here on: their gradients are added up once, at the end, and not where they are used.
+            return fn(*(x if own else jax.lax.pcast(x, axes, to="varying") for x, own in zip(args, cut, strict=True)))
+
+        return jax.shard_map(shard, in_specs=specs, out_specs=share)(*args)
 
     return call
 

@@ -23,7 +23,7 @@ class Progress:
 
     On a terminal each stage is a live bar. Elsewhere the first and the last step and one every `line_seconds` are
     plain lines: `sft 120/400  loss 2.314  1.9 steps/s  2:27 left`. Metrics are floats: handing over a JAX array
-    would make every step wait for the device.
+    would make every step wait for the device. Of the processes of one run one speaks; the others are `quiet`.
     """
 
     def __init__(
@@ -32,8 +32,10 @@ class Progress:
         stream: io.TextIOBase | None = None,
         line_seconds: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
+        quiet: bool = False,
     ):
         self._stream = sys.stdout if stream is None else stream
+        self._quiet = quiet
         self._line_seconds = line_seconds
         self._clock = clock
         self._stage, self._total, self._start, self._step = "", 0, 0, 0
@@ -41,7 +43,7 @@ class Progress:
         self._unsaid = ""  # the newest line that was held back
         self._bar: TaskID | None = None
         self._live: LiveBars | None = None
-        if self._stream.isatty():
+        if self._stream.isatty() and not quiet:
             self._live = LiveBars(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
@@ -74,6 +76,8 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Print a line without breaking the bar."""
+        if self._quiet:
+            return
         if self._live is not None:
             self._live.console.print(text, markup=False, highlight=False)
         else:

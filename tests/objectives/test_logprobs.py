@@ -116,3 +116,48 @@ def test_collision_is_the_probability_of_drawing_the_same_token_twice():
         )
         np.testing.assert_allclose(found.collision, np.log((p**2).sum(-1)), atol=1e-5)
     assert token_logprobs(jnp.asarray(states), jnp.asarray(head), tokens).collision is None
+
+
+def slopes(what: str, *, frozen: bool, chunk: int, **options):
+    """d/d states of a weighted sum: of log-probabilities, with entropies, or with collisions."""
+
+    def total(states, head):
+        found = token_logprobs(states, head, jnp.asarray(TOKENS), chunk=chunk, collision=True, **options)
+        weight = jnp.arange(42.0).reshape(2, 3, 7)
+        more = {"logp": 0.0, "entropy": found.entropy, "collision": found.collision}[what]
+        # Measured beside, as metrics are: this must not count as a gradient.
+        return jnp.sum(weight * found.logp + 0.5 * more), jax.lax.stop_gradient(found.entropy.sum())
+
+    return jax.grad(total, argnums=0 if frozen else (0, 1), has_aux=True)
+
+
+@pytest.mark.parametrize("what", ["logp", "entropy", "collision"])
+@pytest.mark.parametrize("options", [{"chunk": 1024}, {"chunk": 5, "temperature": 0.7, "softcap": 1.5}])
+def test_a_frozen_head_gives_the_same_gradient(what, options):
+    found, expected = (
+        jax.jit(slopes(what, frozen=frozen, **options), compiler_options=QUICK)(STATES, HEAD)[0]
+        for frozen in (True, False)
+    )
+    assert_close(found, expected[0], 1e-6)
+
+
+@pytest.mark.parametrize(("what", "frozen", "most"), [("logp", True, 2), ("entropy", True, 3), ("logp", False, 4)])
+def test_products_with_the_head(what, frozen, most):
+    """Logits and d logp / d state, once each; with another gradient the logits again; with a trained head its own."""
+    width = 512  # so that products outweigh what is done with each logit
+    states, head = (jax.ShapeDtypeStruct((*x.shape[:-1], width), x.dtype) for x in (STATES, HEAD))
+    compiled = jax.jit(slopes(what, frozen=frozen, chunk=1024)).lower(states, head).compile()
+    one = 2 * TOKENS.size * len(HEAD) * width
+    assert 2 * one <= compiled.cost_analysis()["flops"] < (most + 0.5) * one
+
+
+def test_gradients_under_vmap_and_checkpoint():
+    """The rule of the frozen head composes with both."""
+    states = jnp.stack([STATES[0], STATES[1]])
+
+    def total(states):
+        return token_logprobs(states, jnp.asarray(HEAD), jnp.asarray(TOKENS[0]), chunk=5).logp.sum()
+
+    one_by_one = jnp.stack([jax.grad(total)(x) for x in states])
+    assert_close(jax.vmap(jax.grad(total))(states), one_by_one, 1e-6)
+    assert_close(jax.grad(lambda x: jax.checkpoint(total)(x))(states[0]), one_by_one[0], 1e-6)

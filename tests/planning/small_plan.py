@@ -65,7 +65,7 @@ def small_workload(folder: Path, *overrides: str, count: int = 1, sizes: dict[st
     file = folder / "config.json"
     file.write_text(json.dumps(sizes), encoding="utf-8")
     config = config_of(*overrides)
-    model = read_model(config, file)
+    model = read_model(config.model, file)
     lengths = read_lengths(config, model, prompt=12, answer=None, completion=None)
     return read_workload(config, model, lengths, count=count)
 
@@ -73,7 +73,7 @@ def small_workload(folder: Path, *overrides: str, count: int = 1, sizes: dict[st
 def medgemma(*overrides: str, count: int = 1) -> Workload:
     """The real one, as its config file plans it."""
     config = load_config(ChexReasonConfig, CONFIG, overrides)
-    model = read_model(config, MEDGEMMA)
+    model = read_model(config.model, MEDGEMMA)
     return read_workload(
         config, model, read_lengths(config, model, prompt=456, answer=None, completion=None), count=count
     )

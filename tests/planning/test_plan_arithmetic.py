@@ -10,9 +10,10 @@ from vlmalign.planning import cost
 from vlmalign.planning.batches import base_of, split
 from vlmalign.planning.cost import Cost
 from vlmalign.planning.devices import DEVICES, THIS, find_device
+from vlmalign.planning.jobs import changed_names
 from vlmalign.planning.memory import MARGIN, phases, usable
 from vlmalign.planning.schedule import times
-from vlmalign.planning.search import Candidate, candidates, changed, choose
+from vlmalign.planning.search import Candidate, candidates, changed, choose_rows
 from vlmalign.planning.target import Target
 from vlmalign.types import Layout
 
@@ -106,7 +107,8 @@ def test_phases_hold_what_stays(tmp_path):
     assert gradients.optimiser == pytest.approx(2 * adapter, abs=64)
     assert found["sft gradients"].adapter == 2 * adapter
     decode = found["rollout decode"]
-    assert decode.parameters == 2 * base  # the merged copy
+    changed = sum(v.size * v.dtype.itemsize for n, v in model.shapes.items() if n in changed_names(model))
+    assert decode.parameters == base + changed  # the merged copies
     assert decode.cache == 2 * (16 + 4 * 16) * cost.cache_bytes(model)  # prompts of 12 tokens, padded to 16
     assert decode.peak == sum(decode[1:6])
 
@@ -132,7 +134,7 @@ def test_the_first_that_fits_is_taken(real):
     said = []
     taken = {}
     for device in DEVICES:
-        choice = choose(real, "grpo", Target(device, 1), said.append)
+        choice = choose_rows(real, "grpo", Target(device, 1), said.append)
         taken[device.name] = choice.taken
         assert [t.fits for t in choice.tried] == [False] * (len(choice.tried) - 1) + [choice.taken is not None]
         assert choice.tried[-1].peak <= usable(device.memory) or choice.taken is None

@@ -10,9 +10,10 @@ from tiny_checkpoints import QUICK
 from vlmalign.planning.batches import base_of, split
 from vlmalign.planning.cost import adapter_weights
 from vlmalign.planning.devices import DEVICES, THIS, Device, find_device
+from vlmalign.planning.jobs import changed_names
 from vlmalign.planning.memory import phases
 from vlmalign.planning.plan import jobs, make_plan
-from vlmalign.planning.programs import lower, read_compiled
+from vlmalign.planning.programs import lower, options_of, read_compiled
 from vlmalign.planning.target import Target, open_target, plug_in_problem, tracing
 
 PROBLEM = plug_in_problem()
@@ -30,7 +31,10 @@ def workload(tmp_path_factory):
 def compiled(workload):
     """Every program of the run, compiled here: name -> executable."""
     target = open_target(HERE, 1)
-    return {job.name: lower(job, target).compile(compiler_options=QUICK) for job in jobs(workload, target)}
+    return {
+        job.name: lower(job, target).compile(compiler_options={**QUICK, **options_of(job, target)})
+        for job in jobs(workload, target)
+    }
 
 
 def test_every_program_of_a_run(compiled):
@@ -50,8 +54,9 @@ def test_arguments_are_what_the_phases_hold(workload, compiled):
     merge = programs["merge"].memory
     base = sum(v.size * v.dtype.itemsize for v in split(model).frozen.values())
     assert merge.arguments == base + adapter
+    changed = [model.shapes[name] for name in changed_names(model)]
     # A tuple of results holds a pointer to each of them.
-    assert merge.outputs == base + 8 * len(split(model).frozen)
+    assert merge.outputs == sum(v.size * v.dtype.itemsize for v in changed) + 8 * len(changed)
     gradients = programs["grpo gradients"].memory
     unused = sum(
         v.size * v.dtype.itemsize
@@ -147,6 +152,7 @@ def test_eight_gpus_reduce_the_adapters_gradients_and_nothing_else(tmp_path):
     reduced = plan.programs["grpo gradients"].findings.collectives
     assert {each.kind for each in reduced} == {"all-reduce"}
     assert {each.loop for each in reduced} == {""}
+    # In float32, although the adapter is used in bfloat16 (`models.product`); beside a few metrics.
     adapter = 4 * adapter_weights(workload.model)
     assert adapter <= sum(each.bytes for each in reduced) <= adapter + 1024
     for name in ("encode", "merge", "rollout prefill", "rollout decode", "grpo reference", "grpo optimiser"):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_checkpoints import text
 
 from vlmalign.rollout.compaction import (
     MOST_PROGRAMS,
@@ -14,8 +15,11 @@ from vlmalign.rollout.compaction import (
     fitting,
     length_classes,
     packed,
+    prompt_lengths,
 )
+from vlmalign.rollout.completions import Generator
 from vlmalign.rollout.engine import block_length
+from vlmalign.rollout.sampling import Sampling
 
 
 @settings(deadline=None)
@@ -96,3 +100,21 @@ def test_declared_lengths():
     assert length_classes([30, 10, 12, 31], rows=1, multiple=8, allowed=(16, 40)) == [(40, [0, 3]), (16, [1, 2])]
     with pytest.raises(ValueError, match="prompt 1 of this rollout has 41 tokens"):
         length_classes([30, 41], rows=1, multiple=8, allowed=(16, 40))
+
+
+@pytest.mark.parametrize("completion", [16, 70, 150, 768, 2048, 16384])
+@pytest.mark.parametrize("lengths", [(), (64,), (64, 256), (64, 128, 256), tuple(range(64, 513, 64))], ids=len)
+def test_a_generator_has_at_most_eight_decode_programs(completion, lengths):
+    made = Generator(text().model, None, (1,), 8, 4, completion, Sampling(), prompt_lengths=lengths)
+    assert max(1, len(lengths)) * len(made.shapes) <= MOST_PROGRAMS == 8
+    assert made.shapes[0][:2] == (8, 4)
+    assert any(s[:2] == (8, 4) and s.length >= completion for s in made.shapes), "there is room for the longest"
+
+
+def test_a_second_length_is_taken_where_it_saves():
+    assert prompt_lengths([100] * 9 + [120], multiple=32) == (128,)
+    assert prompt_lengths([500] + [40] * 9, multiple=32) == (64, 512)
+    assert prompt_lengths([500] * 9 + [40], multiple=32) == (512,)
+    assert prompt_lengths([], multiple=32) == ()
+    with pytest.raises(ValueError, match="prompt_lengths: at most 8"):
+        Generator(text().model, None, (1,), 8, 4, 16, Sampling(), prompt_lengths=tuple(range(8, 80, 8)))

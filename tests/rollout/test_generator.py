@@ -78,7 +78,7 @@ def test_the_last_call_of_a_chunk_is_padded_not_recompiled(store):
     for keys in (["a"], ["b", "c", "d"], ["e", "f"]):
         store.features(keys)
     assert store.encoded == 6
-    assert store._encode._cache_size() == 1
+    assert store._program._cache_size() == 1
 
 
 def test_the_least_recently_used_goes_first(reader):

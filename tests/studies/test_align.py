@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -39,7 +40,8 @@ from vlmalign.studies.align.policy_config import TAKEN, Adaptive, Correction, Gr
 from vlmalign.studies.align.prepare import prepare, remember
 from vlmalign.studies.align.rewards import build_rewards
 from vlmalign.studies.align.stage_config import DpoObjective
-from vlmalign.studies.align.system import open_front, open_system
+from vlmalign.studies.align.system import open_front, open_model, open_system
+from vlmalign.studies.devices import open_devices
 from vlmalign.training.outcome import read_outcome
 from vlmalign.training.rollouts import Task
 from vlmalign.weights.adapter import load_adapter
@@ -447,12 +449,17 @@ def films(files) -> Path:
     return folder
 
 
-def test_sampling_with_images(files, films, tmp_path):
-    """MedGemma's architecture: none to two images in a prompt, in rollouts as in training."""
+def test_sampling_with_images(files, films, tmp_path, capfd):
+    """MedGemma's architecture: none to two images in a prompt, in rollouts as in training; read ahead, and kept resized."""
     model = checkpoint(tmp_path / "model", chat_folder(), gemma3_vision(chat_folder()))
     stage = policy("grpo", films, steps=1, checkpoint_every=1, prompts=4, validation=None, rewards=rewards(files))
     path = write_config(tmp_path / "align.yaml", model, [stage])
-    adapter = load_adapter(align(path), load_model_config(model)).params
+    reading = "reading={workers: 1, ahead: 4, resize_cache: '{run}/resized'}"
+    adapter = load_adapter(align(path, reading), load_model_config(model)).params
+    said = capfd.readouterr()
+    assert "images: 3 films, waited" in said.out + said.err
+    assert len([path for path in (tmp_path / "run" / "resized").rglob("*") if path.is_file()]) >= 3
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("film reader")]
     assert all(np.isfinite(value).all() for value in adapter.values())
     assert any(np.asarray(value).any() for name, value in adapter.items() if ".lora_B." in name)
     # What the sampler recorded is what the trainer computes: images stand where they should in both.
@@ -508,7 +515,8 @@ def test_an_adapter_is_gone_on_from(finished, text, files, tmp_path):
     expected = read_outcome(finished / "03-grpo").params
     assert all(np.array_equal(front.adapter.params[name], value) for name, value in expected.items())
     with Progress() as progress:
-        system, start = open_system(load_config(AlignConfig, path), front, progress)
+        config = load_config(AlignConfig, path)
+        system, start = open_system(config, front, open_devices(None, open_model(config.model, front)), progress)
     model, extra = system.reference(start)
     assert model == system.model
     assert all(np.array_equal(extra[name], value) for name, value in expected.items())

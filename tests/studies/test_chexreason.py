@@ -25,6 +25,7 @@ STAGES, SETS = ("base", "sft", "grpo"), ("mimic-like test", "chexpert-like test"
 SMALL = [
     "data.train.phantom={films: {train: 120, validate: 2, test: 10}, seed: 1, size: 64}",
     "data.sample={sft: 16, rl: 8, validation: 4, floor: 0.0}",
+    "data.reading={workers: 1, ahead: 16}",
     "sft.epochs=3", "sft.batch=8", "sft.shapes.rows=8", "sft.checkpoint_every=2",
     "grpo.steps=3", "grpo.prompts=4", "grpo.rollout={rows: 4, group: 2, completion: 32}",
     "grpo.shapes={rows: 4, prompt_multiple: 16, completion_multiple: 32}", "grpo.checkpoint_every=2",

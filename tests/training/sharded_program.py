@@ -33,6 +33,7 @@ from vlmalign.types import GroupBatch, Layout
 GRPO = GrpoSettings(clip_low=0.1, clip_high=0.2, beta=0.2, max_completion=6)
 OBJECTIVES = {
     "sft": Objective("sft", sft_loss, sft_counts),
+    "sft dropout": Objective("sft", sft_loss, sft_counts, dropout=True),
     "dpo": preference_objective(DpoSettings(), recorded=False),
     "grpo": Objective(
         "grpo", partial(grpo_loss, settings=GRPO), partial(grpo_counts, settings=GRPO), needs_reference=True
@@ -58,6 +59,7 @@ CASES = [
     ("grpo", "image", "all", "data 8", "sgd"),
     ("grpo", "text", "all", "data 2 fsdp 2 tensor 2", "adamw"),
     ("sft", "text", "lora", "replicas 2 data 4", "adamw"),
+    ("sft dropout", "text", "lora dropout", "data 8", "adamw"),
 ]
 
 
@@ -71,8 +73,10 @@ def checkpoint(kind: str):
 
 @cache
 def model(kind: str, trained: str) -> Model:
-    lora = LoraSpec(rank=2, alpha=4.0) if trained == "lora" else None
-    return Model(checkpoint(kind).model.config, lora=lora)
+    if trained == "all":
+        return checkpoint(kind).model
+    rate = 0.1 if trained == "lora dropout" else 0.0
+    return Model(checkpoint(kind).model.config, lora=LoraSpec(rank=2, alpha=4.0, dropout=rate))
 
 
 def parameters(kind: str, trained: str):
@@ -99,7 +103,7 @@ def micro_batches(objective: str, kind: str, trained: str) -> tuple[MicroBatch, 
     def words(low: int, high: int) -> list[int]:
         return rng.integers(3, 90, int(rng.integers(low, high + 1))).tolist()
 
-    k = 1 if objective == "sft" else 2
+    k = 1 if objective.startswith("sft") else 2
     shown = ["abcdefgh"[i % 8] for i in range(12)] if kind == "image" else []
     groups = [
         group(i, words(1, 4) + shown[i : i + 1] + words(1, 4), *(words(1, 6) for _ in range(k))) for i in range(12)
@@ -123,7 +127,7 @@ def micro_batches(objective: str, kind: str, trained: str) -> tuple[MicroBatch, 
 @cache
 def trainer(objective: str, kind: str, trained: str, optimiser: str, mesh: str | None) -> Trainer:
     reference = None
-    if objective != "sft":
+    if not objective.startswith("sft"):
         reference = (model(kind, "all"), {} if trained == "lora" else dict(checkpoint(kind).params))
     with patch.object(jax, "jit", partial(jax.jit, compiler_options=QUICK)):
         return Trainer(
@@ -171,6 +175,7 @@ def compare(objective: str, kind: str, trained: str, mesh: str, optimiser: str) 
         "parameters": gap(params, after),
         "moved": max(float(np.max(np.abs(after[name] - start[name]))) for name in after),
         "gradient_size": float(known.grad_norm),
+        "loss": float(known.loss),
         "share_of_state": held / whole,
     }
 

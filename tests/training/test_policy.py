@@ -73,7 +73,7 @@ class Scripted(Generator):
 
     seen: tuple[list, list] = ((), ())
 
-    def run(self, params, prompts, key, *, advance=lambda done: None):
+    def run(self, params, prompts, key, *, advance=lambda done: None, report=lambda stats: None):
         for found, new in zip(self.seen, (jax.random.key_data(key).tolist(), params), strict=True):
             found.append(new)
         return [[answer(p.id, k) for k in range(self.group)] for p in prompts]
@@ -87,6 +87,7 @@ class Told(Trainer):
         loss, counts = partial(grpo_loss, settings=settings), partial(grpo_counts, settings=settings)
         self.model, self.objective = model(), Objective("told", loss, counts, **objective)
         self.reference = (model(), {}) if reference else None
+        self.mesh = None
         self.asked = {"scores": 0, "reference": 0}
 
     def scores(self, params, frozen, groups):

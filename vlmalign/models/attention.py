@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from vlmalign.models.product import contract
 from vlmalign.shapes import Array, Bool, Float, Int
 from vlmalign.types import Layout
 
@@ -66,23 +67,21 @@ def attend_segments(
 
     `own` is [n, s, d, g, h], `shared` [n, p, g, h]. Scores and softmax are float32; queries come scaled.
     """
-    scores = jnp.einsum("nscgrh,nsdgh->ngscrd", q, own.key, preferred_element_type=jnp.float32)
+    scores = contract(q, own.key, "nscgrh,nsdgh->ngscrd")
     scores = jnp.where(own_mask[:, None, :, :, None, :], scores, MASKED)
     top = jnp.max(scores, axis=-1, keepdims=True)
     if shared is not None:
-        far = jnp.einsum("nscgrh,npgh->ngscrp", q, shared.key, preferred_element_type=jnp.float32)
+        far = contract(q, shared.key, "nscgrh,npgh->ngscrp")
         far = jnp.where(shared_mask[:, None, :, :, None, :], far, MASKED)
         top = jnp.maximum(top, jnp.max(far, axis=-1, keepdims=True))
     top = jax.lax.stop_gradient(top)
     weights = jnp.exp(scores - top)  # [n, g, s, c, r, d]
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    out = jnp.einsum("ngscrd,nsdgh->ngscrh", weights.astype(q.dtype), own.value, preferred_element_type=jnp.float32)
+    out = contract(weights.astype(q.dtype), own.value, "ngscrd,nsdgh->ngscrh")
     if shared is not None:
         weights = jnp.exp(far - top)  # [n, g, s, c, r, p]
         total = total + jnp.sum(weights, axis=-1, keepdims=True)
-        out = out + jnp.einsum(
-            "ngscrp,npgh->ngscrh", weights.astype(q.dtype), shared.value, preferred_element_type=jnp.float32
-        )
+        out = out + contract(weights.astype(q.dtype), shared.value, "ngscrp,npgh->ngscrh")
     return jnp.moveaxis(out / total, 1, 3).astype(q.dtype)
 
 

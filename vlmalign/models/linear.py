@@ -7,12 +7,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vlmalign.models.dropout import Noise, drop
+from vlmalign.models.product import product
 from vlmalign.shapes import Array, Float
 
 
 def init_normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: jnp.dtype) -> Array:
     """Normal values of standard deviation `std`, drawn in float32 and then cast."""
     return (std * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)
+
+
+def is_projection(name: str) -> bool:
+    """Whether the parameter is a matrix of the decoder that `Linear` multiplies by: it may come in float32, is used in
+    the activations' dtype, and then gets a float32 gradient."""
+    return name.startswith("language_model.layers.") and name.endswith("_proj.weight")
 
 
 class Matrix(nnx.Module):
@@ -67,12 +74,12 @@ class Linear(nnx.Module):
         self, x: Float[Array, "*batch size_in"], noise: Noise | None = None
     ) -> Float[Array, "*batch size_out"]:
         """With `noise`, the adapter (not the frozen matrix) sees x with some of its numbers dropped."""
-        y = jnp.einsum("...i,oi->...o", x, self.weight[...])
+        y = product(x, self.weight[...], x.dtype)
         if self.lora_A is not None:
-            # The adapter is float32 while the base may be bfloat16: its product runs in the dtype of x.
+            # The adapter is float32 while the base may be bfloat16: it is used in the dtype of x.
             seen = x if noise is None else drop(x, noise, self.lora_path)
-            low = jnp.einsum("...i,ri->...r", seen, self.lora_A.weight[...].astype(x.dtype))
-            y = y + self.lora_scale * jnp.einsum("...r,or->...o", low, self.lora_B.weight[...].astype(x.dtype))
+            low = product(seen, self.lora_A.weight[...], x.dtype)
+            y = y + self.lora_scale * product(low, self.lora_B.weight[...], x.dtype)
             if self.lora_magnitude_vector is not None:
                 norm = output_norms(self.weight[...], self.lora_A.weight[...], self.lora_B.weight[...], self.lora_scale)
                 y = y * (self.lora_magnitude_vector[...] / jax.lax.stop_gradient(norm)).astype(x.dtype)

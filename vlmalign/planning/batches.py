@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
@@ -10,39 +11,73 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding, SingleDeviceSharding
+from jax.sharding import AbstractMesh, Mesh, Sharding, SingleDeviceSharding
 
-from vlmalign.mesh import batch_sharding, replicated
+from vlmalign.mesh import Placement, batch_sharding, replicated
 from vlmalign.models.lora import is_adapter
 from vlmalign.models.model import Model
 from vlmalign.planning.target import Target
 from vlmalign.planning.workload import Update
+from vlmalign.rollout.placing import rollout_placement, training_placement
+from vlmalign.studies.align.system import DECODER
 from vlmalign.types import GroupBatch, Layout
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
 
 class Where(NamedTuple):
-    """Shardings on a target: a copy on every device, rows shared out, and its first device alone."""
+    """Shardings on a target; None for one device that nothing is compiled for."""
 
-    whole: Sharding
-    rows: Sharding
-    one: Sharding
+    whole: Sharding | None  #: a copy on every device
+    rows: Sharding | None  #: rows shared out
+    one: Sharding | None  #: the first device alone
+    training: Placement | None = None  #: of parameters; None: on one device
+    sampling: Placement | None = None  #: of the policy in rollouts
+
+    def trained(self, shapes: Shapes) -> Shapes:
+        """Parameters where training has them."""
+        return self._placed(shapes, self.training)
+
+    def sampled(self, shapes: Shapes) -> Shapes:
+        """Parameters where rollouts have them."""
+        return self._placed(shapes, self.sampling)
+
+    def _placed(self, shapes: Shapes, placement: Placement | None) -> Shapes:
+        if placement is None:
+            return put(dict(shapes), self.one)
+        return {name: put(value, placement(name)) for name, value in shapes.items()}
 
 
-def places(target: Target) -> Where:
-    one = SingleDeviceSharding(target.devices[0])
-    mesh = target.mesh
-    return Where(one, one, one) if mesh is None else Where(replicated(mesh), batch_sharding(mesh), one)
+def places(target: Target, model: Model) -> Where:
+    one = SingleDeviceSharding(target.devices[0]) if target.devices else None
+    if target.mesh is None:
+        return Where(one, one, one)
+    training, sampling = _placements(replace(model, remat="none"), target.mesh, target.sampling_mesh)
+    return Where(replicated(target.mesh), batch_sharding(target.mesh), one, training, sampling)
 
 
-def put(tree: Any, sharding: Sharding) -> Any:
+def rollout_places(where: Where) -> Where:
+    """The same devices as rollouts stand on: batches and caches lie on the mesh of the policy."""
+    if where.sampling is None:
+        return where
+    mesh = where.sampling.mesh
+    return where._replace(whole=replicated(mesh), rows=batch_sharding(mesh))
+
+
+@cache
+def _placements(
+    model: Model, training: Mesh | AbstractMesh, sampling: Mesh | AbstractMesh
+) -> tuple[Placement, Placement]:
+    return training_placement(model, training), rollout_placement(model, sampling)
+
+
+def put(tree: Any, sharding: Sharding | None) -> Any:
     """The same shapes, placed."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
 class Parameters(NamedTuple):
-    """As the studies divide them: an adapter is trained, in float32, on a base that is frozen."""
+    """As the studies divide them: what is trained is float32, and the base or the tower is frozen."""
 
     frozen: Shapes
     trained: Shapes
@@ -56,10 +91,27 @@ def split(model: Model) -> Parameters:
 @cache
 def _split(model: Model) -> Parameters:
     shapes = model.shapes
+    trained = {name for name in shapes if (is_adapter(name) if model.lora is not None else name.startswith(DECODER))}
     return Parameters(
-        {name: value for name, value in shapes.items() if not is_adapter(name)},
-        {name: jax.ShapeDtypeStruct(value.shape, jnp.float32) for name, value in shapes.items() if is_adapter(name)},
+        {name: value for name, value in shapes.items() if name not in trained},
+        {name: jax.ShapeDtypeStruct(shapes[name].shape, jnp.float32) for name in shapes if name in trained},
     )
+
+
+@cache
+def _used(model: Model) -> Shapes:
+    return {name: model.shapes[name] for name in _split(model).trained}
+
+
+def used(model: Model) -> Shapes:
+    """What is trained, in the dtypes in which the model uses it."""
+    return _used(replace(model, remat="none"))
+
+
+@cache
+def whole(model: Model) -> Shapes:
+    """All parameters without the adapter, as checkpoints and rollouts have them."""
+    return base_of(model).shapes
 
 
 @cache
@@ -69,8 +121,12 @@ def base_of(model: Model) -> Model:
 
 
 def size(tree: Any) -> int:
-    """Bytes of all arrays."""
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    """Bytes of all arrays on one device: of those that are placed, its share."""
+    return sum(_share(x) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _share(x: jax.ShapeDtypeStruct) -> int:
+    return x.size if x.sharding is None else math.prod(x.sharding.shard_shape(x.shape))
 
 
 def prompt_batch(model: Model, *, rows: int, prompt: int) -> GroupBatch:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import time
 from pathlib import Path
 
 #: of the roofline, for the GPU-hours to expect: what good training and decoding programs reach
@@ -13,7 +15,7 @@ SHARE = 0.5
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("config", metavar="CONFIG", type=Path, help="YAML file of a ChexReason run")
+    parser.add_argument("config", metavar="CONFIG", type=Path, help="YAML file of a run of align or chexreason")
     parser.add_argument(
         "--device",
         required=True,
@@ -47,6 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
     device = None if arguments.device == THIS else find_device(arguments.device)
     if arguments.count < 1:
         raise ValueError(f"--count must be >= 1, found {arguments.count}")
+    started, spent = time.perf_counter(), time.process_time()
     import jax
 
     if device is not None:
@@ -54,30 +57,31 @@ def run(arguments: argparse.Namespace) -> None:
         jax.config.update("jax_platforms", "cpu")
     from rich.console import Console
 
-    from vlmalign.config import load_config
-    from vlmalign.planning.inputs import read_lengths, read_model
     from vlmalign.planning.plan import make_plan
     from vlmalign.planning.record import record
     from vlmalign.planning.report import show
-    from vlmalign.planning.target import open_target
+    from vlmalign.planning.study import read_study
     from vlmalign.planning.this_device import this_device
-    from vlmalign.planning.workload import read_workload
-    from vlmalign.studies.chexreason.config import ChexReasonConfig
 
-    config = load_config(ChexReasonConfig, arguments.config, arguments.overrides)
-    model = read_model(config, arguments.model_config)
-    lengths = read_lengths(
-        config,
-        model,
+    found = this_device if device is None else lambda dtype: device
+    workload, target = read_study(
+        arguments.config,
+        arguments.overrides,
+        found,
+        arguments.count,
+        model_config=arguments.model_config,
         prompt=arguments.prompt_tokens,
         answer=arguments.answer_tokens,
         completion=arguments.completion_tokens,
     )
-    workload = read_workload(config, model, lengths, count=arguments.count)
-    target = open_target(this_device(model.dtype) if device is None else device, arguments.count)
     progress = Console(stderr=True)
     plan = make_plan(workload, target, search=arguments.search, say=lambda text: progress.print(f"[dim]{text}[/dim]"))
     found = record(plan, share=arguments.share)
+    found["planned_in"] = {
+        "seconds": round(time.perf_counter() - started, 1),
+        "cpu_seconds": round(time.process_time() - spent, 1),
+        "cores": len(os.sched_getaffinity(0)),
+    }
     if arguments.json is not None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

@@ -54,7 +54,7 @@ def head_weights(config: DecoderConfig) -> int:
 
 
 def adapter_weights(model: Model) -> int:
-    """Numbers of the adapter: what is trained."""
+    """Numbers of what is trained: the adapter, or the whole decoder."""
     return sum(value.size for value in split(model).trained.values())
 
 
@@ -87,15 +87,18 @@ def forward(model: Model, layout: Layout, rows: float, *, head: bool) -> Cost:
 
 
 def gradients(model: Model, update: Update, rows: float) -> Cost:
-    """One micro-batch of `rows` rows, forward and backward. The output matrix is frozen and runs forward twice."""
+    """One micro-batch of `rows` rows, forward and backward. The output matrix runs forward twice; it is frozen beside
+    an adapter, whose own matrices are few."""
     config, layout = model.config.decoder, update.layout
-    again = FORWARD_AGAIN[model.remat]
-    frozen, trained = layer_weights(config), adapter_weights(model)
+    again, adapted = FORWARD_AGAIN[model.remat], model.lora is not None
+    frozen = layer_weights(config) if adapted else 0
+    trained = adapter_weights(model) if adapted else layer_weights(config)
     passes = 1 + again + BACKWARD_INPUT
+    head = 2 + BACKWARD_INPUT + (0 if adapted else BACKWARD_WEIGHT)
     flops = layout.row * (2 * frozen * passes + 2 * trained * (passes + BACKWARD_WEIGHT))
     flops += _attention(config, layout) * (1 + again + BACKWARD_INPUT + BACKWARD_WEIGHT)
-    flops += 2 * head_weights(config) * layout.group * layout.completion * (2 + BACKWARD_INPUT)
-    read = (frozen * passes + head_weights(config) * (2 + BACKWARD_INPUT)) * _item(model)
+    flops += 2 * head_weights(config) * layout.group * layout.completion * head
+    read = ((frozen or trained) * passes + head_weights(config) * head) * _item(model)
     return Cost(rows * flops, read)
 
 

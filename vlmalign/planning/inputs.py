@@ -8,8 +8,12 @@ from pathlib import Path
 from vlmalign.models.config import ModelConfig, SiglipConfig
 from vlmalign.models.lora import LoraSpec
 from vlmalign.models.model import Model
+from vlmalign.studies.align.config import Model as AlignModel
 from vlmalign.studies.chexreason.config import ChexReasonConfig
+from vlmalign.studies.chexreason.config import Model as ChexReasonModel
 from vlmalign.weights.checkpoint import parse_config, read_json, refusals
+
+Settings = AlignModel | ChexReasonModel
 
 
 @dataclass(frozen=True)
@@ -22,13 +26,13 @@ class Lengths:
     known: dict[str, str]
 
 
-def read_model(config: ChexReasonConfig, file: Path | None) -> Model:
-    """The model of a config from `file`, or from the config.json of its folder; no weights are needed.
+def read_model(settings: Settings, file: Path | None, *, films: bool = True) -> Model:
+    """The model of a config's section from `file`, or from the config.json of its folder; no weights are needed.
 
     Raises:
-        ValueError: when there is no config.json, or it describes a model that is not known or has no SigLIP tower.
+        ValueError: when there is no config.json, or it describes a model that is not known, has a tower for images of
+            any size, or none where the study reads `films`.
     """
-    settings = config.model
     path = settings.path / "config.json" if file is None else file
     if not path.is_file():
         advice = (
@@ -41,14 +45,14 @@ def read_model(config: ChexReasonConfig, file: Path | None) -> Model:
     if wrong := refusals(found):
         raise ValueError(f"{path}: {'; '.join(wrong)}")
     shape: ModelConfig = parse_config(found)
-    if not isinstance(shape.vision, SiglipConfig):
+    if not isinstance(shape.vision, SiglipConfig) and (films or shape.vision is not None):
         raise ValueError(
             f"{path}: planning needs to know how many tokens a film has, which only towers of fixed image size (SigLIP) "
             f"say; found {type(shape.vision).__name__ if shape.vision else 'no vision tower'}"
         )
     return Model(
         shape,
-        lora=LoraSpec(**settings.lora.model_dump()),
+        lora=None if settings.lora is None else LoraSpec(**settings.lora.model_dump()),
         dtype=settings.dtype,
         attention=settings.attention,
         remat=settings.remat,

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
 
-from vlmalign.mesh import placement
-from vlmalign.models.model import Model
-from vlmalign.planning.batches import Where, base_of, counts, prompt_batch, put, size, split, update_batch
+from vlmalign.models.compiling import DECODING
+from vlmalign.models.model import Model, Params
+from vlmalign.planning.batches import (
+    Where,
+    base_of,
+    counts,
+    prompt_batch,
+    put,
+    rollout_places,
+    size,
+    split,
+    update_batch,
+    whole,
+)
 from vlmalign.planning.target import Target, tracing
 from vlmalign.planning.workload import CHUNK, Sampled, Update
 from vlmalign.rollout import decode_weights as turned
-from vlmalign.rollout.cache import empty_program
+from vlmalign.rollout.cache import decode_block, empty_program
 from vlmalign.rollout.completions import Generator
-from vlmalign.rollout.engine import Rows, decode, prefill
-from vlmalign.training.policy import merged_policy
+from vlmalign.rollout.engine import Rows, prefill
+from vlmalign.training.merged import merged_policy
 from vlmalign.training.step import Trainer, TrainState
 from vlmalign.types import GroupBatch
 
@@ -29,24 +42,36 @@ class Job(NamedTuple):
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
     donated: tuple[int, ...] = ()
-    alone: bool = False  #: runs on one device, whatever the mesh
+    options: Mapping[str, Any] = {}  #: for the compiler, beside the target's
+    counted: bool = False  #: how its loop is launched is read off as well
+    mesh: Mesh | None = None  #: in force while it is traced; None: it runs on one device, or on its arguments' own
 
 
 def encode_job(model: Model, where: Where) -> Job:
     """The tower over `CHUNK` images."""
     base, vision = base_of(model), model.config.vision
     pixels = jax.ShapeDtypeStruct((CHUNK, vision.channels, vision.image_size, vision.image_size), jnp.float32)
-    return Job("encode", base.encode, (put(split(base).frozen, where.one), put(pixels, where.one)), alone=True)
+    return Job("encode", base.encode, (put(whole(base), where.one), put(pixels, where.one)))
 
 
-def merge_job(model: Model, where: Where) -> Job:
-    """The adapter into a copy of the weights, for a rollout."""
+def merge_job(model: Model, where: Where, target: Target) -> Job:
+    """The trained parameters into a policy to sample from: the matrices that change, made anew."""
     frozen, trained = split(model)
-    return Job(
-        "merge",
-        lambda base, adapter: merged_policy(model, base, adapter),
-        (put(frozen, where.whole), put(trained, where.whole)),
-    )
+
+    def changed(base: Params, trained: Params) -> Params:
+        return {
+            name: value for name, value in merged_policy(model, base, trained).items() if value is not base.get(name)
+        }
+
+    return Job("merge", changed, (where.trained(frozen), where.trained(trained)), mesh=target.mesh)
+
+
+def changed_names(model: Model) -> set[str]:
+    """The parameters of the policy that are not the base's own."""
+    trained = split(model).trained
+    if model.lora is None:
+        return set(trained)
+    return {name.replace(".lora_A.", ".") for name in trained if ".lora_A." in name}
 
 
 def generator(model: Model, sampled: Sampled, target: Target) -> Generator:
@@ -59,15 +84,15 @@ def generator(model: Model, sampled: Sampled, target: Target) -> Generator:
         group=sampled.group,
         completion=sampled.completion,
         sampling=sampled.sampling,
-        mesh=target.mesh if target.devices else None,
+        mesh=target.sampling_mesh if target.devices else None,
     )
 
 
 def rollout_jobs(name: str, model: Model, sampled: Sampled, where: Where, target: Target) -> list[Job]:
     """Prefill, and a block of decoding with the largest caches."""
-    base, made = base_of(model), generator(model, sampled, target)
+    base, made, where = base_of(model), generator(model, sampled, target), rollout_places(where)
     shape = max(made.shapes, key=lambda s: s.rows * s.group * s.length)
-    with tracing(target):
+    with tracing(target, target.sampling_mesh):
         cache, shared = jax.eval_shape(lambda: empty_program(base, shape=shape, prompt=sampled.prompt))
     n, k = shape[:2]
     per_row = jax.ShapeDtypeStruct((n,), jnp.int32)
@@ -79,28 +104,32 @@ def rollout_jobs(name: str, model: Model, sampled: Sampled, where: Where, target
         Job(
             f"{name} prefill",
             lambda params, batch: prefill(base, params, batch),
-            (put(split(base).frozen, where.whole), _put_batch(batch, where)),
+            (where.sampled(whole(base)), _put_batch(batch, where)),
+            mesh=target.sampling_mesh,
         ),
         Job(
             f"{name} decode",
-            lambda params, cache, shared, rows, key: decode(
+            lambda params, cache, shared, rows, key: decode_block(
                 base, params, cache, shared, rows, key, steps=made.steps, sampling=sampled.sampling
             ),
             (
-                put(weights, where.whole),
+                where.sampled(weights),
                 put(cache, where.rows),
                 put(shared, where.rows),
                 put(rows, where.rows),
                 put(key, where.whole),
             ),
             donated=(1,),
+            options=DECODING,
+            counted=bool(target.devices) and target.devices[0].platform != "cpu",
+            mesh=target.sampling_mesh,
         ),
     ]
 
 
 def _decode_weights(base: Model, target: Target) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of what `rollout.decode_weights` makes of the parameters on this target."""
-    shapes, names = split(base).frozen, turned_names(base, target)
+    shapes, names = whole(base), turned_names(base, target)
     found = {n: v for n, v in shapes.items() if n not in names or turned._is_embedding(n)}
     return found | {n + turned.TURNED: jax.ShapeDtypeStruct(shapes[n].shape[::-1], shapes[n].dtype) for n in names}
 
@@ -109,31 +138,30 @@ def turned_names(base: Model, target: Target) -> set[str]:
     """The matrices that decoding holds a second time, in another order: some on a CPU, none on a GPU."""
     if target.count > 1 or not target.devices or target.devices[0].platform != "cpu":
         return set()
-    shapes = split(base).frozen
+    shapes = whole(base)
     names = {name for name in shapes if turned._is_turned(base, name)}
     return names if size({name: shapes[name] for name in names}) <= turned.MOST_BYTES else set()
 
 
-def trainer(model: Model, update: Update, target: Target) -> Trainer:
+def trainer(model: Model, update: Update, where: Where) -> Trainer:
     """The stage's own trainer. Parameters of the reference are arguments of its programs: none are needed here."""
-    mesh = target.mesh
     return Trainer(
         model,
         update.objective,
         update.optimiser,
         reference=(model, {}) if update.objective.needs_reference else None,
-        placement=None if mesh is None else placement(mesh, model.shapes, model.dims),
+        placement=where.training,
     )
 
 
 def micro_job(model: Model, update: Update, where: Where, target: Target) -> Job:
     """Gradients of one micro-batch, added to those before."""
-    frozen, trained = (put(part, where.whole) for part in split(model))
+    frozen, trained = map(where.trained, split(model))
     batch, recorded = update_batch(model, update)
     step = jax.ShapeDtypeStruct((), jnp.int32)
     return Job(
         f"{update.name} gradients",
-        trainer(model, update, target)._micro,
+        trainer(model, update, where)._micro,
         (
             trained,
             trained,
@@ -144,31 +172,48 @@ def micro_job(model: Model, update: Update, where: Where, target: Target) -> Job
             put(step, where.whole),
         ),
         donated=(0,),
+        mesh=target.mesh,
     )
 
 
 def apply_job(model: Model, update: Update, where: Where, target: Target) -> Job:
     """The optimiser's step."""
-    trained = split(model).trained
-    scalar = jax.ShapeDtypeStruct((), jnp.int32)
-    state = TrainState(dict(trained), jax.eval_shape(update.optimiser.init, trained), scalar)
+    trained = where.trained(split(model).trained)
+    scalar = put(jax.ShapeDtypeStruct((), jnp.int32), where.whole)
+    state = TrainState(dict(trained), moments(model, update, where), scalar)
     loss = jax.ShapeDtypeStruct((), jnp.float32)
     return Job(
         f"{update.name} optimiser",
-        trainer(model, update, target)._update,
-        (put(state, where.whole), put(dict(trained), where.whole), put(loss, where.whole)),
+        trainer(model, update, where)._update,
+        (state, dict(trained), put(loss, where.whole)),
         donated=(0,),
+        mesh=target.mesh,
     )
+
+
+def moments(model: Model, update: Update, where: Where) -> Any:
+    """What the optimiser keeps, where it keeps it."""
+    trained = split(model).trained
+    found = jax.eval_shape(update.optimiser.init, trained)
+    if where.training is None:
+        return put(found, where.one)
+    own = {name: where.training(name) for name in trained}
+    shardings = optax.tree.map_params(
+        update.optimiser, lambda _, sharding: sharding, found, own, transform_non_params=lambda _: where.whole
+    )
+    return jax.tree.map(put, found, shardings)
 
 
 def reference_job(model: Model, update: Update, where: Where, target: Target) -> Job:
     """Log-probabilities of a micro-batch under the reference, which is an adapter of its own."""
-    frozen, trained = (put(part, where.whole) for part in split(model))
-    extra = {name: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=where.whole) for name, v in trained.items()}
+    frozen, trained = map(where.trained, split(model))
+    # Kept in the dtypes of the model, as the studies keep it.
+    extra = {n: jax.ShapeDtypeStruct(v.shape, model.shapes[n].dtype, sharding=v.sharding) for n, v in trained.items()}
     return Job(
         f"{update.name} reference",
-        trainer(model, update, target)._reference_scores,
+        trainer(model, update, where)._reference_scores,
         (frozen, extra, _put_batch(update_batch(model, update)[0], where)),
+        mesh=target.mesh,
     )
 
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from vlmalign.models.model import Model
-from vlmalign.planning.batches import base_of, prompt_batch, size, split, update_batch
+from vlmalign.planning.batches import Where, base_of, places, prompt_batch, size, split, update_batch, used, whole
 from vlmalign.planning.cost import cache_bytes
-from vlmalign.planning.jobs import turned_names
+from vlmalign.planning.jobs import changed_names, moments, turned_names
 from vlmalign.planning.programs import Program
 from vlmalign.planning.target import Target
 from vlmalign.planning.workload import CHUNK, Sampled, Update, Workload
@@ -51,11 +50,15 @@ def usable(memory: int) -> int:
 def phases(workload: Workload, programs: Mapping[str, Program], target: Target) -> list[Phase]:
     """Every phase of the run, in its order; what a program needs is estimated where it is not among `programs`."""
     model, count = workload.model, target.count
-    frozen, trained = map(size, split(model))
-    found = [_phase("encode", Held(frozen), programs, _encoding(model))]
-    for update in (workload.sft, workload.grpo):
-        reference = trained if update.objective.needs_reference else 0
-        held = Held(frozen, trained + reference, size(jax.eval_shape(update.optimiser.init, split(model).trained)))
+    where = places(target, model)
+    frozen, trained = (size(where.trained(part)) for part in split(model))
+    found = []
+    if model.config.vision is not None:
+        found.append(_phase("encode", Held(size(where.trained(whole(model)))), programs, _encoding(model)))
+    for update in workload.stages:
+        # The reference is kept in the dtypes of the model, by which an adapter's are float32.
+        reference = frozen_copy(model, where) if update.objective.needs_reference else 0
+        held = Held(frozen, trained + reference, size(moments(model, update, where)))
         if update is workload.grpo:
             found += _rollout("rollout", workload.rollout, model, held, programs, target)
         batch = size(update_batch(model, update)) // count
@@ -65,12 +68,17 @@ def phases(workload: Workload, programs: Mapping[str, Program], target: Target) 
             )
         summed = held._replace(adapter=held.adapter + trained)
         found.append(
-            _phase(f"{update.name} gradients", summed, programs, batch + _training(model, update, count), batch)
+            _phase(f"{update.name} gradients", summed, programs, batch + _training(model, update, where, count), batch)
         )
         found.append(_phase(f"{update.name} optimiser", summed, programs, trained))
     for sampled in workload.evaluation[:1]:  # their shapes differ in nothing but how few films there may be
         found += _rollout("evaluation", sampled, model, Held(frozen, trained), programs, target)
     return found
+
+
+def frozen_copy(model: Model, where: Where) -> int:
+    """Bytes of what a stage starts from, kept as its reference."""
+    return size(where.trained(used(model)))
 
 
 class Held(NamedTuple):
@@ -92,10 +100,18 @@ def _rollout(
     name: str, sampled: Sampled, model: Model, held: Held, programs: Mapping[str, Program], target: Target
 ) -> list[Phase]:
     """The adapter is merged into a copy of every weight; then prompts and completions have their caches."""
-    merged = programs["merge"].memory.outputs if "merge" in programs else size(split(model).frozen)
-    merging = _phase("merge", held, programs, merged)
-    held = held._replace(parameters=held.parameters + merged)
-    count, shapes = target.count, split(model).frozen
+    where, shapes, count = places(target, model), whole(model), target.count
+    changed = {name: shapes[name] for name in changed_names(model)}
+    merged = programs["merge"].memory.outputs if "merge" in programs else size(where.trained(changed))
+    if target.mesh is not None and target.axes.fsdp != 1:
+        # What training has cut is brought whole to every device, the shares that it is brought from beside it.
+        copy = size(where.sampled(shapes))
+        merging = _phase("merge", held, programs, merged)
+        merging = merging._replace(parameters=merging.parameters + copy)
+    else:
+        copy = merged
+        merging = _phase("merge", held, programs, merged)
+    held = held._replace(parameters=held.parameters + copy)
     again = size([shapes[name] for name in turned_names(base_of(model), target)])
     rows, kv, item = -(-sampled.rows // count), cache_bytes(model), jnp.dtype(model.dtype).itemsize
     prompts, own = rows * sampled.prompt * kv, rows * sampled.group * sampled.completion * kv
@@ -135,7 +151,7 @@ def _scoring(model: Model, update: Update, count: int) -> int:
     return rows * (_wide(model, update.layout.row) * item + _scores(model, update.layout)) + _head(model)
 
 
-def _training(model: Model, update: Update, count: int) -> int:
+def _training(model: Model, update: Update, where: Where, count: int) -> int:
     """What the forward pass leaves for the backward pass, one layer at work, and one chunk of logits with its gradient."""
     config, layout, item = model.config.decoder, update.layout, jnp.dtype(model.dtype).itemsize
     rows, layers = -(-update.rows // count), len(config.layers)
@@ -143,7 +159,9 @@ def _training(model: Model, update: Update, count: int) -> int:
     if model.remat == "none":
         kept = _wide(model, layout.row) * item + _scores(model, layout)
     at_work = 2 * (_wide(model, layout.row) * item + _scores(model, layout))
-    return rows * (layers * kept + at_work) + 2 * _head(model)
+    # A whole decoder that is trained is used in the model's dtype, and its gradient is there before it is added up.
+    used = 0 if model.lora is not None else 2 * frozen_copy(model, where)
+    return rows * (layers * kept + at_work) + 2 * _head(model) + used
 
 
 def _wide(model: Model, tokens: int) -> int:

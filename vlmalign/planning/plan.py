@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from vlmalign.models.decoder import REMAT
 from vlmalign.planning.batches import places
 from vlmalign.planning.jobs import Job, apply_job, encode_job, merge_job, micro_job, reference_job, rollout_jobs
 from vlmalign.planning.memory import Phase, phases, usable
 from vlmalign.planning.programs import Program, compile_all
 from vlmalign.planning.schedule import Times, times
-from vlmalign.planning.search import Candidate, Choice, changed, choose
+from vlmalign.planning.search import Choice, changed, choose_rows, stage_of
 from vlmalign.planning.target import Target
 from vlmalign.planning.workload import Workload
 
@@ -58,45 +59,45 @@ def make_plan(workload: Workload, target: Target, *, search: bool, say: Callable
 
 def jobs(workload: Workload, target: Target) -> list[Job]:
     """Every program of the run."""
-    model, where = workload.model, places(target)
-    found = [
-        micro_job(model, workload.grpo, where, target),
-        micro_job(model, workload.sft, where, target),
-        *rollout_jobs("rollout", model, workload.rollout, where, target),
-        encode_job(model, where),
-        merge_job(model, where),
-        apply_job(model, workload.sft, where, target),
-        apply_job(model, workload.grpo, where, target),
-    ]
-    if workload.grpo.objective.needs_reference:
-        found.insert(1, reference_job(model, workload.grpo, where, target))
-    return found
+    model, where = workload.model, places(target, workload.model)
+    found = []
+    for update in reversed(workload.stages):
+        found.append(micro_job(model, update, where, target))
+        if update.objective.needs_reference:
+            found.append(reference_job(model, update, where, target))
+    if workload.rollout is not None:
+        found += rollout_jobs("rollout", model, workload.rollout, where, target)
+        found.append(merge_job(model, where, target))
+    if model.config.vision is not None:
+        found.append(encode_job(model, where))
+    return found + [apply_job(model, update, where, target) for update in workload.stages]
 
 
 def _improved(plan: Plan, say: Callable[[str], None]) -> Plan:
     """GRPO, where nearly all time goes, chooses the policy; SFT then chooses its rows."""
-    target, workload = plan.target, plan.workload
-    grpo = choose(workload, "grpo", target, say)
-    if grpo.taken is None:
-        return replace(plan, choices=(grpo,))
-    proposed = changed(workload, "grpo", grpo.taken)
-    sft = choose(proposed, "sft", target, say, policies=(grpo.taken.remat,))
-    if sft.taken is None:
-        return replace(plan, choices=(grpo, sft))
-    proposed = changed(proposed, "sft", sft.taken)
+    target, proposed = plan.target, plan.workload
+    choices: list[Choice] = []
+    policies = tuple(REMAT)
+    for update in reversed(plan.workload.stages):
+        choice = choose_rows(proposed, stage_of(update, plan.workload), target, say, policies=policies)
+        choices.append(choice)
+        if choice.taken is None:
+            return replace(plan, choices=tuple(choices))
+        proposed, policies = changed(proposed, choice.stage, choice.taken), (choice.taken.remat,)
     programs = dict(plan.programs)
     if target.devices:
         again = []
-        for stage, taken in (("grpo", grpo.taken), ("sft", sft.taken)):
-            if taken != Candidate(workload.model.remat, getattr(workload, stage).rows):
-                again.append(micro_job(proposed.model, getattr(proposed, stage), places(target), target))
+        for choice in choices:
+            before, after = getattr(plan.workload, choice.stage), getattr(proposed, choice.stage)
+            if (proposed.model.remat, after.rows) != (plan.workload.model.remat, before.rows):
+                again.append(micro_job(proposed.model, after, places(target, proposed.model), target))
+            if after.rows != before.rows:
+                # Compiled for other rows; it needs less than the gradients do, and is estimated.
+                programs.pop(f"{after.name} reference", None)
         programs |= compile_all(again, target, say)
-        if grpo.taken.rows != workload.grpo.rows:
-            # Compiled for other rows; it needs less than the gradients do, and is estimated.
-            programs.pop("grpo reference", None)
     return replace(
         plan,
-        choices=(grpo, sft),
+        choices=tuple(choices),
         proposed=proposed,
         proposed_phases=tuple(phases(proposed, programs, target)),
         proposed_times=times(proposed, target.device, target.count),

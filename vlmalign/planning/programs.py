@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from vlmalign.planning.graphs import compile_with_listing, launches_per_round
 from vlmalign.planning.hlo import Findings, read_program
 from vlmalign.planning.jobs import Job
 from vlmalign.planning.target import Target, tracing
@@ -38,12 +39,18 @@ class Program:
     memory: Memory
     findings: Findings
     seconds: float  #: tracing and compiling
+    launches: tuple[str, ...] | None = None  #: of a loop over tokens on a GPU, per round: see `graphs`
 
 
 def lower(job: Job, target: Target) -> jax.stages.Lowered:
     """The job's function traced for the target, ready for its compiler."""
-    with tracing(_alone(target) if job.alone else target):
+    with tracing(target, job.mesh):
         return jax.jit(job.function, donate_argnums=job.donated).trace(*job.arguments).lower()
+
+
+def options_of(job: Job, target: Target) -> dict[str, Any]:
+    """What the compiler is told."""
+    return {**target.options, **job.options}
 
 
 def compile_all(jobs: Sequence[Job], target: Target, say: Callable[[str], None]) -> dict[str, Program]:
@@ -52,7 +59,7 @@ def compile_all(jobs: Sequence[Job], target: Target, say: Callable[[str], None])
         waiting: list[Future[Program]] = []
         for job in jobs:
             started = time.perf_counter()
-            waiting.append(pool.submit(_compile, job.name, lower(job, target), target.options, started))
+            waiting.append(pool.submit(_compile, job, lower(job, target), options_of(job, target), started))
         found = {}
         for future in waiting:
             program = future.result()
@@ -61,13 +68,15 @@ def compile_all(jobs: Sequence[Job], target: Target, say: Callable[[str], None])
     return found
 
 
-def _alone(target: Target) -> Target:
-    return Target(target.device, 1, target.devices[:1])
-
-
-def _compile(name: str, lowered: jax.stages.Lowered, options: dict[str, Any], started: float) -> Program:
-    program = read_compiled(name, lowered.compile(compiler_options=options))
-    return replace(program, seconds=time.perf_counter() - started)
+def _compile(job: Job, lowered: jax.stages.Lowered, options: dict[str, Any], started: float) -> Program:
+    launches = None
+    if job.counted:
+        compiled, listing = compile_with_listing(lowered, options)
+        launches = launches_per_round(listing)
+    else:
+        compiled = lowered.compile(compiler_options=options)
+    program = read_compiled(job.name, compiled)
+    return replace(program, seconds=time.perf_counter() - started, launches=launches)
 
 
 def read_compiled(name: str, compiled: jax.stages.Compiled) -> Program:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlmalign.planning.batches import split
+from vlmalign.mesh import AXES
+from vlmalign.planning.batches import whole
 from vlmalign.planning.cost import adapter_weights
 from vlmalign.planning.devices import THIS, Device
 from vlmalign.planning.memory import MARGIN, Phase
 from vlmalign.planning.plan import Plan
 from vlmalign.planning.schedule import Times
+from vlmalign.planning.target import build_sizes
 from vlmalign.planning.workload import Workload
 
 LIMITS = (
@@ -36,6 +38,7 @@ def record(plan: Plan, *, share: float) -> dict[str, Any]:
             "memory_bytes": device.memory,
             "usable_bytes": plan.usable,
             "margin": MARGIN,
+            "axes": dict(zip(AXES, build_sizes(target.axes, target.count), strict=True)),
             "bytes_per_second": device.bandwidth,
             "flops_per_second": device.flops[model.dtype],
             "how": "measured" if device.name == THIS else "data sheet",
@@ -45,8 +48,8 @@ def record(plan: Plan, *, share: float) -> dict[str, Any]:
         "model": {
             "family": model.config.family,
             "layers": len(model.config.decoder.layers),
-            "parameters": sum(value.size for value in split(model).frozen.values()),
-            "adapter_parameters": adapter_weights(model),
+            "parameters": sum(value.size for value in whole(model).values()),
+            "trained_parameters": adapter_weights(model),
             "dtype": model.dtype,
         },
         "lengths": {
@@ -77,6 +80,7 @@ def record(plan: Plan, *, share: float) -> dict[str, Any]:
                 "copies_in_loops": [each._asdict() for each in program.findings.copies],
                 "library_calls": program.findings.calls,
                 "sorts": program.findings.sorts,
+                "launches_per_round": program.launches,
                 "compile_seconds": round(program.seconds, 1),
             }
             for program in plan.programs.values()
@@ -91,9 +95,9 @@ def _settings(plan: Plan, workload: Workload, phases: tuple[Phase, ...], times: 
     peak = max(phase.peak for phase in phases)
     return {
         "remat": workload.model.remat,
-        "sft_rows": workload.sft.rows,
-        "grpo_rows": workload.grpo.rows,
-        "rollout_rows": workload.rollout.rows,
+        "sft_rows": workload.sft and workload.sft.rows,
+        "grpo_rows": workload.grpo and workload.grpo.rows,
+        "rollout_rows": workload.rollout and workload.rollout.rows,
         "fits": peak <= plan.usable,
         "peak_bytes": peak,
         "memory_per_device": [{**phase._asdict(), "peak": phase.peak} for phase in phases],

@@ -26,7 +26,7 @@ def _parts(found: Mapping[str, Any]) -> Iterator[RenderableType]:
     )
     yield (
         f"{model['family']}, {model['layers']} layers, {model['parameters'] / 1e9:.3f} B parameters in {model['dtype']}, "
-        f"adapter of {model['adapter_parameters'] / 1e6:.1f} M"
+        f"of which {model['trained_parameters'] / 1e6:.1f} M are trained"
     )
     yield "tokens " + ", ".join(
         f"{name} {lengths[f'{name}_tokens']} ({lengths['known'][name]})" for name in ("prompt", "answer", "completion")
@@ -53,10 +53,8 @@ def _parts(found: Mapping[str, Any]) -> Iterator[RenderableType]:
 
 
 def _words(settings: Mapping[str, Any]) -> str:
-    return (
-        f"remat {settings['remat']}, rows sft {settings['sft_rows']}, grpo {settings['grpo_rows']}, "
-        f"rollout {settings['rollout_rows']}"
-    )
+    rows = {name: settings[f"{name}_rows"] for name in ("sft", "grpo", "rollout")}
+    return f"remat {settings['remat']}, rows " + ", ".join(f"{name} {n}" for name, n in rows.items() if n is not None)
 
 
 def _memory(title: str, settings: Mapping[str, Any], device: Mapping[str, Any]) -> Table:
@@ -116,7 +114,8 @@ def _time(title: str, settings: Mapping[str, Any]) -> Table:
         )
     table.add_section()
     for name, key in (("SFT step", "sft_step"), ("GRPO step", "grpo_step"), ("GRPO epoch", "grpo_epoch")):
-        table.add_row(name, "", "", "", f"{time[f'{key}_seconds']:.3g}", "", "")
+        if time[f"{key}_seconds"]:
+            table.add_row(name, "", "", "", f"{time[f'{key}_seconds']:.3g}", "", "")
     table.caption = (
         f"GPU-hours: {time['roofline_gpu_hours']:.3g} at the roofline, {time['gpu_hours']:.3g} at "
         f"{time['share_of_roofline']:.0%} of it"

@@ -25,7 +25,7 @@ class Times(NamedTuple):
     """Ideal seconds; real ones are these over the share of the peak that is reached."""
 
     parts: tuple[Part, ...]
-    sft_step: float
+    sft_step: float  #: 0 where there is no such stage
     grpo_step: float
     epoch: float  #: one pass of GRPO over its prompts
     total: float
@@ -57,10 +57,15 @@ def times(workload: Workload, device: Device, count: int) -> Times:
         found = cost.rollout(model, work, made, rows=work.rows / count, length=length)
         return [piece.times(-(-work.prompts // work.rows)) for piece in found]
 
-    sft, grpo, rollouts = workload.sft, workload.grpo, workload.rollout.count
-    add("encode a film", [cost.encode(model, 1 / count)], workload.films)
-    sft_step = add("SFT gradients", [trained(sft)], sft.steps)
+    sft, grpo = workload.sft, workload.grpo
+    if model.config.vision is not None and workload.films:
+        add("encode a film", [cost.encode(model, 1 / count)], workload.films)
+    sft_step = add("SFT gradients", [trained(sft)], sft.steps) if sft is not None else 0.0
+    if grpo is None:
+        return Times(tuple(parts), sft_step, 0.0, 0.0, sum(part.seconds * part.times for part in parts))
     before = len(parts)
+    assert workload.rollout is not None
+    rollouts = workload.rollout.count
     prefill, decode = sampled(workload.rollout)
     add("rollout prefill", [prefill], rollouts)
     add("rollout decode", [decode], rollouts)

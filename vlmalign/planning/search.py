@@ -49,8 +49,14 @@ class Choice:
     tried: tuple[Tried, ...]
 
 
-def candidates(update: Update, count: int, policies: tuple[str, ...]) -> Iterator[Candidate]:
-    """Fastest first: by operations, then by rows, halved from the whole optimiser batch to one row per device."""
+def candidates(update: Update, count: int, policies: tuple[str, ...], rows: int | None = None) -> Iterator[Candidate]:
+    """Fastest first: by operations, then by rows, halved from the whole optimiser batch to one row per device.
+
+    With `rows`, these alone.
+    """
+    if rows is not None:
+        yield from (Candidate(remat, rows) for remat in sorted(policies, key=FORWARD_AGAIN.__getitem__))
+        return
     for remat in sorted(policies, key=FORWARD_AGAIN.__getitem__):
         rows = -(-update.groups // count)
         while True:
@@ -61,10 +67,15 @@ def candidates(update: Update, count: int, policies: tuple[str, ...]) -> Iterato
 
 
 def changed(workload: Workload, stage: str, candidate: Candidate) -> Workload:
-    """The workload with this choice."""
+    """The workload with this choice for `stage`, "sft" or "grpo"."""
     update: Update = getattr(workload, stage)
     model = _with_remat(workload.model, candidate.remat)
     return replace(workload, model=model, **{stage: replace(update, rows=candidate.rows)})
+
+
+def stage_of(update: Update, workload: Workload) -> str:
+    """The field of the workload that this update stands in."""
+    return "sft" if update is workload.sft else "grpo"
 
 
 @cache
@@ -72,18 +83,19 @@ def _with_remat(model: Model, remat: str) -> Model:
     return replace(model, remat=remat)
 
 
-def choose(
+def choose_rows(
     workload: Workload,
     stage: str,
     target: Target,
     say: Callable[[str], None],
     *,
     policies: tuple[str, ...] = tuple(REMAT),
+    rows: int | None = None,
 ) -> Choice:
-    """The fastest candidate of this stage whose gradients fit."""
+    """The fastest candidate of this stage whose gradients fit; `rows`: with so many, neither more nor fewer."""
     tried: list[Tried] = []
     limit = usable(target.device.memory)
-    for candidate in candidates(getattr(workload, stage), target.count, policies):
+    for candidate in candidates(getattr(workload, stage), target.count, policies, rows):
         found = _try(changed(workload, stage, candidate), stage, candidate, target, limit)
         tried.append(found)
         say(f"tried {stage} remat {candidate.remat}, {candidate.rows} rows: {found.peak / 2**30:.1f} GiB ({found.how})")
@@ -93,14 +105,14 @@ def choose(
 
 
 def _try(workload: Workload, stage: str, candidate: Candidate, target: Target, limit: int) -> Tried:
-    (phase,) = (p for p in phases(workload, {}, target) if p.name == f"{stage} gradients")
+    update: Update = getattr(workload, stage)
+    (phase,) = (p for p in phases(workload, {}, target) if p.name == f"{update.name} gradients")
     # What certainly does not fit is not worth compiling: the estimate is rough, but not by half.
     if not target.devices or phase.peak > 2 * limit:
         return Tried(candidate, phase.peak, phase.peak <= limit, "arithmetic")
-    update: Update = getattr(workload, stage)
     held = phase.peak - phase.working + size(update_batch(workload.model, update)) // target.count
     layers = len(workload.model.config.decoder.layers)
-    where, depths = places(target), [d for d in DEPTHS if d < layers]
+    where, depths = places(target, workload.model), [d for d in DEPTHS if d < layers]
     if len(depths) < len(DEPTHS):
         depths = [layers]
     jobs = [micro_job(shallow(workload.model, d), update, where, target)._replace(name=str(d)) for d in depths]

@@ -6,17 +6,18 @@ asks which GPU there is must hear of the described one: `tracing`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from vlmalign.mesh import build_mesh, default_mesh
+from vlmalign.mesh import AXES, MeshSettings, build_mesh
 from vlmalign.planning.devices import THIS, Device, description
 
 PLUG_IN = ("jax-cuda12-plugin", "jax-cuda12-pjrt")
@@ -43,11 +44,27 @@ class Target:
     count: int
     devices: tuple[jax.Device, ...] = ()
     refusal: str | None = None
+    axes: MeshSettings = field(
+        default_factory=MeshSettings
+    )  #: how they stand in training; by default, with copies of the parameters
 
     @property
-    def mesh(self) -> Mesh | None:
-        """Copies of the parameters, rows of batches shared out; None for one device."""
-        return build_mesh(default_mesh(lora=True), self.devices) if self.count > 1 else None
+    def mesh(self) -> Mesh | AbstractMesh | None:
+        """Of training; without devices where nothing can be compiled, and None for one device."""
+        return self._mesh(self.axes)
+
+    @property
+    def sampling_mesh(self) -> Mesh | AbstractMesh | None:
+        """Of rollouts: every device has all weights."""
+        return self._mesh(MeshSettings())
+
+    def _mesh(self, axes: MeshSettings) -> Mesh | AbstractMesh | None:
+        if self.count == 1:
+            return None
+        sizes = build_sizes(axes, self.count)
+        if self.devices:
+            return build_mesh(axes, self.devices)
+        return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -69,37 +86,57 @@ def plug_in_problem() -> str | None:
     return None
 
 
-def open_target(device: Device, count: int) -> Target:
-    """The devices to compile for.
+def build_sizes(axes: MeshSettings, count: int) -> tuple[int, ...]:
+    """Devices along each of `mesh.AXES`.
 
     Raises:
-        ValueError: for a count below 1, and for more devices than there are where they are meant to be here.
+        ValueError: when the axes do not multiply to `count`.
+    """
+    given = [axes.replicas, axes.data, axes.fsdp, axes.tensor]
+    fixed = math.prod(size for size in given if size != -1)
+    sizes = tuple(max(1, count // fixed) if size == -1 else size for size in given)
+    if math.prod(sizes) != count:
+        raise ValueError(
+            f"a mesh of {', '.join(f'{a} {n}' for a, n in zip(AXES, given, strict=True))} does not fit {count} devices; "
+            "change the section mesh of the config, or --count"
+        )
+    return sizes
+
+
+def open_target(device: Device, count: int, axes: MeshSettings = MeshSettings()) -> Target:
+    """The devices to compile for, on these axes.
+
+    Raises:
+        ValueError: for a count below 1 or one that the axes do not fit, and for more devices than there are where they
+            are meant to be here.
     """
     if count < 1:
         raise ValueError(f"count must be >= 1 device, found {count}")
+    build_sizes(axes, count)
     if device.name == THIS:
         here = jax.devices()
         if count > len(here):
             raise ValueError(f"count is {count}, but only {len(here)} devices are here; name a device of the table")
-        return Target(device, count, tuple(here[:count]))
+        return Target(device, count, tuple(here[:count]), axes=axes)
     problem = plug_in_problem()
     if problem is not None:
-        return Target(device, count, refusal=problem)
+        return Target(device, count, refusal=problem, axes=axes)
     described = topologies.get_topology_desc(
         platform="cuda", target_config=description(device), topology=f"1x1x{count}"
     )
-    return Target(device, count, tuple(described.devices))
+    return Target(device, count, tuple(described.devices), axes=axes)
 
 
 @contextmanager
-def tracing(target: Target) -> Iterator[None]:
-    """Within, code that asks which devices there are, or what cuDNN can do on them, hears of the target's."""
+def tracing(target: Target, mesh: Mesh | None = None) -> Iterator[None]:
+    """Within, code that asks which devices there are, or what cuDNN can do on them, hears of the target's; `mesh` is in
+    force."""
     with ExitStack() as stack:
         if target.device.name != THIS:
             for owner, name, answer in _answers(target):
                 stack.enter_context(_replaced(owner, name, answer))
-        if target.mesh is not None:
-            stack.enter_context(jax.set_mesh(target.mesh))
+        if mesh is not None:
+            stack.enter_context(jax.set_mesh(mesh))
         yield
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import time
@@ -22,8 +23,6 @@ COPY = {"cpu": 128 << 20, "gpu": 1 << 30}
 def this_device(dtype: str) -> Device:
     """JAX's first device. Rates are medians of `ROUNDS`, in this dtype, with whatever else runs on it now."""
     device = jax.devices()[0]
-    stats = device.memory_stats() or {}
-    memory = stats.get("bytes_limit") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     side, size = SIDE[device.platform], COPY[device.platform]
     square = jnp.ones((side, side), dtype)
     product = jax.jit(lambda a: a @ a)
@@ -32,10 +31,22 @@ def this_device(dtype: str) -> Device:
     return Device(
         THIS,
         f"{device.device_kind} ({device.platform})",
-        memory,
+        _memory(device),
         bandwidth=2 * size / _seconds(copy, block),  # read and written
         flops={dtype: 2 * side**3 / _seconds(product, square)},
     )
+
+
+def unmeasured_device() -> Device:
+    """JAX's first device, for questions of memory alone: its rates are left out."""
+    device = jax.devices()[0]
+    return Device(THIS, f"{device.device_kind} ({device.platform})", _memory(device), math.nan, {})
+
+
+def _memory(device: jax.Device) -> int:
+    """What JAX may take; of a CPU, all there is."""
+    stats = device.memory_stats() or {}
+    return stats.get("bytes_limit") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _seconds(run: Callable[[Array], Array], x: Array) -> float:

@@ -1,6 +1,6 @@
 """A study's config in the numbers that decide what it needs: shapes of batches, passes per step, steps.
 
-The one study that is read so far is ChexReason; another is a function from its config to a `Workload`.
+Here ChexReason's; `align_workload` reads those of `vlmalign align`.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ class Workload:
 
     model: Model
     lengths: Lengths
-    sft: Update
-    grpo: Update
-    rollout: Sampled
+    sft: Update | None
+    grpo: Update | None  #: or PPO
+    rollout: Sampled | None  #: of `grpo`
     updates: int  #: optimiser steps per rollout
     scores_first: bool  #: the policy scores its own completions before the first update
     epoch: float  #: GRPO steps in one pass over its prompts
@@ -76,9 +76,14 @@ class Workload:
     evaluation: tuple[Sampled, ...]
     left_out: tuple[str, ...]  #: work of the config whose size is not known
 
+    @property
+    def stages(self) -> tuple[Update, ...]:
+        """What is trained, in order."""
+        return tuple(update for update in (self.sft, self.grpo) if update is not None)
+
 
 def read_workload(config: ChexReasonConfig, model: Model, lengths: Lengths, *, count: int) -> Workload:
-    """ChexReason on `count` devices: rows that do not divide are rounded up to the next multiple of them."""
+    """ChexReason on `count` devices that share rows: what does not divide is rounded up to the next multiple of them."""
     sft, grpo, rollout = config.sft, config.grpo, config.grpo.rollout
 
     def update(

@@ -7,6 +7,8 @@ JSON Lines, appended. A step is one line per completion, then one that closes it
 
 A judge may answer differently when asked again, so a step that is run again after a kill takes its rewards from here.
 Lines hold no text of prompts or completions, only a digest that tells whether it is the same one.
+
+In a run of several processes one of them keeps the file (`Crew`), and each scores its share of the completions.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vlmalign.rewards.crew import ALONE, Crew
 from vlmalign.rewards.runner import RewardRunner, RowFault, ScoredBatch
 
 #: (prompt id, sample id): which completion of a step
@@ -38,13 +41,19 @@ class OutcomeFile:
 
     Opening drops what a kill left at the end: a step without its last line. `dropped` counts its lines, the torn one
     included. Raises ValueError when anything before that is not as this class writes it.
+
+    Of a `crew` only the writer opens the file; to the others it holds no step, and they write nothing.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, crew: Crew = ALONE):
+        self.path, self.crew = Path(path), crew
+        self._places: dict[int, tuple[int, int]] = {}  # step -> where its lines begin and end
+        self._end = self.dropped = 0
+        self._file = None
+        if not crew.is_writer():
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115  (open for the object's life)
-        self._places: dict[int, tuple[int, int]] = {}  # step -> where its lines begin and end
         self._end, self.dropped = self._index()
         self._file.truncate(self._end)
 
@@ -82,11 +91,12 @@ class OutcomeFile:
             lines.append(line | {"parts": parts, "faults": faults[row]})
         lines.append({"step": step, "end": len(lines), "rewards": list(scored.parts), "memory": dict(memory)})
         data = b"".join(json.dumps(line, allow_nan=False).encode() + b"\n" for line in lines)
-        while data:  # one call, unless the system takes less at a time
+        while data and self._file is not None:  # one call, unless the system takes less at a time
             data = data[self._file.write(data) :]
-        end = os.fstat(self._file.fileno()).st_size
-        self._places[step] = (self._end, end)
-        self._end = end
+        if self._file is not None:
+            end = os.fstat(self._file.fileno()).st_size
+            self._places[step] = (self._end, end)
+            self._end = end
 
     def read(self, step: int) -> StepOutcomes:
         """A step as it was written. Raises ValueError for a step that is not here."""
@@ -116,15 +126,18 @@ class OutcomeFile:
         kept = {number: place for number, place in self._places.items() if number < step}
         self._end = max((end for _, end in kept.values()), default=0)
         self._places = kept
-        self._file.truncate(self._end)
+        if self._file is not None:
+            self._file.truncate(self._end)
 
     def sync(self) -> None:
         """Have everything on the disk; call it before a checkpoint is written."""
-        os.fsync(self._file.fileno())
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self.sync()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def _index(self) -> tuple[int, int]:
         """Where the last whole step ends, and how many lines stand after it."""
@@ -178,21 +191,57 @@ def score_or_replay(
 ) -> ScoredBatch:
     """The rewards of a step: read when it is on file, else computed and written before they are returned.
 
-    A step that is read leaves the runner's memory as if it had been computed. Raises ValueError when the file holds
-    the step for other completions or other rewards.
+    A step that is read leaves the runner's memory as if it had been computed. In each process of the crew all
+    completions are given and all rewards returned; each scores its share. Raises ValueError when the file holds the step
+    for other completions or other rewards.
     """
+    crew = outcomes.crew
     digests = [digest(*pair) for pair in zip(prompts, completions, strict=True)]
-    if step not in outcomes.steps:
-        scored = runner.score(prompts, completions, columns)
-        outcomes.write(step, keys, digests, scored, runner.get_state())
-        return scored
-    found = outcomes.read(step)
-    same = found.keys == tuple(keys) and found.digests == tuple(digests)
-    if not same or tuple(found.scored.parts) != runner.names:
-        what = "rewards" if same else "completions"
-        raise ValueError(
-            f"{outcomes.path} holds step {step} for other {what}: the run is continued with another config, code or "
-            f"hardware; go back to those, or drop its steps from {step} on (OutcomeFile.drop_from) to score them anew"
-        )
-    runner.set_state(found.memory)
-    return found.scored
+
+    def on_file() -> dict[str, Any] | None:
+        if step not in outcomes.steps:
+            return None
+        found = outcomes.read(step)
+        same = found.keys == tuple(keys) and found.digests == tuple(digests)
+        if not same or tuple(found.scored.parts) != runner.names:
+            what = "rewards" if same else "completions"
+            raise ValueError(
+                f"{outcomes.path} holds step {step} for other {what}: the run is continued with another config, code or "
+                f"hardware; go back to those, or drop its steps from {step} on (OutcomeFile.drop_from) to score them anew"
+            )
+        return {"scored": found.scored, "memory": found.memory}
+
+    known = crew.from_first(on_file)
+    if known is not None:
+        runner.set_state(known["memory"])
+        return _joined([known["scored"]])
+    if runner.get_state():
+        # Memory grows over all completions in order: one process scores them, and tells the others what it remembers.
+        told = crew.from_first(lambda: [runner.score(prompts, completions, columns), runner.get_state()])
+        scored, memory = _joined(told[:1]), told[1]
+        runner.set_state(memory)
+    else:
+        rows = crew.own_share(range(len(keys)))
+
+        def score_own() -> list[ScoredBatch]:
+            own = {name: [column[row] for row in rows] for name, column in columns.items()}
+            return [runner.score([prompts[row] for row in rows], [completions[row] for row in rows], own)]
+
+        scored, memory = _joined(crew.gather_from(score_own)), {}
+    # Through the crew, so that a full disk ends all of its processes.
+    crew.from_first(lambda: outcomes.write(step, keys, digests, scored, memory))
+    return scored
+
+
+def _joined(parts: Sequence[Sequence[Any]]) -> ScoredBatch:
+    """Consecutive rows scored apart, as one batch; what was exchanged has come as plain lists."""
+    rewards: list[float | None] = []
+    columns: dict[str, list[float | None]] = {}
+    faults: list[RowFault] = []
+    for numbers, values, failed in parts:
+        faults += [RowFault(name, len(rewards) + row, kind, reason) for name, row, kind, reason in failed]
+        rewards += numbers
+        for name, column in values.items():
+            columns.setdefault(name, []).extend(column)
+    order = {name: place for place, name in enumerate(columns)}
+    return ScoredBatch(rewards, columns, tuple(sorted(faults, key=lambda fault: (order[fault.reward], fault.row))))

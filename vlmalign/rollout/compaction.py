@@ -13,7 +13,7 @@ import numpy as np
 
 from vlmalign.shapes import Bool, Int
 
-#: programs per prompt length: each takes seconds to compile for a large model
+#: decode programs of a generator: each takes seconds to compile for a large model
 MOST_PROGRAMS = 8
 #: tokens of the shortest cache: below this, attention over the own tokens costs nothing beside the prompt's
 SHORTEST = 64
@@ -28,12 +28,12 @@ class DecodeShape(NamedTuple):
 
 
 def decode_shapes(
-    *, rows: int, group: int, completion: int, steps: int, smaller: int, shares: int = 1
+    *, rows: int, group: int, completion: int, steps: int, smaller: int, shares: int = 1, most: int = MOST_PROGRAMS
 ) -> tuple[DecodeShape, ...]:
     """All rows at growing lengths, then `smaller` halvings of the rows or of the group at the full length.
 
     Completions of at most `SHORTEST` tokens have no smaller shapes: they are over before a move would pay for itself.
-    Lengths are multiples of `steps`, rows of `shares` (devices that cut them).
+    Lengths are multiples of `steps`, rows of `shares` (devices that cut them); there are at most `most` shapes.
 
     Raises:
         ValueError: when `smaller` leaves no place for growing lengths among the programs.
@@ -47,13 +47,13 @@ def decode_shapes(
     4 4 512
     4 2 512
     """
-    if not 0 <= smaller < MOST_PROGRAMS:
-        raise ValueError(f"smaller must lie in 0 .. {MOST_PROGRAMS - 1}, found {smaller}")
+    if not 0 <= smaller < most:
+        raise ValueError(f"smaller must lie in 0 .. {most - 1}, found {smaller}")
     room = -(-completion // steps) * steps
     lengths = [min(room, -(-SHORTEST // steps) * steps)]
     while lengths[-1] < room:
         lengths.append(min(room, 2 * lengths[-1]))
-    shapes = [DecodeShape(rows, group, length) for length in lengths[-(MOST_PROGRAMS - smaller) :]]
+    shapes = [DecodeShape(rows, group, length) for length in lengths[-(most - smaller) :]]
     for _ in range(smaller if completion > SHORTEST else 0):
         n, k, length = shapes[-1]
         if n % (2 * shares) == 0 and (n > k or k == 1):
@@ -124,3 +124,27 @@ def length_classes(
         classes.append((wide, sorted(order[:count])))
         order = order[count:]
     return classes
+
+
+#: a second padded length is taken when it saves this share of what prefilling computes: each has programs of its own,
+#: and two lengths leave each other half of `MOST_PROGRAMS`
+WORTH_A_LENGTH = 0.25
+
+
+def prompt_lengths(lengths: Sequence[int], *, multiple: int) -> tuple[int, ...]:
+    """The padded lengths, one or two, for prompts whose lengths (tokens) are known; none for no prompts.
+
+    >>> prompt_lengths([30, 31, 10, 33], multiple=8), prompt_lengths([90, 10, 12, 9], multiple=8)
+    ((40,), (16, 96))
+    """
+    if not lengths:
+        return ()
+    padded = np.sort([max(1, -(-length // multiple)) * multiple for length in lengths])
+    longest = int(padded[-1])
+    shorter = np.unique(padded)
+    # Places saved when all prompts that fit are padded to this length and not to the longest.
+    saved = [(longest - size) * np.searchsorted(padded, size, side="right") for size in shorter]
+    best = int(np.argmax(saved))
+    if saved[best] < WORTH_A_LENGTH * longest * len(padded):
+        return (longest,)
+    return (int(shorter[best]), longest)

@@ -6,25 +6,23 @@ one of a few shapes (`compaction.decode_shapes`), which `Generator.warm_up` comp
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations, islice, permutations
-from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vlmalign.mesh import ROWS, on_mesh, put_batch, put_rows
-from vlmalign.models.attention import KeyValue
+from vlmalign.data.groups import round_up
+from vlmalign.mesh import require_rows, row_shares
 from vlmalign.models.model import Model, Params
-from vlmalign.rollout import cache as programs
-from vlmalign.rollout.compaction import DecodeShape, decode_shapes, fitting, length_classes, packed
+from vlmalign.rollout.compaction import MOST_PROGRAMS, DecodeShape, decode_shapes, fitting, length_classes, packed
 from vlmalign.rollout.decode_weights import decode_weights
-from vlmalign.rollout.engine import Cache, Drawn, Prefilled, Rows, block_length
+from vlmalign.rollout.device_rows import DeviceRows
+from vlmalign.rollout.engine import block_length
 from vlmalign.rollout.features import FeatureStore, assemble
 from vlmalign.rollout.sampling import Sampling
 from vlmalign.rollout.slots import Completion, Ending, Slots
@@ -55,7 +53,7 @@ class Generator:
     stop: tuple[str, ...] = ()  #: texts that end a completion, which keeps the tokens up to the end of the first one
     decode: Callable[[np.ndarray], str] | None = None  #: tokens -> text, in which `stop` is looked for
     prompt_lengths: tuple[int, ...] = ()  #: padded lengths of prompts; none: multiples of `multiple`, as they come
-    prefill_rows: int | None = None  #: prompts computed at once; None: a quarter of `rows`, all of them on a mesh
+    prefill_rows: int | None = None  #: prompts computed at once; None: about a quarter of `rows`
     smaller: int = 2  #: halvings of the decode batch that the last completions of a rollout may move into
 
     def __post_init__(self) -> None:
@@ -65,6 +63,12 @@ class Generator:
             raise ValueError("an empty stop string would end every completion at once; leave it out")
         if self.prefill_rows is not None and not 1 <= self.prefill_rows <= self.rows:
             raise ValueError(f"prefill_rows must lie in 1 .. rows ({self.rows}), found {self.prefill_rows}")
+        if len(self.prompt_lengths) > MOST_PROGRAMS:
+            raise ValueError(
+                f"prompt_lengths: at most {MOST_PROGRAMS}, each of which has programs of its own; found "
+                f"{len(self.prompt_lengths)}"
+            )
+        require_rows(self.rows, self.mesh, "the rows of the rollout")
 
     @property
     def steps(self) -> int:
@@ -73,11 +77,13 @@ class Generator:
 
     @cached_property
     def shapes(self) -> tuple[DecodeShape, ...]:
-        """Every shape in which decoding runs, for each padded length of prompts."""
-        shares = 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in ROWS)
+        """Every shape in which decoding runs, for each padded length of prompts: `MOST_PROGRAMS` at most over all
+        `prompt_lengths`."""
+        most = MOST_PROGRAMS // max(1, len(self.prompt_lengths))
         return decode_shapes(
-            rows=self.rows, group=self.group, completion=self.completion, steps=self.steps, smaller=self.smaller,
-            shares=shares,
+            rows=self.rows, group=self.group, completion=self.completion, steps=self.steps,
+            smaller=min(self.smaller, most // 4) if most < MOST_PROGRAMS else self.smaller,
+            shares=row_shares(self.mesh), most=most,
         )  # fmt: skip
 
     @property
@@ -85,7 +91,7 @@ class Generator:
         """Rows of the prefill program."""
         if self.prefill_rows is not None:
             return self.prefill_rows
-        return max(1, self.rows // 4) if self.mesh is None else self.rows
+        return round_up(self.rows // 4, row_shares(self.mesh))
 
     def run(
         self,
@@ -105,8 +111,10 @@ class Generator:
         classes = length_classes(
             [len(g.prompt) for g in prompts], rows=self.rows, multiple=self.multiple, allowed=self.prompt_lengths
         )
+        if self.features is not None:
+            self.features.expect([key for _, numbers in classes for n in numbers for key in prompts[n].images])
         for length, numbers in classes:
-            stream = _Stream(self, params, weights, key, length, stats)
+            stream = _Stream(self, self._open(params, weights, key, length), length, stats)
             for done in stream.run([(number, prompts[number]) for number in numbers]):
                 for number, completions in done.items():
                     found[number] = completions
@@ -128,22 +136,22 @@ class Generator:
             raise ValueError("warm_up needs to know the padded lengths of prompts; set prompt_lengths")
         weights = decode_weights(self.model, params)
         for length in self.prompt_lengths:
-            _Stream(self, params, weights, jax.random.key(0), length, RolloutStats()).warm_up()
+            device = self._open(params, weights, jax.random.key(0), length)
+            _Stream(self, device, length, RolloutStats()).warm_up()
         return len(self.prompt_lengths) * len(self.shapes)
+
+    def _open(self, params: Params, weights: Params, key: Key[jax.Array, ""], prompt: int) -> DeviceRows:
+        return DeviceRows(
+            self.model, params, weights, key,
+            prompt=prompt, steps=self.steps, sampling=self.sampling, mesh=self.mesh,
+        )  # fmt: skip
 
 
 class _Stream:
     """Prompts of one padded length on their way through the rows."""
 
-    def __init__(
-        self, generator: Generator, params: Params, weights: Params, key: Key[jax.Array, ""], prompt: int,
-        stats: RolloutStats,
-    ):  # fmt: skip
-        devices = next(iter(params.values())).sharding.device_set
-        self._device = next(iter(devices)) if generator.mesh is None and len(devices) == 1 else None
-        self._g, self._params, self._weights = generator, self._commit(params), self._commit(weights)
-        self._key = self._commit(key)
-        self._prompt, self._stats = prompt, stats
+    def __init__(self, generator: Generator, device: DeviceRows, prompt: int, stats: RolloutStats):
+        self._g, self._device, self._prompt, self._stats = generator, device, prompt, stats
         self._ready = 0  #: waiting prompts whose images are encoded
         self._ending = Ending(generator.completion, generator.stop_ids, generator.stop, generator.decode)
 
@@ -156,7 +164,9 @@ class _Stream:
             if not self._slots.live.any():
                 return
             self._fit(waiting=bool(waiting))
-            drawn = jax.device_get(self._block())
+            drawn = self._device.block(self._slots)
+            self._stats.blocks += 1
+            self._stats.decoded += self._slots.live.size * g.steps
             done = self._slots.add(drawn)
             self._stats.tokens += sum(len(c.tokens) for completions in done.values() for c in completions)
             self._stats.completions += sum(map(len, done.values()))
@@ -172,23 +182,17 @@ class _Stream:
         self._refill(deque([(0, dummy)]))
         for one, other in permutations(whole, 2):
             self._open(one)
-            self._cache = programs.resize(self._cache, other.length)
+            self._device.resize(other.length)
         for one, other in combinations(g.shapes[len(whole) - 1 :], 2):
             self._open(one)
-            self._move(other)
+            self._device.move(packed(self._slots.live, rows=other.rows, group=other.group))
         for shape in g.shapes:
             self._open(shape)
-            jax.block_until_ready(self._block())
+            self._device.block(self._slots)
 
     def _open(self, shape: DecodeShape) -> None:
-        self._shape = shape
         self._slots = Slots(shape.rows, shape.group, self._ending)
-        # The old caches go before new ones come.
-        self._cache: Cache | None = None
-        self._shared: list[KeyValue] | None = None
-        self._cache, self._shared = self._commit(
-            self._call(programs.empty_program, self._g.model, shape=shape, prompt=self._prompt)
-        )
+        self._device.open(shape)
 
     def _refill(self, waiting: deque[tuple[int, Group]]) -> None:
         """Prompts into free rows, as many at once as a prefill takes; fewer only when no more come or all rows rest."""
@@ -216,13 +220,7 @@ class _Stream:
             [group for _, group in part], Layout(self._prompt, 0, 0), rows=size, images=size * g.images,
             features=g.features,
         )  # fmt: skip
-        fresh: Prefilled = self._call(
-            programs.prefill_program, g.model, self._params, self._commit(put_batch(batch, g.mesh))
-        )
-        row = np.full(size, self._shape.rows, np.int32)  # past the last: padding
-        row[: len(rows)] = rows
-        states, self._shared = self._call(programs.insert_program, self._cache.states, self._shared, fresh, row)
-        self._cache = self._cache._replace(states=states)
+        self._device.insert(batch, rows)
         for i, (number, group) in enumerate(part):
             # As `engine.after_prompt`, without waiting for the device.
             position = int(batch.position[i, : len(group.prompt)].max()) + 1
@@ -233,40 +231,16 @@ class _Stream:
 
     def _fit(self, *, waiting: bool) -> None:
         """Bring the caches into the smallest shape that holds what the next block needs."""
-        g, slots = self._g, self._slots
+        g, slots, now = self._g, self._slots, self._device.shape
         live = slots.live
         rows, group = (g.rows, g.group) if waiting else (live.any(axis=1).sum(), live.sum(axis=1).max())
-        shapes = [s for s in g.shapes if s.rows <= self._shape.rows and s.group <= self._shape.group]
+        shapes = [s for s in g.shapes if s.rows <= now.rows and s.group <= now.group]
         shape = fitting(shapes, rows=int(rows), group=int(group), length=slots.longest + g.steps)
-        if shape == self._shape:
+        if shape == now:
             return
         self._stats.moves += 1
-        self._cache = programs.resize(self._cache, shape.length)
-        if shape[:2] != self._shape[:2]:
-            self._move(shape)
-        self._shape = shape
-
-    def _move(self, shape: DecodeShape) -> None:
-        moves = packed(self._slots.live, rows=shape.rows, group=shape.group)
-        self._cache, self._shared = self._call(programs.move, self._cache, self._shared, moves)
-        self._slots.move(moves)
-
-    def _block(self) -> Drawn:
-        g, slots = self._g, self._slots
-        rows = Rows(slots.prompt_length, slots.next_position, slots.group_id, slots.sample, slots.step)
-        rows = self._commit(put_rows(rows, g.mesh))
-        self._cache, drawn = self._call(
-            programs.decode_program, g.model, self._weights, self._cache, self._shared, rows, self._key,
-            steps=g.steps, sampling=g.sampling,
-        )  # fmt: skip
-        self._stats.blocks += 1
-        self._stats.decoded += slots.live.size * g.steps
-        return drawn
-
-    def _commit(self, tree: Any) -> Any:
-        """The arrays bound to their device: JAX compiles anew for arguments that may be anywhere and for those that
-        may not, and what a program gives out is bound as soon as one argument is."""
-        return tree if self._device is None else jax.device_put(tree, self._device)
-
-    def _call(self, program: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        return on_mesh(program, self._g.mesh)(*args, **options)
+        self._device.resize(shape.length)
+        if shape[:2] != now[:2]:
+            moves = packed(live, rows=shape.rows, group=shape.group)
+            self._device.move(moves)
+            slots.move(moves)

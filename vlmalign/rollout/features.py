@@ -8,12 +8,15 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from vlmalign.data.groups import collate
+from vlmalign.data.groups import collate, round_up
+from vlmalign.mesh import on_mesh, put_rows, put_whole, replicated, row_shares
 from vlmalign.models.config import QwenVisionConfig
 from vlmalign.models.model import Model, Params
-from vlmalign.models.towers import Picture, arrange, size_class
-from vlmalign.shapes import Float
+from vlmalign.models.qwen_vision import Windows
+from vlmalign.models.towers import Picture, Pixels, arrange, size_class
+from vlmalign.shapes import Array, Float
 from vlmalign.types import Grid, Group, GroupBatch, Layout
 
 GIB = 2**30
@@ -48,16 +51,20 @@ class FeatureStore:
         capacity_bytes: int = 16 * GIB,
         chunk: int = 16,
         announce: Callable[[Sequence[str]], None] | None = None,
+        mesh: Mesh | None = None,
     ):
         """`capacity_bytes` of host memory are held at most; `chunk` images of like size go through the tower at once.
 
         `announce` is told, in order, of images that `pictures` will be asked for (`data.prefetch.PrefetchReader`).
+        With a `mesh`, on which `params` live, its devices share the images of a chunk out among them.
         """
         self._model = model.without_lora()
-        self._params = params
-        self._encode = jax.jit(self._model.encode)
+        self._params, self._mesh = params, mesh
+        # Whole everywhere: every process keeps the features of every image.
+        whole = {} if mesh is None else {"out_shardings": replicated(mesh)}
+        self._program = jax.jit(self._model.encode, **whole)
         self._pictures, self._announce = pictures, announce
-        self._capacity, self._chunk = capacity_bytes, chunk
+        self._capacity, self._chunk = capacity_bytes, round_up(chunk, row_shares(mesh))
         self._held: OrderedDict[str, np.ndarray] = OrderedDict()
         self._bytes = 0
         self.encoded = 0
@@ -92,6 +99,14 @@ class FeatureStore:
             self._bytes -= self._held.popitem(last=False)[1].nbytes
         return [found[key] for key in keys]
 
+    def _encode(self, pixels: Pixels) -> Array:
+        if isinstance(pixels, Windows):  # `order` has an entry per soft token, all others a row per image
+            cut = put_rows(pixels._replace(order=None), self._mesh)
+            pixels = cut._replace(order=put_whole(pixels.order, self._mesh))
+        else:
+            pixels = put_rows(pixels, self._mesh)
+        return on_mesh(self._program, self._mesh)(self._params, pixels)
+
     def _encode_missing(self, missing: list[str]) -> dict[str, np.ndarray]:
         vision = self._model.config.vision
         waiting: dict[int, list[tuple[str, Picture]]] = defaultdict(list)
@@ -100,7 +115,7 @@ class FeatureStore:
         def encode(part: list[tuple[str, Picture]]) -> None:
             # One static shape: the last call repeats its final image instead of compiling for a smaller batch.
             pictures = [picture for _, picture in part] + [part[-1][1]] * (self._chunk - len(part))
-            flat = np.asarray(self._encode(self._params, arrange(vision, pictures)))
+            flat = np.asarray(self._encode(arrange(vision, pictures)))
             start = 0
             for key, _ in part:
                 tokens = self.grid(key).tokens

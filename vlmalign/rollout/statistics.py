@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 
 @dataclass
@@ -18,6 +18,9 @@ class RolloutStats:
     prompt_columns: int = 0  #: places that prefilling computed, padding included
     moves: int = 0  #: changes of the caches' shape
 
+    def __add__(self, other: RolloutStats) -> RolloutStats:
+        return RolloutStats(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
     @property
     def decoded_per_token(self) -> float:
         """1 is ideal: no step was spent on a completion that had ended."""
@@ -27,3 +30,13 @@ class RolloutStats:
     def columns_per_prompt_token(self) -> float:
         """1 is ideal: no prompt was padded."""
         return self.prompt_columns / max(self.prompt_tokens, 1)
+
+    @property
+    def decoded_used(self) -> float:
+        """The share of decoded places that are tokens of completions."""
+        return self.tokens / max(self.decoded, 1)
+
+    @property
+    def prefill_used(self) -> float:
+        """The share of prefilled places that are tokens of prompts."""
+        return self.prompt_tokens / max(self.prompt_columns, 1)

@@ -1,4 +1,8 @@
-"""Checkpoints that a killed run continues from bit for bit: all that changes between steps, written whole or not at all."""
+"""Checkpoints that a killed run continues from bit for bit: all that changes between steps, written whole or not at all.
+
+Every process writes the parts that its devices hold, process 0 the rest, into one folder that all of them see. A
+checkpoint is restored onto any mesh and any number of processes: each array goes where the state it is for lives.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
+from vlmalign.distributed import process_count
+from vlmalign.exchange import from_first
 from vlmalign.training.step import TrainState
 
 
@@ -23,7 +29,13 @@ class Checkpoints:
     """The newest `keep` checkpoints of one stage (orbax: written beside, then renamed, so never half there)."""
 
     def __init__(self, folder: Path, *, keep: int = 2):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+        # Named processes wait for each other by messages; unnamed ones by a program on all devices, which may cross
+        # another one that is still running.
+        processes = ocp.options.MultiprocessingOptions(active_processes=set(range(process_count())))
+        from_first(lambda: folder.mkdir(parents=True, exist_ok=True))
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=False, create=False, multiprocessing_options=processes
+        )
         self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
 
     def save(self, state: TrainState, position: Mapping[str, Any]) -> None:
@@ -36,12 +48,12 @@ class Checkpoints:
         self._manager.save(int(state.step), args=arguments)
 
     def restore(self, like: TrainState) -> Restored | None:
-        """The newest checkpoint, with shapes and dtypes as in `like`; None when there is none.
+        """The newest checkpoint, with shapes, dtypes and shardings as in `like`; None when there is none.
 
         Raises:
             ValueError: when it holds other parameters (the model, adapter or optimiser settings were changed).
         """
-        step = self._manager.latest_step()
+        step = from_first(self._manager.latest_step)
         if step is None:
             return None
         found = self._manager.restore(step, args=ocp.args.Composite(shapes=ocp.args.JsonRestore()))["shapes"]

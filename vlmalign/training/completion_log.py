@@ -12,15 +12,19 @@ from pathlib import Path
 
 import numpy as np
 
+from vlmalign.distributed import is_writer
 from vlmalign.log import MetricsWriter
 from vlmalign.training.rollouts import Rollout
 
 
 class CompletionLog:
-    """Appends to `path`; `position` and `rewind` let a continued run go on without a line missing or doubled."""
+    """Appends to `path`; `position` and `rewind` let a continued run go on without a line missing or doubled.
+
+    Every process of a run holds all completions; process 0 writes them.
+    """
 
     def __init__(self, path: Path):
-        self._writer = MetricsWriter(path)
+        self._writer = MetricsWriter(path, writes=is_writer())
 
     def write(self, step: int, rollouts: Sequence[Rollout], advantages: np.ndarray) -> None:
         """The completions that optimiser step `step` (from 1) learnt from; `advantages` is [groups, K]."""

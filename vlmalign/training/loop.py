@@ -3,6 +3,9 @@
 A stage's folder holds `metrics.jsonl` (one line per step) and `checkpoints/`, and where a best state is chosen `best/`.
 Started again, a stage goes on from its newest checkpoint: parameters, optimiser, data position, the length of the
 metrics file and the record of the best evaluation are restored together.
+
+In a run of several processes all of them call `train` with the same arguments; the parameters live on a mesh of all
+their devices, process 0 writes the metrics, and checkpoints are written by all.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import optax
 
+from vlmalign.distributed import is_writer
+from vlmalign.exchange import from_first
 from vlmalign.log import MetricsWriter
 from vlmalign.models.model import Params
 from vlmalign.progress import Progress
@@ -34,6 +39,10 @@ class Work(NamedTuple):
 @runtime_checkable
 class Source(Protocol):
     """Makes optimiser batches: from data (SFT, DPO) or by rolling out the current policy (GRPO, PPO)."""
+
+    #: `work` needs what the step before has learnt or measured. Where it does not, batches are made, and metrics
+    #: written, while the device is at a step
+    waits: bool
 
     def work(self, step: int, params: Params) -> Work:
         """The batch of update number `step` (from 0) under the trained parameters `params`."""
@@ -94,7 +103,7 @@ def train(
     with (
         Checkpoints(stage.folder / "checkpoints") as checkpoints,
         BestSoFar(stage.folder / "best", stage.best) as best,
-        MetricsWriter(stage.folder / "metrics.jsonl") as writer,
+        MetricsWriter(stage.folder / "metrics.jsonl", writes=is_writer()) as writer,
     ):
         restored = checkpoints.restore(state)
         skipped = 0
@@ -107,30 +116,47 @@ def train(
             writer.rewind(restored.position["metrics"])
             best.rewind(restored.position["best"])
             skipped = restored.position["skipped"]
-        start = int(state.step)
+
+        def read(unread: _Unread, measured: Mapping[str, Any] | None = None) -> None:
+            """Write the line of a step; this waits for the device to finish it."""
+            nonlocal skipped
+            line = _line(unread, stage) | dict(measured or {})
+            source.observe(line)
+            skipped = skipped + 1 if line["skipped"] else 0
+            if measured is not None:
+                best.see(line["step"], line, state)
+            writer.write(line)
+            progress.update(line["step"], **{k: line[k] for k in stage.shown if line.get(k) is not None})
+            if skipped >= stage.max_skipped:
+                raise ValueError(
+                    f"stage {stage.name}: the gradients of {skipped} steps in a row up to step {line['step']} were not "
+                    "finite, so nothing was learnt from them; lower the learning rate or look for broken examples "
+                    f"({stage.folder / 'metrics.jsonl'})"
+                )
+
+        start, unread = int(state.step), None
         if start < stage.steps and not best.exhausted:
             progress.stage(stage.name, stage.steps, start=start)
         for step in range(start, stage.steps):
             if best.exhausted:
                 break
+            if unread is not None and source.waits:
+                read(unread)
+                unread = None
             work = source.work(step, state.params)
             state, found = trainer.step(state, frozen, work.batches, work.options)
-            line = _line(step, found, work, stage)
-            source.observe(line)
-            skipped = skipped + 1 if line["skipped"] else 0
-            done = step + 1
+            if unread is not None:
+                read(unread)
+            unread, done = _Unread(step, found, work.metrics), step + 1
+            measured: dict[str, Any] | None = None
             if evaluate is not None and (done % stage.evaluate_every == 0 or done == stage.steps):
-                line |= evaluate(done, state.params)
-                best.see(done, line, state)
-            writer.write(line)
-            progress.update(done, **{k: line[k] for k in stage.shown if line.get(k) is not None})
-            if skipped >= stage.max_skipped:
-                raise ValueError(
-                    f"stage {stage.name}: the gradients of {skipped} steps in a row up to step {done} were not finite, "
-                    "so nothing was learnt from them; lower the learning rate or look for broken examples "
-                    f"({stage.folder / 'metrics.jsonl'})"
-                )
-            if done % stage.checkpoint_every == 0 or done == stage.steps or best.exhausted:
+                # What decides about the best and the end must be the same number everywhere, to the last bit.
+                measured = from_first(lambda found=evaluate(done, state.params): dict(found))
+            due = done % stage.checkpoint_every == 0 or done == stage.steps
+            if measured is not None or due:
+                read(unread, measured)
+                unread = None
+            if due or best.exhausted:
                 checkpoints.save(
                     state,
                     {
@@ -143,17 +169,25 @@ def train(
         return best.params(state)
 
 
-def _line(step: int, found: StepMetrics, work: Work, stage: Stage) -> dict[str, Any]:
+class _Unread(NamedTuple):
+    """A step that the device may still be at."""
+
+    step: int  #: from 0
+    found: StepMetrics
+    metrics: Mapping[str, float | None]  #: of its batch
+
+
+def _line(unread: _Unread, stage: Stage) -> dict[str, Any]:
     """One line of metrics: sums divided by their counts, once."""
-    host = jax.device_get(found)
+    host = jax.device_get(unread.found)
     parts = {name: float(total) / float(count) if count else None for name, (total, count) in host.parts.items()}
     return {
-        "step": step + 1,
-        **work.metrics,
+        "step": unread.step + 1,
+        **unread.metrics,
         "objective": float(host.loss),
         **parts,
         **{name: float(value) for name, value in host.maxima.items()},
         "grad_norm": float(host.grad_norm),
         "skipped": int(host.skipped),
-        "learning_rate": float(stage.learning_rate(step)),
+        "learning_rate": float(stage.learning_rate(unread.step)),
     }

@@ -6,15 +6,16 @@ recorded once, before the first, and a checkpoint may only be made between rollo
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-import jax
 import numpy as np
 
-from vlmalign.models.lora import is_adapter, merge_adapter
-from vlmalign.models.model import Model, Params
+from vlmalign.data.prefetch import Announced
+from vlmalign.exchange import fetch
+from vlmalign.models.model import Params
 from vlmalign.objectives.advantages import (
     Advantages,
     combined_advantages,
@@ -33,16 +34,23 @@ from vlmalign.objectives.kl import kl_per_token, rewards_less_kl
 from vlmalign.objectives.names import require_known
 from vlmalign.randomness import key_for
 from vlmalign.rollout.completions import Completion, Generator
+from vlmalign.rollout.merge_check import LogpGap, judge_gap, logp_gap
+from vlmalign.rollout.statistics import RolloutStats
 from vlmalign.shapes import Array
 from vlmalign.training.completion_log import CompletionLog
 from vlmalign.training.loop import Work
+from vlmalign.training.merged import merge_program, merged_policy
 from vlmalign.training.rollout_batches import by_group, by_row, record, rollout_batches, with_advantage
+from vlmalign.training.rollout_metrics import reward_table, rollout_metrics
 from vlmalign.training.rollout_settings import RolloutSettings
-from vlmalign.training.rollouts import OVERLONG, Prompts, Rollout, Sampled, Sampler, Score, Task
+from vlmalign.training.rollouts import OVERLONG, Prompts, Rollout, Sampler, Score, Task
 from vlmalign.training.step import MicroBatch, Trainer
 from vlmalign.training.supervised import Shapes
-from vlmalign.training.value_head import split_value_head
 from vlmalign.types import Group, Scores
+
+__all__ = ["Memory", "PolicySource", "RolloutSettings", "merged_policy"]
+
+log = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -61,6 +69,8 @@ class Memory(Protocol):
 class PolicySource:
     """Rolls out the trained policy, merged once per rollout, and turns rewards into advantages over whole groups."""
 
+    waits = True
+
     def __init__(
         self,
         tasks: Sequence[Task],
@@ -74,24 +84,33 @@ class PolicySource:
         settings: RolloutSettings,
         memory: Memory | None = None,
         log: CompletionLog | None = None,
+        bring: Callable[[dict[str, Array]], dict[str, Array]] = lambda merged: merged,
     ):
         """`base` are the frozen parameters (none where the whole model is trained); `memory` is that of `score`.
+
+        `bring` moves the merged parameters from the trainer's mesh to where the generator reads them, once per rollout.
 
         Raises:
             ValueError: when generator, trainer and settings do not fit each other.
         """
         _check(generator, trainer, settings)
+        if generator.features is not None:
+            tasks = Announced(tasks, films=lambda task: task.prompt.images, expect=generator.features.expect)
         self._prompts = Prompts(tasks, most=settings.prompts, seed=settings.seed)
         self._generator, self._trainer, self._base = generator, trainer, base
         self._shapes, self._settings = shapes, settings
         self._memory, self._log = memory, log
-        self._merge = jax.jit(lambda base, trained: merged_policy(trainer.model, base, trained))
+        self._merge, self._bring = merge_program(trainer.model, trainer.mesh), bring
+        self._warm = not generator.prompt_lengths  #: without known lengths, programs compile as they are met
+        self._warned = False
+        self._stats = RolloutStats()
+        self._gap: LogpGap | None = None
         self._policy: dict[str, Array] = {}  #: what is being rolled out, while it is
         self._sampler = Sampler(
             generate=self._generate,
             decode=decode,
             score=score,
-            flat=lambda rollouts: self._advantages(_rewards(rollouts), rollouts).flat,
+            flat=lambda rollouts: self._advantages(reward_table(rollouts), rollouts).flat,
             wanted=settings.prompts,
             attempts=settings.attempts,
             longest=generator.completion,
@@ -109,16 +128,26 @@ class PolicySource:
             return Work(self._held, {"update": self._used}, self._options())
         if step == 0 and self._log is not None:
             self._log.rewind(0)
-        self._policy = self._merge(self._base, params)
+        self._policy = self._bring(self._merge(self._base, params))
+        if not self._warm:
+            self._generator.warm_up(self._policy)
+            self._warm = True
+        self._stats, self._gap = RolloutStats(), None
         sampled = self._sampler.draw(step, self._prompts)
         self._policy = {}  # a copy of the whole model: its memory is needed for training
         self._held, advantages = self._batch(sampled.rollouts, params)
         self._used = 1
         if self._log is not None:
             self._log.write(step + 1, sampled.rollouts, advantages)
-        return Work(self._held, {"update": 1, **_metrics(sampled)}, self._options())
+        return Work(self._held, {"update": 1, **rollout_metrics(sampled, self._stats, self._gap)}, self._options())
 
     def observe(self, line: Mapping[str, Any]) -> None:
+        # At the first update nothing has been learnt since: what differs is the merged copy and its programs.
+        if line.get("update") == 1 and line.get("rollout_gap") is not None:
+            warning = judge_gap(line["rollout_gap"], self._trainer.model.dtype)
+            if warning is not None and not self._warned:
+                log.warning("step %s: %s", line["step"], warning)
+                self._warned = True
         adaptive = self._settings.adaptive_entropy
         if adaptive is not None and line.get("entropy") is not None:
             self._entropy = update_entropy(line["entropy"], self._entropy, adaptive)
@@ -153,23 +182,32 @@ class PolicySource:
 
     def _generate(self, prompts: Sequence[Group], number: int) -> list[list[Completion]]:
         # By round, not by step: a prompt that is drawn again must not be answered again with the same draws.
-        return self._generator.run(self._policy, prompts, key_for(self._settings.seed, number, "rollout"))
+        key = key_for(self._settings.seed, number, "rollout")
+        return self._generator.run(self._policy, prompts, key, report=self._count)
+
+    def _count(self, stats: RolloutStats) -> None:
+        self._stats += stats
 
     def _batch(self, rollouts: list[Rollout], params: Params) -> tuple[list[MicroBatch], np.ndarray]:
         """Micro-batches with everything recorded, and the advantages [groups, K] for the log."""
         settings = self._settings
-        rewards = _rewards(rollouts)
+        rewards = reward_table(rollouts)
         batches = rollout_batches(rollouts, self._shapes, self._generator.features)
         scores: list[Scores] = []
         kl: list[np.ndarray] | None = None
         if settings.scores_first:
-            scores = [jax.device_get(self._trainer.scores(params, self._base, b.groups)) for b in batches]
+            scores = [fetch(self._trainer.scores(params, self._base, b.groups)) for b in batches]
+            self._gap = logp_gap(
+                [b.recorded["rollout_logp"] for b in batches],
+                [s.logp for s in scores],
+                [b.groups.weight > 0 for b in batches],
+            )
             batches = [record(b, old_logp=s.logp) for b, s in zip(batches, scores, strict=True)]
             if settings.top_entropy < 1:
                 batches = self._with_entropy_masks(batches, scores)
             # Once per rollout, since the reference does not change from update to update.
             if settings.kl_in_reward > 0 or self._trainer.objective.needs_reference:
-                ref = [np.asarray(self._trainer.reference_logp(self._base, b.groups)) for b in batches]
+                ref = [fetch(self._trainer.reference_logp(self._base, b.groups)) for b in batches]
                 batches = [record(b, ref_logp=r) for b, r in zip(batches, ref, strict=True)]
             if settings.kl_in_reward > 0:
                 known = [(b.recorded["old_logp"], b.recorded["ref_logp"], b.groups.weight) for b in batches]
@@ -238,15 +276,6 @@ class PolicySource:
         return done, by_group(done, means, len(rewards))
 
 
-def merged_policy(model: Model, base: Params, trained: Params) -> dict[str, Array]:
-    """The parameters of `model` without its adapter: trained ones in place of the base's, in the model's dtypes."""
-    policy, _ = split_value_head(trained)
-    adapter = {name: value for name, value in policy.items() if is_adapter(name)}
-    whole = {name: value.astype(model.shapes[name].dtype) for name, value in policy.items() if name not in adapter}
-    together = {**base, **whole}
-    return together if model.lora is None else merge_adapter(together, adapter, model.lora.scale)
-
-
 def _check(generator: Generator, trainer: Trainer, settings: RolloutSettings) -> None:
     objective, per_token = trainer.objective, settings.advantage == "token"
     if generator.group < 2 and not per_token:
@@ -265,38 +294,6 @@ def _check(generator: Generator, trainer: Trainer, settings: RolloutSettings) ->
             f"completions are sampled at temperature {generator.sampling.temperature}, but the objective takes "
             f"log-probabilities at {objective.temperature}; make them equal (and > 0)"
         )
-
-
-def _rewards(rollouts: Sequence[Rollout]) -> np.ndarray:
-    """[groups, K]"""
-    return np.stack([r.rewards for r in rollouts])
-
-
-def _metrics(sampled: Sampled) -> dict[str, float | None]:
-    rollouts = sampled.rollouts
-    rewards = _rewards(rollouts)
-    known = rewards[np.isfinite(rewards)]
-    completions = [c for r in rollouts for c in r.completions]
-    numbers = {
-        "reward": _mean(rewards),
-        "reward_std": float(known.std()) if known.size else None,
-        "unscored": float(rewards.size - known.size),
-        "reward_faults": float(sampled.faults),
-        "length": float(np.mean([len(c.tokens) for c in completions])),
-        "stopped": float(np.mean([c.stopped for c in completions])),
-        "flat_groups": float(sampled.flat.mean()),
-        "attempts": float(sampled.attempts),
-        "groups_drawn": float(sampled.drawn),
-    }
-    parts = {name: _mean(np.concatenate([r.parts[name] for r in rollouts])) for name in rollouts[0].parts}
-    if taken := numbers.keys() & parts.keys():
-        raise ValueError(f"the metrics hold numbers called {', '.join(sorted(taken))} already; rename those rewards")
-    return {**numbers, **parts}
-
-
-def _mean(values: np.ndarray) -> float | None:
-    known = values[np.isfinite(values)]
-    return float(known.mean()) if known.size else None
 
 
 def _saved(state: EntropyState) -> dict[str, float | None]:

@@ -14,8 +14,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from vlmalign.data.pipeline import Position, shuffled_batches
+from vlmalign.exchange import fetch
+from vlmalign.mesh import on_mesh, put_batch
 from vlmalign.models.model import Model, Params
 from vlmalign.objectives.dpo import DpoSettings, dpo_counts, dpo_loss
 from vlmalign.rollout.features import FeatureStore, Pictures
@@ -23,7 +26,7 @@ from vlmalign.shapes import Float
 from vlmalign.training.loop import Work
 from vlmalign.training.reference_cache import ReferenceCache, group_digest, picture_digest, scorer_identity
 from vlmalign.training.step import MicroBatch, Objective, token_scores
-from vlmalign.training.supervised import Shapes, micro_batches
+from vlmalign.training.supervised import Shapes, announced, micro_batches
 from vlmalign.types import Group, GroupBatch
 
 #: groups -> log-probabilities of their continuations, [K, C] with C the longest one
@@ -52,6 +55,7 @@ def precompute_reference(
     shapes: Shapes,
     features: FeatureStore | None = None,
     pictures: Pictures | None = None,
+    mesh: Mesh | None = None,
     per_file: int = 256,
     progress: Callable[[int, int], None] | None = None,
 ) -> Recorded:
@@ -60,15 +64,18 @@ def precompute_reference(
     Args:
         model, params: the reference: base parameters, with those of a frozen adapter if the model has one.
         features, pictures: for groups with images: their soft tokens, and the prepared images that name them.
+        mesh: where `params` live; its devices share the rows of a micro-batch out among them.
         per_file: groups scored between two writes: what a killed run has to do again.
         progress: told (groups done, groups to do) after every micro-batch.
     """
     cache = ReferenceCache(folder, scorer_identity(model, params, temperature=temperature))
     digest = _image_digests(pictures)
     missing = {name: g for g in groups if (name := group_digest(g, digest)) not in cache}
-    score = jax.jit(lambda params, batch: token_scores(model, params, batch, temperature).logp)
+    score = on_mesh(jax.jit(lambda params, batch: token_scores(model, params, batch, temperature).logp), mesh)
     # Longest first over all: neighbours share a layout, and a batch that does not fit in memory is the first one.
     todo = sorted(missing.items(), key=lambda item: (_longest(item[1]), len(item[1].prompt), item[1].id), reverse=True)
+    if features is not None:
+        features.expect([key for _, group in todo for key in group.images])
     done = 0
     for start in range(0, len(todo), per_file):
         part = todo[start : start + per_file]
@@ -76,7 +83,7 @@ def precompute_reference(
         assert len(by_id) == len(part), "groups of a data set have ids of their own"
         records = {}
         for batch in micro_batches([group for _, group in part], shapes, features):
-            logp = np.asarray(score(params, batch))
+            logp = fetch(score(params, put_batch(batch, mesh)))
             rows = [row for row, number in enumerate(batch.group_id) if number >= 0]
             for row in rows:
                 name, group = by_id[int(batch.group_id[row])]
@@ -94,6 +101,8 @@ class PreferenceSource:
     With `reference` (from `precompute_reference`) every micro-batch carries the reference's log-probabilities.
     """
 
+    waits = False
+
     def __init__(
         self,
         pairs: Sequence[Group],
@@ -105,7 +114,7 @@ class PreferenceSource:
         reference: Recorded | None,
     ):
         self._shapes, self._features, self._reference = shapes, features, reference
-        self._batches: Position = shuffled_batches(pairs, batch=batch, seed=seed)
+        self._batches: Position = shuffled_batches(announced(pairs, features), batch=batch, seed=seed)
 
     def work(self, step: int, params: Params) -> Work:
         del step, params

@@ -26,9 +26,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from vlmalign.distributed import process_index
+from vlmalign.exchange import fetch
 from vlmalign.models.model import Model, Params
 from vlmalign.models.towers import Picture
-from vlmalign.shapes import Array, Float
+from vlmalign.shapes import Float
 from vlmalign.types import Group, Patches
 
 FORMAT = "1"  #: of files and keys; another number makes other keys
@@ -50,22 +52,16 @@ def scorer_identity(model: Model, params: Params, *, temperature: float) -> dict
 
 
 def params_digest(params: Params) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of all parameters (a second or two for each GB).
+    """SHA-256 over names, dtypes, shapes and bytes of all parameters (a second or two for each GB), wherever they live.
 
-    Raises:
-        ValueError: when a parameter is spread over processes, each of which sees only its part.
+    Where they are spread over processes, all of these must ask at once.
     """
-
-    def one(item: tuple[str, Array | np.ndarray]) -> str:
-        name, value = item
-        if isinstance(value, jax.Array) and not value.is_fully_addressable:
-            raise ValueError(f"parameter {name} is spread over processes; take the digest before sharding it")
-        return array_digest(np.asarray(value))
-
     items = sorted(params.items())
-    # Hashing releases the interpreter's lock; a few at a time, so that few copies are on the host at once.
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        digests = list(pool.map(one, items))
+    # Hashing releases the interpreter's lock; a few at a time, so that few copies are on the host at once. Processes
+    # must gather what is spread over them in one order.
+    together = all(not isinstance(v, jax.Array) or v.is_fully_addressable for v in params.values())
+    with ThreadPoolExecutor(max_workers=4 if together else 1) as pool:
+        digests = list(pool.map(lambda item: array_digest(fetch(item[1])), items))
     return _digest(f"{name} {digest}".encode() for (name, _), digest in zip(items, digests, strict=True))
 
 
@@ -163,7 +159,8 @@ class ReferenceCache:
 
 def _write(path: Path, content: bytes) -> None:
     """A whole file or none, on disk before it has its name."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    # Processes of one run, on hosts that share the folder, may have the same number there.
+    partial = path.with_name(f"{path.name}.{process_index()}.{os.getpid()}.partial")
     with partial.open("wb") as file:
         file.write(content)
         file.flush()

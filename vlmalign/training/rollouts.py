@@ -3,6 +3,8 @@
 With more than one attempt, groups that teach nothing (their completions all got the same reward) make way for other
 prompts (dynamic sampling: DAPO, arXiv 2503.14476, eq. 11); when the attempts are used up they fill the batch, whose
 size never changes.
+
+Several processes share the prompts of a round out; afterwards all of them hold all rollouts, in the same order.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from vlmalign.objectives.dynamic_sampling import decide, soft_overlong_penalty
 from vlmalign.rewards.runner import ScoredBatch
 from vlmalign.rollout.completions import Completion
 from vlmalign.shapes import Bool
+from vlmalign.training.shared_rollouts import Answer, share_out
 from vlmalign.types import Group
 
 #: the name under which the length penalty stands among a completion's rewards
@@ -102,7 +105,8 @@ class Sampler:
         longest: int,
         overlong_buffer: int | None,
     ):
-        """`generate(prompts, round)` samples, each round with draws of its own; `flat` tells groups that teach nothing.
+        """`generate(prompts, round)` samples, each round with draws of its own that depend on the prompt's id and on
+        no other prompt, since a process is given its share of them; `flat` tells groups that teach nothing.
 
         `longest` and `overlong_buffer` are tokens (None: no length penalty).
         """
@@ -128,15 +132,15 @@ class Sampler:
 
     def _roll(self, number: int, tasks: list[Task]) -> tuple[list[Rollout], int]:
         _check(tasks)
-        answers = self._generate([task.prompt for task in tasks], number)
-        flat = [c for row in answers for c in row]
+        answers = share_out(tasks, lambda own: self._answer(own, number))
+        flat = [answer.completion for row in answers for answer in row]
         size = len(answers[0])
         columns: dict[str, list[Any]] = {
             name: [task.columns[name] for task in tasks for _ in range(size)] for name in tasks[0].columns
         }
         columns["completion_ids"] = [c.tokens.tolist() for c in flat]
         columns["completion_tokens"] = [len(c.tokens) for c in flat]
-        texts = [self._decode(c.tokens) for c in flat]
+        texts = [answer.text for row in answers for answer in row]
         keys = [(task.prompt.id, sample) for task in tasks for sample in range(size)]
         scored = self._score(number, keys, [task.text for task in tasks for _ in range(size)], texts, columns)
         rewards, parts = _numbers(scored.rewards), {name: _numbers(values) for name, values in scored.parts.items()}
@@ -147,11 +151,15 @@ class Sampler:
             parts[OVERLONG] = soft_overlong_penalty(lengths, longest=self._longest, buffer=self._buffer)
             rewards = rewards + parts[OVERLONG]
         rows = []
-        for i, (task, row) in enumerate(zip(tasks, answers, strict=True)):
+        for i, task in enumerate(tasks):
             at = slice(i * size, (i + 1) * size)
             own = {name: values[at] for name, values in parts.items()}
-            rows.append(Rollout(task, row, texts[at], rewards[at], own))
+            rows.append(Rollout(task, flat[at], texts[at], rewards[at], own))
         return rows, len({fault.row for fault in scored.faults})
+
+    def _answer(self, tasks: Sequence[Task], number: int) -> list[list[Answer]]:
+        rows = self._generate([task.prompt for task in tasks], number)
+        return [[Answer(completion, self._decode(completion.tokens)) for completion in row] for row in rows]
 
 
 def _check(tasks: Sequence[Task]) -> None:

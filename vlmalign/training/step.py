@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from vlmalign.mesh import Placement, on_mesh, put_batch, put_rows, replicated, require_placed, reshard
+from vlmalign.models.linear import is_projection
 from vlmalign.models.model import Model, Params
 from vlmalign.objectives.logprobs import token_logprobs
 from vlmalign.randomness import key_for
@@ -196,8 +197,9 @@ class Trainer:
         return known
 
     def _together(self, params: Params, frozen: Params) -> dict[str, Array]:
+        # Matrices are rounded where they are multiplied, so that devices add up float32 gradients of them.
         shapes = self.model.shapes
-        used = {k: v.astype(shapes[k].dtype) if k in shapes else v for k, v in params.items()}
+        used = {k: v.astype(shapes[k].dtype) if k in shapes and not is_projection(k) else v for k, v in params.items()}
         return {**frozen, **used}
 
     def _micro(

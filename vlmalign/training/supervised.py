@@ -8,6 +8,7 @@ from typing import Any
 
 from vlmalign.data.groups import layout_of
 from vlmalign.data.pipeline import Position, shuffled_batches
+from vlmalign.data.prefetch import Announced
 from vlmalign.models.model import Params
 from vlmalign.rollout.features import FeatureStore, assemble
 from vlmalign.training.loop import Work
@@ -19,7 +20,8 @@ from vlmalign.types import Group, GroupBatch, Layout
 class Shapes:
     """How groups become arrays: rows per micro-batch, and the multiples that lengths are rounded up to, in tokens.
 
-    With a budget of `tokens`, long rows are fewer: the largest power of two of them that fits, and at least one.
+    With a budget of `tokens`, long rows are fewer: the largest power of two of them that fits, in equal parts for
+    all devices, and at least one for each.
     """
 
     rows: int
@@ -27,6 +29,14 @@ class Shapes:
     prompt_multiple: int = 32
     completion_multiple: int = 64
     images: int = 1  #: images per group that a batch has room for
+    shares: int = 1  #: devices that share the rows of a micro-batch out among them: `mesh.row_shares`
+
+    def __post_init__(self) -> None:
+        if self.rows % self.shares:
+            raise ValueError(
+                f"{self.rows} rows of a micro-batch cannot be shared out to {self.shares} devices; make rows a multiple "
+                f"of {self.shares}"
+            )
 
     def layout(self, groups: Sequence[Group]) -> Layout:
         """The smallest layout in whole multiples that holds the groups."""
@@ -36,7 +46,8 @@ class Shapes:
         """Rows of a micro-batch of this layout."""
         if self.tokens is None:
             return self.rows
-        return min(self.rows, 1 << max(0, (self.tokens // layout.row).bit_length() - 1))
+        power = 1 << max(0, (self.tokens // layout.row).bit_length() - 1)
+        return min(self.rows, max(1, power // self.shares) * self.shares)
 
 
 def micro_batches(groups: Sequence[Group], shapes: Shapes, features: FeatureStore | None) -> list[GroupBatch]:
@@ -53,14 +64,21 @@ def micro_batches(groups: Sequence[Group], shapes: Shapes, features: FeatureStor
     return found
 
 
+def announced(groups: Sequence[Group], features: FeatureStore | None) -> Sequence[Group]:
+    """The groups, whose films are read ahead as they are taken."""
+    return groups if features is None else Announced(groups, films=lambda g: g.images, expect=features.expect)
+
+
 class SupervisedSource:
     """`batch` examples per update. `examples[i]` is a `Group` with one continuation; it may do its work lazily."""
+
+    waits = False
 
     def __init__(
         self, examples: Sequence[Group], *, batch: int, shapes: Shapes, features: FeatureStore | None, seed: int
     ):
         self._shapes, self._features = shapes, features
-        self._batches: Position = shuffled_batches(examples, batch=batch, seed=seed)
+        self._batches: Position = shuffled_batches(announced(examples, features), batch=batch, seed=seed)
 
     def work(self, step: int, params: Params) -> Work:
         del step, params

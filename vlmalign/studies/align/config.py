@@ -14,6 +14,7 @@ from vlmalign.studies.align.policy_config import Grpo, Policy, Ppo
 from vlmalign.studies.align.reward_config import FileReward
 from vlmalign.studies.align.stage_config import Dpo, Sft
 from vlmalign.studies.chexreason.config import Lora
+from vlmalign.studies.run_config import Mesh, Reading
 
 AnyStage = Annotated[Sft | Dpo | Grpo | Ppo, Field(discriminator="kind")]
 
@@ -24,7 +25,7 @@ class Model(Config):
     path: Path
     dtype: Literal["float32", "bfloat16"] = "float32"  #: of frozen parameters and activations; never float16
     attention: Literal["auto", *IMPLEMENTATIONS] = "auto"
-    remat: Literal["none", "full"] = "none"
+    remat: Literal["none", "full", "auto"] = "none"  #: auto: chosen by the plan, as rows are
     lora: Lora | None = Lora()  #: null: the whole decoder is trained (never the vision tower)
     adapter: Path | None = None  #: PEFT folder to go on from; `lora` must be as in it
 
@@ -52,6 +53,8 @@ class AlignConfig(Config):
     run: Path
     seed: Annotated[int, Field(ge=0)] = 0
     model: Model
+    mesh: Mesh | None = None  #: null: an adapter is trained on copies of its base, a whole decoder is cut over fsdp
+    reading: Reading = Reading()  #: of images
     stages: Annotated[tuple[AnyStage, ...], Field(min_length=1)]
 
     def folder(self, index: int) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from vlmalign.config import Config
-from vlmalign.studies.chexreason.config import Positive
+from vlmalign.studies.run_config import Positive
 
 
 class Rows(Config):

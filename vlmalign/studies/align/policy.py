@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 
+from vlmalign import exchange
+from vlmalign.mesh import Placement
 from vlmalign.objectives.grpo import grpo_counts, grpo_loss
 from vlmalign.objectives.ppo import ppo_counts, ppo_loss
 from vlmalign.rewards.outcomes import OutcomeFile
@@ -22,6 +25,7 @@ from vlmalign.training.loop import train
 from vlmalign.training.optimiser import build_optimiser
 from vlmalign.training.policy import PolicySource
 from vlmalign.training.recorded_rewards import RecordedRewards
+from vlmalign.training.rollouts import Task
 from vlmalign.training.step import Objective, Trainer
 from vlmalign.training.value_head import init_value_head, split_value_head
 
@@ -41,17 +45,26 @@ def run_policy(stage: Grpo | Ppo, work: Work, start: Trained, rewards: Rewards) 
         build_optimiser(optimiser_of(stage), stage.steps),
         reference=reference,
         seed=work.seed,
+        placement=system.devices.training,
     )
+    where = system.devices.sampling(rollout.tensor)
     params = start.params
     if isinstance(stage, Ppo):
         params = {**params, **init_value_head(system.front.shape.decoder.embed)}
     with ExitStack() as open_files:
         runner = open_files.enter_context(RewardRunner(rewards, **stage.scoring.model_dump()))
-        recorded = RecordedRewards(runner, open_files.enter_context(closing(OutcomeFile(work.folder / OUTCOMES))))
+        outcomes = open_files.enter_context(closing(OutcomeFile(work.folder / OUTCOMES, exchange)))
+        recorded = RecordedRewards(runner, outcomes)
         source = PolicySource(
             work.data.train,
             generator=_generator(
-                stage, work, rollout.rows, rollout.group, Sampling(rollout.temperature, rollout.top_p)
+                stage,
+                work,
+                work.data.train,
+                rollout.rows,
+                rollout.group,
+                Sampling(rollout.temperature, rollout.top_p),
+                where,
             ),
             trainer=trainer,
             base=system.frozen,
@@ -61,6 +74,7 @@ def run_policy(stage: Grpo | Ppo, work: Work, start: Trained, rewards: Rewards) 
             settings=stage.rollout_settings(work.seed),
             memory=recorded,
             log=open_files.enter_context(closing(CompletionLog(work.folder / COMPLETIONS))),
+            bring=lambda merged: system.devices.bring(merged, where),
         )
         evaluate = None
         if stage.validation is not None:
@@ -69,9 +83,10 @@ def run_policy(stage: Grpo | Ppo, work: Work, start: Trained, rewards: Rewards) 
                 trainer,
                 system,
                 work.data.validation,
-                _generator(stage, work, rows, 1, Sampling(temperature=0.0)),
+                _generator(stage, work, work.data.validation, rows, 1, Sampling(temperature=0.0), where),
+                where,
                 runner,
-                open_files.enter_context(closing(OutcomeFile(work.folder / HELD_OUT))),
+                open_files.enter_context(closing(OutcomeFile(work.folder / HELD_OUT, exchange))),
             )
         shown = ("reward", *list(rewards)[:2], "length", "kl")
         plan = stretch(stage, work, stage.steps, shown=shown)
@@ -96,12 +111,22 @@ def objective_of(stage: Grpo | Ppo) -> Objective:
     )
 
 
-def _generator(stage: Grpo | Ppo, work: Work, rows: int, group: int, sampling: Sampling) -> Generator:
+def _generator(
+    stage: Grpo | Ppo,
+    work: Work,
+    tasks: Sequence[Task],
+    rows: int,
+    group: int,
+    sampling: Sampling,
+    where: Placement | None,
+) -> Generator:
     return work.system.generator(
+        [task.prompt for task in tasks],
         rows=rows,
         group=group,
         completion=stage.rollout.completion,
         multiple=stage.shapes.prompt_multiple,
         images=work.data.images,
         sampling=sampling,
+        where=where,
     )

@@ -14,7 +14,7 @@ from vlmalign.objectives.rollout_correction import RolloutCorrection
 from vlmalign.studies.align.data_config import Prompts
 from vlmalign.studies.align.reward_config import AnyReward, Scoring
 from vlmalign.studies.align.stage_config import Stage, needs_best
-from vlmalign.studies.chexreason.config import Positive, Share
+from vlmalign.studies.run_config import Positive, Share
 from vlmalign.training.rollout_settings import RolloutSettings
 from vlmalign.training.rollouts import OVERLONG
 
@@ -25,7 +25,7 @@ TAKEN = (
     *("clip_high", "clip_low", "clipped", "entropy", "kl", "kl_old", "ratio", "surrogate", "log_ratio_max", "return"),
     *("rollout_gap", "rollout_log_ratio", "rollout_ratio", "rollout_gap_max", "rollout_weight", "off_policy_kept"),
     *("kept_gap", "kept_log_ratio", "kept_ratio", "kept_gap_max", "vespo_weight", "value", "value_error"),
-    "value_clipped",
+    *("value_clipped", "decoded_used", "prefill_used", "cache_moves"),
 )
 
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -34,11 +34,12 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 class Rollout(Config):
     """How completions are sampled."""
 
-    rows: Positive  #: prompts at once
+    rows: Positive | Literal["auto"]  #: prompts at once
     group: Positive = 4  #: completions per prompt; GRPO needs at least 2 to compare
     completion: Positive  #: longest, tokens
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    tensor: Positive = 1  #: devices that share the weights out among them; 1: each has all of them
 
 
 class PolicyValidation(Config):

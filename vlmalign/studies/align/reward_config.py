@@ -13,7 +13,7 @@ from vlmalign.config import Config
 from vlmalign.config_tree import nearest
 from vlmalign.rewards.contract import MemoryReward, Reward
 from vlmalign.rewards.rewards import REWARDS, REWARDS_WITH_MEMORY
-from vlmalign.studies.chexreason.config import Positive
+from vlmalign.studies.run_config import Positive
 
 Weight = Annotated[float, Field(allow_inf_nan=False)]
 

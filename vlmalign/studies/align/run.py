@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
+from vlmalign.distributed import is_writer
+from vlmalign.exchange import from_first
 from vlmalign.log import stage_timer
 from vlmalign.progress import Progress
 from vlmalign.shapes import Array
@@ -21,7 +23,8 @@ from vlmalign.studies.align.run_folder import begin, check_folder
 from vlmalign.studies.align.stage_config import Sft
 from vlmalign.studies.align.stages import Work, run_dpo, run_sft, stage_seed
 from vlmalign.studies.align.summary import print_summary
-from vlmalign.studies.align.system import Trained, open_front, open_system
+from vlmalign.studies.align.system import Trained, open_front, open_model, open_system
+from vlmalign.studies.devices import Devices, open_devices
 
 
 def run(config: AlignConfig, source: Path) -> Path:
@@ -35,33 +38,48 @@ def run(config: AlignConfig, source: Path) -> Path:
     """
     refuse_received(config, source)
     check_folder(config)
-    with Progress() as progress:
+    with Progress(quiet=not is_writer()) as progress:
 
         @contextmanager
         def timed(name: str) -> Iterator[None]:
-            with stage_timer(config.run / "timing.jsonl", name):
+            with stage_timer(config.run / "timing.jsonl", name, writes=is_writer()):
                 yield
 
         progress.say(f"run folder {config.run}")
-        front = open_front(config.model)
+        front = open_front(config.model, config.reading, config.run)
+        devices = open_devices(config.mesh, open_model(config.model, front))
+        check_rows(config, devices)
         stages = list(enumerate(config.stages))
         built = {index: build_rewards(stage) for index, stage in stages if isinstance(stage, Policy)}
         data = prepare(config, front.chat, built, progress)
-        begin(config)
-        remember_rewards(config, built)
-        remember_data(config, data)
+        from_first(lambda: begin(config))
+        from_first(lambda: remember_rewards(config, built))
+        from_first(lambda: remember_data(config, data))
         with timed("load model"):
-            system, trained = open_system(config, front, progress)
-        for index, stage in stages:
-            folder = config.folder(index)
-            with timed(folder.name):
-                work = Work(system, data[index], folder, stage_seed(config, index), progress)
-                params = _run_stage(stage, work, trained, built.get(index))
-                trained = Trained(params, fresh=False)
+            system, trained = open_system(config, front, devices, progress)
+        with closing(system):
+            for index, stage in stages:
+                folder = config.folder(index)
+                with timed(folder.name):
+                    work = Work(system, data[index], folder, stage_seed(config, index), progress)
+                    params = _run_stage(stage, work, trained, built.get(index))
+                    trained = Trained(params, fresh=False)
+            if system.reader is not None:
+                progress.say(f"images: {system.reader.statistics()}")
         with timed("export"):
             result = finish(config, system, trained)
-    print_summary(config, result)
+    if is_writer():
+        print_summary(config, result)
     return result
+
+
+def check_rows(config: AlignConfig, devices: Devices) -> None:
+    """Raises ValueError, naming the setting, for rows that do not share out over the devices."""
+    for index, stage in enumerate(config.stages):
+        devices.require_rows(stage.shapes.rows, f"stages.{index}.shapes.rows")
+        if isinstance(stage, Policy):
+            rollout = stage.rollout
+            devices.require_rows(rollout.rows, f"stages.{index}.rollout.rows", tensor=rollout.tensor)
 
 
 def _run_stage(stage: AnyStage, work: Work, start: Trained, built: Built | None) -> dict[str, Array]:

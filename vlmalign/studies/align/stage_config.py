@@ -9,7 +9,8 @@ from pydantic import Field, model_validator
 from vlmalign.config import Config
 from vlmalign.objectives.dpo import DpoSettings
 from vlmalign.studies.align.data_config import Examples
-from vlmalign.studies.chexreason.config import Batch, Optimiser, Positive
+from vlmalign.studies.chexreason.config import Batch, Optimiser
+from vlmalign.studies.run_config import Positive
 
 
 class Stage(Config):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vlmalign.mesh import row_shares
 from vlmalign.objectives.sft import sft_counts, sft_loss
 from vlmalign.progress import Progress
 from vlmalign.shapes import Array
@@ -36,7 +37,8 @@ class Work:
     progress: Progress
 
     def shapes(self, stage: Stage) -> Shapes:
-        return Shapes(**stage.shapes.model_dump(), images=self.data.images)
+        shares = row_shares(self.system.devices.mesh)
+        return Shapes(**stage.shapes.model_dump(), images=self.data.images, shares=shares)
 
 
 def stage_seed(config: AlignConfig, index: int) -> int:
@@ -76,6 +78,7 @@ def run_sft(stage: Sft, work: Work, start: Trained) -> dict[str, Array]:
         Objective("sft", partial(sft_loss, kind=stage.loss), partial(sft_counts, kind=stage.loss), dropout=True),
         build_optimiser(optimiser_of(stage), steps),
         seed=work.seed,
+        placement=system.devices.training,
     )
     source = SupervisedSource(
         work.data.train, batch=stage.batch, shapes=shapes, features=system.features, seed=work.seed
@@ -98,6 +101,7 @@ def run_dpo(stage: Dpo, work: Work, start: Trained) -> dict[str, Array]:
         preference_objective(settings, recorded=recorded is not None),
         build_optimiser(optimiser_of(stage), steps),
         seed=work.seed,
+        placement=system.devices.training,
     )
     source = partial(PreferenceSource, shapes=shapes, features=system.features, seed=work.seed, reference=recorded)
     evaluate = None
@@ -135,5 +139,6 @@ def _score_reference(work: Work, start: Trained, shapes: Shapes) -> Recorded:
         shapes=shapes,
         features=work.system.features,
         pictures=work.system.front.pixels,
+        mesh=work.system.devices.mesh,
         progress=advance,
     )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
-import jax
 import numpy as np
 
+from vlmalign.mesh import Placement
 from vlmalign.models.model import Params
 from vlmalign.objectives.dpo import DpoSettings
 from vlmalign.randomness import key_for
@@ -16,9 +17,10 @@ from vlmalign.rewards.runner import RewardRunner
 from vlmalign.rollout.completions import Generator
 from vlmalign.studies.align.system import System
 from vlmalign.training.loop import Evaluate
-from vlmalign.training.policy import merged_policy
+from vlmalign.training.merged import merge_program
 from vlmalign.training.preference import PreferenceSource
 from vlmalign.training.rollouts import Task
+from vlmalign.training.shared_rollouts import Answer, share_out
 from vlmalign.training.step import MicroBatch, Trainer
 from vlmalign.training.supervised import Shapes, micro_batches
 from vlmalign.types import Group
@@ -58,6 +60,7 @@ def greedy_rewards(
     system: System,
     tasks: Sequence[Task],
     generator: Generator,
+    where: Placement | None,
     runner: RewardRunner,
     outcomes: OutcomeFile,
 ) -> Evaluate:
@@ -65,15 +68,16 @@ def greedy_rewards(
     each reward by itself; lengths; and how many answers could be scored ("validation/n").
 
     Rewards with memory judge by what they remember of training, and do not remember these answers. Rewards are kept in
-    `outcomes`: a continued run reads them there.
+    `outcomes`: a continued run reads them there. `where` is what `generator` reads its parameters from.
     """
-    merge = jax.jit(lambda frozen, trained: merged_policy(trainer.model, frozen, trained))
+    merge = merge_program(trainer.model, trainer.mesh)
     columns = {name: [task.columns[name] for task in tasks] for name in tasks[0].columns}
 
     def evaluate(step: int, params: Params) -> dict[str, float | None]:
         # Greedy: no draw depends on the key.
-        rows = generator.run(merge(system.frozen, params), [task.prompt for task in tasks], key_for(0, 0, "rollout"))
-        answers = [answer for (answer,) in rows]
+        policy = system.devices.bring(merge(system.frozen, params), where)
+        rows = share_out([task.prompt for task in tasks], partial(_answer, system, generator, policy))
+        answers = [answer.completion for (answer,) in rows]
         ids = [answer.tokens.tolist() for answer in answers]
         memory = runner.get_state()
         scored = score_or_replay(
@@ -82,7 +86,7 @@ def greedy_rewards(
             step=step,
             keys=[(task.prompt.id, 0) for task in tasks],
             prompts=[task.text for task in tasks],
-            completions=[system.front.chat.decode(answer.tokens) for answer in answers],
+            completions=[answer.text for (answer,) in rows],
             columns={**columns, "completion_ids": ids, "completion_tokens": [len(tokens) for tokens in ids]},
         )
         runner.set_state(memory)
@@ -100,6 +104,11 @@ def greedy_rewards(
         }
 
     return evaluate
+
+
+def _answer(system: System, generator: Generator, policy: Params, prompts: Sequence[Group]) -> list[list[Answer]]:
+    rows = generator.run(policy, prompts, key_for(0, 0, "rollout"))
+    return [[Answer(found, system.front.chat.decode(found.tokens)) for found in row] for row in rows]
 
 
 def standard_error(values: Sequence[float]) -> float | None:

@@ -11,9 +11,7 @@ from vlmalign.config import Config
 from vlmalign.data.schema import LABEL_MAPS
 from vlmalign.models.lora import ATTENTION_AND_FEED_FORWARD
 from vlmalign.models.model import DTYPES
-
-Positive = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
+from vlmalign.studies.run_config import Mesh, Positive, Reading, Share
 
 
 class Phantom(Config):
@@ -53,15 +51,6 @@ class Sample(Config):
     films_per_patient: Positive | None = None
 
 
-class Reading(Config):
-    """How films are read. None of this changes a pixel."""
-
-    workers: Annotated[int, Field(ge=0)] = 0  #: processes that read ahead; 0: films are read when they are needed
-    ahead: Positive = 32  #: films read ahead at most (Gemma 3: 9.6 MB each); no fewer than a batch has
-    resize_cache: str | None = None  #: folder of resized films; "{run}" as in roots, better a folder that runs share
-    resize_cache_gib: Annotated[float, Field(gt=0)] = 64.0  #: its limit: the least recently used go first
-
-
 class Data(Config):
     """The training source, what is drawn from it, and its reasoning traces."""
 
@@ -91,7 +80,7 @@ class Model(Config):
     path: Path
     dtype: str = "float32"  #: float32 or bfloat16
     attention: str = "auto"
-    remat: Literal["none", "full"] = "none"
+    remat: Literal["none", "full", "auto"] = "none"  #: auto: chosen by the plan, as rows are
     lora: Lora = Lora()
 
     @field_validator("dtype")
@@ -120,7 +109,7 @@ class Optimiser(Config):
 class Batch(Config):
     """How groups become arrays: rows per micro-batch and the token multiples that lengths are rounded up to."""
 
-    rows: Positive
+    rows: Positive | Literal["auto"]
     tokens: Positive | None = None  #: budget of a micro-batch: long rows are fewer
     prompt_multiple: Positive = 32
     completion_multiple: Positive = 64
@@ -180,11 +169,12 @@ class Reward(Config):
 class Rollout(Config):
     """How completions are sampled while training."""
 
-    rows: Positive  #: prompts at once
+    rows: Positive | Literal["auto"]  #: prompts at once
     group: Annotated[int, Field(ge=2)] = 4  #: completions per prompt
     completion: Positive = 768  #: longest, tokens
     temperature: Annotated[float, Field(gt=0)] = 0.8
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    tensor: Positive = 1  #: devices that share the weights out among them, in evaluation too; 1: each has all of them
 
 
 class Grpo(Config):
@@ -240,6 +230,7 @@ class ChexReasonConfig(Config):
     seed: int = 0
     prompt: str
     model: Model
+    mesh: Mesh | None = None  #: null: each device has a copy of the base, and a share of the rows
     data: Data
     sft: Sft
     grpo: Grpo

@@ -79,15 +79,16 @@ def predict(
     path = config.run / "evaluation" / "parts" / f"{stage}-{test.name.replace('/', '_')}.jsonl"
     if path.exists():
         return read_predictions(path)
+    examples = [test.films.example(int(row)) for row in test.rows]
+    prompts = [system.question(example, int(row)) for example, row in zip(examples, test.rows, strict=True)]
     generator = system.generator(
+        prompts,
         rows=config.evaluation.rows,
         group=1,
         completion=config.evaluation.completion,
         multiple=config.evaluation.prompt_multiple,
         sampling=Sampling(temperature=0.0),
     )
-    examples = [test.films.example(int(row)) for row in test.rows]
-    prompts = [system.question(example, int(row)) for example, row in zip(examples, test.rows, strict=True)]
     progress.stage(f"answer {test.name}, {stage}", len(prompts))
     done = 0
 
@@ -143,7 +144,7 @@ def evaluate(
     """
     rows: dict[tuple[str, str], list[Row]] = {}
     for stage, adapter in stages.items():
-        params = system.base if adapter is None else system.merge(adapter)
+        params = system.policy(adapter)
         for test in tests:
             rows[stage, test.name] = predict(config, system, stage, params, test, films.labels, progress)
         jax.block_until_ready(params)

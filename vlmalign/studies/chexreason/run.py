@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,16 @@ from vlmalign.studies.chexreason.evaluate import evaluate, open_test_sets
 from vlmalign.studies.chexreason.films import open_films
 from vlmalign.studies.chexreason.prepare import prepare
 from vlmalign.studies.chexreason.stages import run_grpo, run_sft
-from vlmalign.studies.chexreason.system import open_system
+from vlmalign.studies.chexreason.system import choose_devices, open_system
 
 
 def run(config: ChexReasonConfig) -> Path:
     """Sample, train, evaluate and report; returns the path of the report.
 
     Raises:
-        ValueError: when the run folder holds a run of another config.
+        ValueError: when the run folder holds a run of another config, or the devices do not fit it.
     """
+    choose_devices(config)
     begin(config)
     with Progress() as progress:
 
@@ -49,12 +50,15 @@ def run(config: ChexReasonConfig) -> Path:
             )
         with stage("load model"):
             system = open_system(config, progress)
-        with stage("sft"):
-            sft = run_sft(config, system, films, sets.rows["sft"], sets.rows["validation"], progress)
-        with stage("grpo"):
-            grpo = run_grpo(config, system, films, sets.rows["rl"], sets.rows["validation"], sft, progress)
-        with stage("evaluation"):
-            results = evaluate(config, system, films, tests, {"base": None, "sft": sft, "grpo": grpo}, progress)
+        with closing(system):
+            with stage("sft"):
+                sft = run_sft(config, system, films, sets.rows["sft"], sets.rows["validation"], progress)
+            with stage("grpo"):
+                grpo = run_grpo(config, system, films, sets.rows["rl"], sets.rows["validation"], sft, progress)
+            with stage("evaluation"):
+                results = evaluate(config, system, films, tests, {"base": None, "sft": sft, "grpo": grpo}, progress)
+            if system.reader is not None:
+                progress.say(f"films: {system.reader.statistics()}")
     with stage_timer(config.run / "timing.jsonl", "report"):
         report = write_report(config.run)
     console = Console()

@@ -28,7 +28,7 @@ from vlmalign.training.optimiser import OptimiserSettings, build_optimiser, lear
 from vlmalign.training.policy import PolicySource, RolloutSettings
 from vlmalign.training.rollouts import Task
 from vlmalign.training.step import MicroBatch, Objective, Trainer
-from vlmalign.training.supervised import Shapes, SupervisedSource, micro_batches
+from vlmalign.training.supervised import SupervisedSource, micro_batches
 from vlmalign.types import Group
 
 Adapter = Mapping[str, Array]
@@ -51,8 +51,9 @@ def run_sft(
         Objective("sft", sft_loss, sft_counts, dropout=True),
         build_optimiser(optimiser, steps),
         seed=config.seed,
+        placement=system.devices.training,
     )
-    shapes = Shapes(**settings.shapes.model_dump())
+    shapes = system.shapes(settings.shapes)
     source = SupervisedSource(
         _examples(config, system, films, rows),
         batch=settings.batch,
@@ -123,12 +124,18 @@ def run_grpo(
         needs_reference=settings.beta > 0,
     )
     trainer = Trainer(
-        system.model, objective, build_optimiser(optimiser, settings.steps), reference=(system.model, sft)
+        system.model,
+        objective,
+        build_optimiser(optimiser, settings.steps),
+        reference=(system.model, sft),
+        placement=system.devices.training,
     )
+    tasks = [_task(system, films, int(row)) for row in rows]
     reward = HardReward(films.labels, settings.reward.min_tokens, settings.reward.lambda_len)
     source = PolicySource(
-        [_task(system, films, int(row)) for row in rows],
+        tasks,
         generator=system.generator(
+            [task.prompt for task in tasks],
             rows=rollout.rows,
             group=rollout.group,
             completion=rollout.completion,
@@ -139,7 +146,7 @@ def run_grpo(
         base=system.base,
         decode=system.chat.decode,
         score=lambda number, keys, prompts, completions, columns: hard_scores(reward, completions, columns),
-        shapes=Shapes(**settings.shapes.model_dump()),
+        shapes=system.shapes(settings.shapes),
         settings=RolloutSettings(
             settings.prompts,
             updates=settings.updates,
@@ -150,6 +157,7 @@ def run_grpo(
             seed=config.seed,
         ),
         log=CompletionLog(config.run / "grpo" / "completions.jsonl"),
+        bring=system.bring,
     )
     stage = Stage(
         "grpo",

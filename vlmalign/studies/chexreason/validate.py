@@ -55,7 +55,7 @@ def build_evaluate(
             total, count = trainer.evaluate(params, system.base, answers)["loss"]
             found["validation/loss"] = float(total) / float(count)
         if sets:
-            merged = system.merge(params)
+            merged = system.policy(params)
             for name, (where, which) in sets.items():
                 found |= {
                     f"{name}/{key}": value
@@ -76,15 +76,16 @@ def _answer(
 ) -> dict[str, float | None]:
     """Macro-F1 in the names of `films`, and the share of answers that can be read. The model answers in `vocabulary`."""
     settings = config.evaluation
+    examples = [films.example(int(row)) for row in rows]
+    prompts: list[Group] = [system.question(e, int(row)) for e, row in zip(examples, rows, strict=True)]
     generator = system.generator(
+        prompts,
         rows=min(settings.rows, len(rows)),
         group=1,
         completion=settings.completion,
         multiple=settings.prompt_multiple,
         sampling=Sampling(temperature=0.0),
     )
-    examples = [films.example(int(row)) for row in rows]
-    prompts: list[Group] = [system.question(e, int(row)) for e, row in zip(examples, rows, strict=True)]
     key: jax.Array = key_for(config.seed, 0, "rollout")
     texts = [system.chat.decode(answer.tokens) for (answer,) in generator.run(params, prompts, key)]
     parsed = [parse_completion(text, vocabulary) for text in texts]

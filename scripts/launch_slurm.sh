@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=vlmalign
+#SBATCH --ntasks-per-node=1
+#SBATCH --output=%x-%j.log
+#SBATCH --open-mode=append
+#
+# Run a command as one process per node (each with all of the node's GPUs), and end all of them when one dies.
+#
+#     sbatch --nodes 4 --gpus-per-node 8 scripts/launch_slurm.sh vlmalign align config.yaml --run /shared/runs/first
+#     scripts/launch_slurm.sh --dry-run vlmalign align config.yaml           # shows what would be run, and runs nothing
+#
+# The run folder must lie where all nodes see it. Submitted again with the same command, on the same or another number
+# of nodes, a run goes on from its last checkpoint. Process ids, their number and the first node are read from SLURM.
+# VLMALIGN_HEARTBEAT: seconds without a sign of life after which a process counts as dead (30).
+set -euo pipefail
+
+dry_run=no
+if [[ ${1-} == --dry-run ]]; then
+    dry_run=yes
+    shift
+fi
+if (($# == 0)); then
+    echo "launch_slurm: give the command that each process runs, such as: vlmalign align config.yaml" >&2
+    exit 2
+fi
+
+export VLMALIGN_HEARTBEAT=${VLMALIGN_HEARTBEAT:-30}
+
+# Runs on every node, around the command: srun itself says that a task was killed, but not what that means.
+# shellcheck disable=SC2016  # expanded on the nodes
+around='
+trap : TERM INT  # the command gets them too, and is waited for
+code=0
+"$@" || code=$?
+if ((code)); then
+    how="ended with exit code $code"
+    if ((code > 128)); then how="was ended by SIG$(kill -l $((code - 128)))"; fi
+    if ((code == 137)); then how="$how (often: out of memory)"; fi
+    echo "launch_slurm: process ${SLURM_PROCID-?} on $(hostname) $how; a run cannot go on without it, the others are ended." \
+        "It goes on from its last checkpoint when the job is submitted again" >&2
+fi
+exit "$code"'
+
+# One task that fails ends all; those that do not listen to SIGTERM are killed after SLURM`s KillWait.
+job=(srun --label --kill-on-bad-exit=1 bash -c "$around" vlmalign "$@")
+if [[ $dry_run == yes ]]; then
+    printf '%q ' "${job[@]}"
+    echo
+    exit 0
+fi
+exec "${job[@]}"

@@ -1,0 +1,252 @@
+#!/usr/bin/env python3
+"""Start one command as several processes of one run, on hosts reached by ssh, and end all of them when one dies.
+
+    scripts/launch_ssh.py --hosts node1,node2 -- vlmalign align config.yaml --run /shared/runs/first
+    scripts/launch_ssh.py --hosts localhost --per-host 2 --transport local -- vlmalign align config.yaml
+
+Each host must be reached without a password, and have this folder, Python and the run folder at the same paths. By
+default there is one process on each host, which uses all of its accelerators; with --per-host N each takes its own.
+Lines of output come with the number of their process. Ctrl-C reaches all processes; a second one kills them. The exit
+code is 0, that of the first process that failed (128 + the number of the signal that ended it), or 130.
+
+Standard library only, so that any Python 3 starts it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import queue
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+#: seconds that the other processes are given to end by themselves after one has died, and again after SIGTERM
+GRACE = 10
+#: seconds that processes are given to end after Ctrl-C: some wait for a computation of all of them
+INTERRUPTED = 20.0
+#: a host that does not answer for half a minute counts as lost
+SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3")
+#: how a host's side is told to pass a signal on, and which one
+SIGNALS = {"INT": signal.SIGINT, "TERM": signal.SIGTERM, "KILL": signal.SIGKILL}
+
+
+class Ended(NamedTuple):
+    """A process that has ended."""
+
+    process: int
+    code: int
+
+
+class Process:
+    """One process: its host's side is started here, its output read line by line."""
+
+    def __init__(self, number: int, host: str, start: Sequence[str], job: dict[str, Any], ended: queue.Queue[Ended]):
+        self.number, self.host = number, host
+        # A session of its own: Ctrl-C on the terminal must reach the launcher alone, which passes it on.
+        self._popen = subprocess.Popen(
+            start, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        self._tell(json.dumps(job))
+        self._ended = ended
+        threading.Thread(target=self._follow, daemon=True).start()
+
+    def send(self, name: str) -> None:
+        """Pass a signal on to the process."""
+        self._tell(name)
+
+    def give_up(self) -> None:
+        """Close the line to the host's side, which ends the process, and kill what runs here."""
+        self._popen.kill()
+
+    def _tell(self, line: str) -> None:
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and its exit code says how
+            self._popen.stdin.write(line.encode() + b"\n")
+            self._popen.stdin.flush()
+
+    def _follow(self) -> None:
+        for line in self._popen.stdout:
+            sys.stdout.write(f"[{self.number}] {line.decode(errors='replace')}")
+            sys.stdout.flush()
+        self._ended.put(Ended(self.number, self._popen.wait()))
+
+
+def launch(arguments: argparse.Namespace) -> int:
+    """Starts all processes, waits for them, and returns the exit code."""
+    hosts = [host for host in arguments.hosts.split(",") if host]
+    local = arguments.transport == "local"
+    count = len(hosts) * arguments.per_host
+    address = "127.0.0.1" if local else hosts[0].rpartition("@")[2]
+    port = arguments.port or (_free_port() if local else 29400)
+    ended: queue.Queue[Ended] = queue.Queue()
+    pressed: queue.Queue[int] = queue.Queue()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda found, _: pressed.put(found))
+    processes = []
+    for number in range(count):
+        host, of_host = hosts[number // arguments.per_host], number % arguments.per_host
+        environment = {
+            "VLMALIGN_COORDINATOR": f"{address}:{port}",
+            "VLMALIGN_PROCESSES": str(count),
+            "VLMALIGN_PROCESS": str(number),
+            "VLMALIGN_LOCAL_DEVICES": "all" if arguments.per_host == 1 else str(of_host),
+            "VLMALIGN_HEARTBEAT": str(arguments.heartbeat),
+            **{name: os.environ[name] for name in arguments.env if name in os.environ},
+        }
+        job = {"command": arguments.command, "directory": str(arguments.directory), "environment": environment}
+        own = [arguments.python, str(Path(__file__).resolve()), "--host-side"]
+        start = own if local else [*SSH, host, shlex.join(own)]
+        processes.append(Process(number, host, start, job, ended))
+    return _watch(processes, ended, pressed, arguments.grace)
+
+
+def _watch(processes: list[Process], ended: queue.Queue[Ended], pressed: queue.Queue[int], grace: float) -> int:
+    """Waits until all have ended; after a death or Ctrl-C, ever less kindly."""
+    left, code = {process.number: process for process in processes}, 0
+    plan: list[tuple[float, str]] = []  # (when, signal) still to come
+    while left:
+        while not pressed.empty():
+            found = pressed.get()
+            kind = "INT" if found == signal.SIGINT else "TERM"
+            if code == 128 + found:  # the second time
+                kind, plan = "KILL", [(time.monotonic() + grace, "give up")]
+            else:
+                code = code or 128 + found
+                plan = _schedule(INTERRUPTED, grace)
+            _say(f"interrupted: sending SIG{kind} to {len(left)} processes")
+            _send(left, kind)
+        while plan and time.monotonic() >= plan[0][0]:
+            _, kind = plan.pop(0)
+            _say(f"{_names(left)} still there: {'giving up' if kind == 'give up' else 'SIG' + kind}")
+            _send(left, kind)
+        try:
+            number, found = ended.get(timeout=0.1)
+        except queue.Empty:
+            continue
+        process = left.pop(number)
+        if found and not code:
+            code, plan = _positive(found), _schedule(grace, grace)
+            _say(
+                f"process {number} on {process.host} {_how(found)}; a run cannot go on without it. "
+                f"Ending {'the other ' + str(len(left)) if left else 'no others'}; what it said is above. "
+                "The run goes on from its last checkpoint when it is started again, also with another number of processes"
+            )
+        elif found:
+            _say(f"process {number} on {process.host} {_how(found)}")
+    return code
+
+
+def _schedule(first: float, grace: float) -> list[tuple[float, str]]:
+    now = time.monotonic()
+    return [(now + first, "TERM"), (now + first + grace, "KILL"), (now + first + 2 * grace, "give up")]
+
+
+def _send(processes: dict[int, Process], kind: str) -> None:
+    for process in processes.values():
+        if kind == "give up":
+            process.give_up()
+        else:
+            process.send(kind)
+
+
+def _names(processes: dict[int, Process]) -> str:
+    return ", ".join(f"process {process.number} on {process.host}" for process in processes.values())
+
+
+def _positive(code: int) -> int:
+    return code if code >= 0 else 128 - code
+
+
+def _how(code: int) -> str:
+    """How a process ended, in words, from its exit code."""
+    code = _positive(code)
+    if code == 255:
+        return "ended with exit code 255 (ssh: the host could not be reached, or the connection broke)"
+    if code <= 128:
+        return f"ended with exit code {code}"
+    name = signal.Signals(code - 128).name if code - 128 in set(signal.Signals) else f"signal {code - 128}"
+    return f"was ended by {name}" + (" (often: out of memory)" if name == "SIGKILL" else "")
+
+
+def _say(text: str) -> None:
+    print(f"launch_ssh: {text}", file=sys.stderr, flush=True)
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def host_side() -> int:
+    """Runs the job that the first line of standard input describes and passes on the signals that later lines name.
+
+    When the line to the launcher breaks, the job is ended: no process outlives its launcher.
+    """
+    job = json.loads(sys.stdin.readline())
+    child = subprocess.Popen(
+        job["command"],
+        cwd=job["directory"],
+        env={**os.environ, **job["environment"]},
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)],
+    )
+
+    def listen() -> None:
+        for line in sys.stdin:
+            _signal_all(child.pid, SIGNALS[line.strip()])
+        _signal_all(child.pid, signal.SIGTERM)
+        time.sleep(GRACE)
+        _signal_all(child.pid, signal.SIGKILL)
+
+    threading.Thread(target=listen, daemon=True).start()
+    code = _positive(child.wait())
+    _signal_all(child.pid, signal.SIGKILL)  # what it started must not hold accelerators
+    return code
+
+
+def _signal_all(group: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # all of them have ended
+        os.killpg(group, number)
+
+
+def main() -> int:
+    if sys.argv[1:] == ["--host-side"]:
+        return host_side()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--hosts", required=True, metavar="A,B", help="hosts as ssh knows them; process 0 is on the first"
+    )
+    parser.add_argument("--per-host", type=int, default=1, metavar="N", help="processes on each host (default 1)")
+    parser.add_argument("--port", type=int, help="free port of the first host (default 29400; local: any)")
+    parser.add_argument("--heartbeat", type=int, default=30, metavar="S", help="seconds without a sign of life (30)")
+    parser.add_argument(
+        "--grace",
+        type=int,
+        default=GRACE,
+        metavar="S",
+        help="seconds to end in, before SIGTERM and before SIGKILL (10)",
+    )
+    parser.add_argument("--directory", type=Path, default=Path.cwd(), help="working directory on the hosts (this one)")
+    parser.add_argument("--env", nargs="*", default=[], metavar="NAME", help="variables of this shell to pass on")
+    parser.add_argument("--python", default=sys.executable, help="Python on the hosts (the one that runs this)")
+    parser.add_argument("--transport", choices=("ssh", "local"), default="ssh", help="local: all on this machine")
+    parser.add_argument("command", nargs="+", metavar="-- COMMAND", help="what each process runs")
+    arguments = parser.parse_args()
+    if min(arguments.per_host, arguments.heartbeat, arguments.grace) < 1:
+        parser.error("--per-host, --heartbeat and --grace must be >= 1")
+    return launch(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""Settings left to the plan: what "auto" becomes, that it fits, and that what a config states is kept."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+from small_plan import CONFIG, SMALL
+
+from vlmalign.config import load_config
+from vlmalign.planning.auto import AUTO, choose, concrete, leaves_open, settle
+from vlmalign.planning.devices import Device, find_device
+from vlmalign.planning.study import workload_of
+from vlmalign.planning.target import Target
+from vlmalign.studies.chexreason.config import ChexReasonConfig
+
+LARGE = find_device("h200")
+
+
+def opened(*names: str) -> ChexReasonConfig:
+    """The ChexReason config with "auto" at these places: "remat", "sft", "grpo", "rollout"."""
+    config = load_config(ChexReasonConfig, CONFIG)
+    if "remat" in names:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"remat": AUTO})})
+    for stage in ("sft", "grpo"):
+        if stage in names:
+            section = getattr(config, stage)
+            shapes = section.shapes.model_copy(update={"rows": AUTO})
+            config = config.model_copy(update={stage: section.model_copy(update={"shapes": shapes})})
+    if "rollout" in names:
+        rollout = config.grpo.rollout.model_copy(update={"rows": AUTO})
+        config = config.model_copy(update={"grpo": config.grpo.model_copy(update={"rollout": rollout})})
+    return config
+
+
+@pytest.fixture
+def model_config(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(SMALL))
+    return path
+
+
+def chosen(config, device, model_config, count=1):
+    said = []
+    workload, _ = workload_of(concrete(config), lambda dtype: device, count, model_config=model_config, prompt=12)
+    # Nothing is compiled: the order of choices is what is looked at here.
+    return choose(config, workload, Target(device, count), said.append), said
+
+
+def of_memory(memory: float) -> Device:
+    return replace(LARGE, memory=int(memory))
+
+
+def test_with_room_everything_is_kept_and_done_at_once(model_config):
+    config = opened("remat", "sft", "grpo", "rollout")
+    assert leaves_open(config)
+    found, said = chosen(config, LARGE, model_config)
+    assert (found.remat, found.rows, found.rollout_rows) == ("none", {"sft": 8, "grpo": 8}, {"grpo": 8})
+    settled = settle(config, found)
+    assert not leaves_open(settled)
+    assert (settled.model.remat, settled.grpo.shapes.rows, settled.grpo.rollout.rows) == ("none", 8, 8)
+    assert any("rollout" in text for text in said)
+
+
+def test_what_is_stated_stands(model_config):
+    """Only the rows of GRPO are open: the file's remat, and the rows of SFT and of rollouts, are not touched."""
+    config = opened("grpo")
+    found, _ = chosen(config, LARGE, model_config)
+    settled = settle(config, found)
+    assert settled.grpo.shapes.rows == 8
+    original = load_config(ChexReasonConfig, CONFIG)
+    assert settled.model == original.model
+    assert settled.sft == original.sft
+    assert settled.grpo.rollout == original.grpo.rollout
+    assert settle(original, found) == original
+    assert not leaves_open(original)
+
+
+def test_less_memory_takes_fewer_rows_then_recomputes_then_refuses(model_config):
+    """The smaller the device, the later in the order (none, 8), (none, 4) ... (full, 1), and every choice fits."""
+    config = opened("remat", "sft", "grpo", "rollout")
+    order = [(remat, rows) for remat in ("none", "full") for rows in (8, 4, 2, 1)]
+    places, refused = [], False
+    for memory in (4e9, 1.5e9, 0.8e9, 0.4e9, 0.2e9, 4e6):
+        try:
+            found, _ = chosen(config, of_memory(memory), model_config)
+        except ValueError as error:
+            refused = True
+            assert re.search("nothing fits|lower rollout.rows", str(error)), error  # noqa: PT017
+            continue
+        assert not refused, "what is too small for a config is not large enough with less"
+        places.append(order.index((found.remat, found.rows["grpo"])))
+        taken = [choice.tried[-1] for choice in found.tried if choice.taken is not None]
+        assert all(t.fits for t in taken[-2:])
+    assert places == sorted(places)
+    assert len(set(places)) > 1
+    assert refused
+
+
+def test_rows_share_out_over_devices(model_config):
+    found, _ = chosen(opened("sft", "grpo", "rollout"), LARGE, model_config, count=4)
+    assert found.rows == {"sft": 8, "grpo": 8}
+    assert found.rollout_rows == {"grpo": 8}
