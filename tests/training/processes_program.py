@@ -129,7 +129,7 @@ class Rolled:
         advantages = group_advantages(rewards).value
         self.log.write(step + 1, sampled.rollouts, advantages)
         batches = rollout_batches(sampled.rollouts, SHAPES, None)
-        measured = {"reward": float(rewards.mean()), "faults": sampled.faults}
+        measured = {"reward": float(np.nanmean(rewards)), "faults": sampled.faults}
         return Work([with_advantage(batch, advantages) for batch in batches], measured)
 
     def observe(self, line):

@@ -355,6 +355,8 @@ class Interrupted(Exception):
 class StopAt:
     """The source of a process that dies before update number `step`."""
 
+    waits = True
+
     def __init__(self, inner: PolicySource, step: int | None):
         self.inner, self.step = inner, step
         self.observe, self.get_state, self.set_state = inner.observe, inner.get_state, inner.set_state

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlmalign.config import dump_config, load_config
+from vlmalign.distributed import process_count
 from vlmalign.log import stage_timer
 from vlmalign.machine import environment_record, matmul_rate
 from vlmalign.progress import Progress
@@ -28,8 +29,14 @@ def run(config: ChexReasonConfig) -> Path:
     """Sample, train, evaluate and report; returns the path of the report.
 
     Raises:
-        ValueError: when the run folder holds a run of another config, or the devices do not fit it.
+        ValueError: when the run folder holds a run of another config, the devices do not fit it, or several processes
+            were started.
     """
+    if process_count() > 1:
+        raise ValueError(
+            f"chexreason runs in one process, on all devices of its machine; found {process_count()} processes. "
+            "Start it once, or train with `vlmalign align`, which runs in several"
+        )
     choose_devices(config)
     begin(config)
     with Progress() as progress:
