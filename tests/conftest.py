@@ -1,10 +1,15 @@
 """Set before anything of vlmalign is imported: shape checks on every annotated call, CPU, exact float32, one compile cache."""
 
 import atexit
+import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from jaxtyping import install_import_hook
@@ -29,6 +34,29 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 def repository() -> Path:
     """The checkout."""
     return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def on_eight_devices() -> Callable[..., Any]:
+    """Runs a program of the tests with eight CPU devices (this process has one): the JSON of its last line."""
+
+    def run(program: str, *arguments: object) -> Any:
+        done = subprocess.run(
+            [sys.executable, REPOSITORY / "tests" / program, *map(str, arguments)],
+            env={
+                **os.environ,
+                "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+                "PYTHONPATH": os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests"))),
+            },
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,6 @@
 """Rollouts on eight devices: the completions of one device, no weights on the move, images shared out."""
 
-import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 
@@ -13,22 +9,9 @@ MESHES = ("data 8", "data 4 tensor 2")
 
 
 @pytest.fixture(scope="module")
-def found(repository) -> dict:
+def found(on_eight_devices) -> dict:
     """What the program measured; it has eight CPU devices, this process has one."""
-    done = subprocess.run(
-        [sys.executable, repository / "tests" / "rollout" / "mesh_program.py"],
-        env={
-            **os.environ,
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-            "PYTHONPATH": os.pathsep.join(map(str, (repository, repository / "tests"))),
-        },
-        cwd=repository,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return on_eight_devices("rollout/mesh_program.py")
 
 
 @pytest.mark.parametrize("mesh", MESHES)

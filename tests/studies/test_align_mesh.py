@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -81,25 +78,12 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def refused(folder, repository) -> dict[str, str]:
+def refused(folder, on_eight_devices) -> dict[str, str]:
     """Both configs run on one device here and on eight devices elsewhere; and what those refused."""
     for name in ("lora", "whole"):
         path = folder / f"{name}-one.yaml"
         run(load_config(AlignConfig, path), path)
-    done = subprocess.run(
-        [sys.executable, repository / "tests" / "studies" / "align_mesh_program.py", folder],
-        env={
-            **os.environ,
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-            "PYTHONPATH": os.pathsep.join(map(str, (repository, repository / "tests"))),
-        },
-        cwd=repository,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return on_eight_devices("studies/align_mesh_program.py", folder)
 
 
 def rows(path: Path) -> list[dict]:

@@ -40,7 +40,7 @@ from vlmalign.training.best import Best
 from vlmalign.training.checkpoints import Checkpoints
 from vlmalign.training.completion_log import CompletionLog
 from vlmalign.training.loop import Stage, Work, train
-from vlmalign.training.policy import merged_policy
+from vlmalign.training.merged import merged_policy
 from vlmalign.training.preference import PreferenceSource, preference_objective
 from vlmalign.training.recorded_rewards import RecordedRewards
 from vlmalign.training.rollout_batches import rollout_batches, with_advantage

@@ -29,7 +29,8 @@ from vlmalign.rollout.sampling import Sampling
 from vlmalign.training.best import Best
 from vlmalign.training.completion_log import CompletionLog
 from vlmalign.training.loop import Stage
-from vlmalign.training.policy import PolicySource, merged_policy
+from vlmalign.training.merged import merged_policy
+from vlmalign.training.policy import PolicySource
 from vlmalign.training.rollout_settings import RolloutSettings
 from vlmalign.training.rollouts import Task
 from vlmalign.training.step import Objective, Trainer

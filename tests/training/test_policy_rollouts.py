@@ -19,7 +19,8 @@ from vlmalign.rollout.completions import Generator
 from vlmalign.rollout.features import FeatureStore
 from vlmalign.rollout.merge_check import ANOTHER_POLICY, MORE_THAN_ROUNDING, judge_gap
 from vlmalign.rollout.sampling import Sampling
-from vlmalign.training.policy import PolicySource, RolloutSettings
+from vlmalign.training.policy import PolicySource
+from vlmalign.training.rollout_settings import RolloutSettings
 from vlmalign.training.rollouts import Task
 from vlmalign.training.step import Objective, Trainer
 from vlmalign.training.supervised import Shapes

@@ -1,32 +1,14 @@
 """Training and sampling on eight devices are those on one: same gradients, parameters and samples, and known traffic."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 
 TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
-def found(repository) -> dict:
+def found(on_eight_devices) -> dict:
     """What the program measured; it has eight CPU devices, this process has one."""
-    done = subprocess.run(
-        [sys.executable, repository / "tests" / "training" / "sharded_program.py"],
-        env={
-            **os.environ,
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-            "PYTHONPATH": os.pathsep.join(map(str, (repository, repository / "tests"))),
-        },
-        cwd=repository,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return on_eight_devices("training/sharded_program.py")
 
 
 def test_every_pair_of_objective_input_parameters_and_mesh_occurs(found):

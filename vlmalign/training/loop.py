@@ -117,23 +117,6 @@ def train(
             best.rewind(restored.position["best"])
             skipped = restored.position["skipped"]
 
-        def read(unread: _Unread, measured: Mapping[str, Any] | None = None) -> None:
-            """Write the line of a step; this waits for the device to finish it."""
-            nonlocal skipped
-            line = _line(unread, stage) | dict(measured or {})
-            source.observe(line)
-            skipped = skipped + 1 if line["skipped"] else 0
-            if measured is not None:
-                best.see(line["step"], line, state)
-            writer.write(line)
-            progress.update(line["step"], **{k: line[k] for k in stage.shown if line.get(k) is not None})
-            if skipped >= stage.max_skipped:
-                raise ValueError(
-                    f"stage {stage.name}: the gradients of {skipped} steps in a row up to step {line['step']} were not "
-                    "finite, so nothing was learnt from them; lower the learning rate or look for broken examples "
-                    f"({stage.folder / 'metrics.jsonl'})"
-                )
-
         start, unread = int(state.step), None
         if start < stage.steps and not best.exhausted:
             progress.stage(stage.name, stage.steps, start=start)
@@ -141,20 +124,21 @@ def train(
             if best.exhausted:
                 break
             if unread is not None and source.waits:
-                read(unread)
+                skipped = _read(unread, stage, source, writer, progress, skipped)
                 unread = None
             work = source.work(step, state.params)
             state, found = trainer.step(state, frozen, work.batches, work.options)
             if unread is not None:
-                read(unread)
+                skipped = _read(unread, stage, source, writer, progress, skipped)
             unread, done = _Unread(step, found, work.metrics), step + 1
-            measured: dict[str, Any] | None = None
-            if evaluate is not None and (done % stage.evaluate_every == 0 or done == stage.steps):
+            due = done % stage.checkpoint_every == 0 or done == stage.steps
+            measured: dict[str, Any] = {}
+            if evaluated := evaluate is not None and (done % stage.evaluate_every == 0 or done == stage.steps):
                 # What decides about the best and the end must be the same number everywhere, to the last bit.
                 measured = from_first(lambda found=evaluate(done, state.params): dict(found))
-            due = done % stage.checkpoint_every == 0 or done == stage.steps
-            if measured is not None or due:
-                read(unread, measured)
+                best.see(done, measured, state)
+            if evaluated or due:
+                skipped = _read(unread, stage, source, writer, progress, skipped, measured)
                 unread = None
             if due or best.exhausted:
                 checkpoints.save(
@@ -175,6 +159,30 @@ class _Unread(NamedTuple):
     step: int  #: from 0
     found: StepMetrics
     metrics: Mapping[str, float | None]  #: of its batch
+
+
+def _read(
+    unread: _Unread,
+    stage: Stage,
+    source: Source,
+    writer: MetricsWriter,
+    progress: Progress,
+    skipped: int,
+    measured: Mapping[str, Any] = {},
+) -> int:
+    """Write the line of a step, once the device has finished it; how many steps in a row were skipped, so far."""
+    line = _line(unread, stage) | measured
+    source.observe(line)
+    writer.write(line)
+    progress.update(line["step"], **{k: line[k] for k in stage.shown if line.get(k) is not None})
+    skipped = skipped + 1 if line["skipped"] else 0
+    if skipped >= stage.max_skipped:
+        raise ValueError(
+            f"stage {stage.name}: the gradients of {skipped} steps in a row up to step {line['step']} were not finite, so "
+            "nothing was learnt from them; lower the learning rate or look for broken examples "
+            f"({stage.folder / 'metrics.jsonl'})"
+        )
+    return skipped
 
 
 def _line(unread: _Unread, stage: Stage) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from vlmalign.rollout.statistics import RolloutStats
 from vlmalign.shapes import Array
 from vlmalign.training.completion_log import CompletionLog
 from vlmalign.training.loop import Work
-from vlmalign.training.merged import merge_program, merged_policy
+from vlmalign.training.merged import merge_program
 from vlmalign.training.rollout_batches import by_group, by_row, record, rollout_batches, with_advantage
 from vlmalign.training.rollout_metrics import reward_table, rollout_metrics
 from vlmalign.training.rollout_settings import RolloutSettings
@@ -47,8 +47,6 @@ from vlmalign.training.rollouts import OVERLONG, Prompts, Rollout, Sampler, Scor
 from vlmalign.training.step import MicroBatch, Trainer
 from vlmalign.training.supervised import Shapes
 from vlmalign.types import Group, Scores
-
-__all__ = ["Memory", "PolicySource", "RolloutSettings", "merged_policy"]
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,8 @@ from vlmalign.studies.chexreason.validate import best_of, build_evaluate
 from vlmalign.training.completion_log import CompletionLog
 from vlmalign.training.loop import Stage, train
 from vlmalign.training.optimiser import OptimiserSettings, build_optimiser, learning_rate
-from vlmalign.training.policy import PolicySource, RolloutSettings
+from vlmalign.training.policy import PolicySource
+from vlmalign.training.rollout_settings import RolloutSettings
 from vlmalign.training.rollouts import Task
 from vlmalign.training.step import MicroBatch, Objective, Trainer
 from vlmalign.training.supervised import SupervisedSource, micro_batches
