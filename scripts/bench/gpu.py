@@ -1,0 +1,327 @@
+"""vlmalign at full size on one GPU, with random weights: encoding, decoding, updates and a whole ChexReason step.
+
+    python scripts/bench/gpu.py --model medgemma-4b --out scripts/bench/results/gpu_medgemma_4b.json
+    python scripts/bench/gpu.py --model llama-3-8b --parts decode,update
+
+Prints one JSON line per part. Decoding is given as a share of the rate at which this GPU copies memory, training as a
+share of the rate at which it multiplies 8192 x 8192 bfloat16 matrices of random numbers, both measured here first.
+`gpu_peer.py` does the same work with transformers and torch.
+
+Bytes of a decoded token: the decoder's weights and the output matrix once, the prompts' keys and values once each, the
+completions' own caches as allocated. Operations of an update: 4 per number of the layers' matrices and token, 6 of the
+adapter's, 4 per number of the output matrix and learnt token, and 12 x heads x head size per pair of tokens that see
+each other and layer; what rematerialisation computes again is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from gpu_shapes import MODELS, Record, Shape, read_sizes, seconds
+
+from vlmalign.models.lora import LoraSpec, init_adapter
+from vlmalign.models.model import Model
+from vlmalign.objectives.grpo import GrpoSettings, grpo_counts, grpo_loss
+from vlmalign.planning.cost import adapter_weights, cache_bytes, head_weights, layer_weights
+from vlmalign.planning.this_device import this_device
+from vlmalign.rewards.runner import ScoredBatch
+from vlmalign.rollout.compaction import DecodeShape
+from vlmalign.rollout.completions import Generator
+from vlmalign.rollout.decode_weights import decode_weights
+from vlmalign.rollout.device_rows import DeviceRows
+from vlmalign.rollout.engine import BLOCK
+from vlmalign.rollout.features import FeatureStore
+from vlmalign.rollout.sampling import Sampling
+from vlmalign.rollout.slots import Ending, Slots
+from vlmalign.training.optimiser import OptimiserSettings, build_optimiser
+from vlmalign.training.policy import PolicySource
+from vlmalign.training.rollout_settings import RolloutSettings
+from vlmalign.training.rollouts import Task
+from vlmalign.training.step import MicroBatch, Objective, Trainer
+from vlmalign.training.supervised import Shapes, micro_batches
+from vlmalign.types import Grid, Group, Segment
+from vlmalign.weights.checkpoint import load_config
+
+PARTS = ("rates", "encode", "decode", "update", "step")
+#: rows and completions per row, and top_p, of the decode programs that are timed
+DECODES = ((1, 1, 1.0), (8, 4, 1.0), (8, 4, 0.95), (32, 4, 1.0))
+#: remat policy, attention, and groups per micro-batch, of the updates that are timed
+UPDATES = (("full", "auto", 8), ("none", "auto", 8), ("none", "auto", 2), ("none", "cudnn", 8))
+
+
+class Pictures:
+    """Random films, a new one for every key."""
+
+    def __init__(self, side: int, tokens: int):
+        self._side, self._grid = side, Grid(round(tokens**0.5), round(tokens**0.5))
+
+    def grid(self, key: str) -> Grid:
+        del key
+        return self._grid
+
+    def read(self, keys: list[str]) -> list[np.ndarray]:
+        shape = (3, self._side, self._side)
+        return [np.random.default_rng(int(key)).random(shape, np.float32) * 2 - 1 for key in keys]
+
+
+def random_params(model: Model) -> dict[str, jax.Array]:
+    """Matrices of standard deviation .02, norms that multiply by 1, biases 0; made on the device."""
+
+    def normal(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+        return (0.02 * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+    make = jax.jit(normal, static_argnums=(1, 2))
+    found = {}
+    for number, (name, slot) in enumerate(model.without_lora().shapes.items()):
+        if len(slot.shape) > 1:
+            found[name] = make(jax.random.key(number), slot.shape, slot.dtype)
+        else:
+            offset = model.config.decoder.norm_offset if name.startswith("language_model") else 0.0
+            found[name] = jnp.full(slot.shape, 1.0 - offset if "norm" in name else 0.0, slot.dtype)
+    return found
+
+
+class Bench:
+    """One model with random weights on the GPU, and its parts."""
+
+    def __init__(self, model: Model, shape: Shape, record: Record, repeats: int):
+        self.model, self.shape, self._record, self._repeats = model, shape, record, repeats
+        self.base = random_params(model)
+        self.vision = model.config.vision
+        self.features = self._store()
+        self._rng, self._number = np.random.default_rng(0), 0
+        self.device = None
+
+    def _store(self) -> FeatureStore | None:
+        if self.vision is None:
+            return None
+        pictures = Pictures(self.vision.image_size, self.vision.tokens)
+        return FeatureStore(self.model, self.base, pictures, chunk=self.shape.prompts)
+
+    def _group(self, group: int) -> Group:
+        """A new prompt, which shows a new film where there is a tower, with `group` random answers."""
+        self._number += 1
+        vocab, length = self.model.config.decoder.vocab, self.shape.prompt
+        tokens = self._rng.integers(16, vocab - 64, length).astype(np.int32)
+        image, keys = np.full(length, -1, np.int32), ()
+        if self.vision is not None:
+            image[8 : 8 + self.vision.tokens], keys = 0, (str(self._number),)
+        answers = tuple(self._answer() for _ in range(group))
+        return Group(self._number, Segment(tokens, image, np.zeros(length, np.float32)), answers, keys)
+
+    def _answer(self) -> Segment:
+        length = self.shape.completion
+        tokens = self._rng.integers(16, self.model.config.decoder.vocab - 64, length).astype(np.int32)
+        return Segment(tokens, np.full(length, -1, np.int32), np.ones(length, np.float32))
+
+    def _peak(self) -> float | None:
+        """GiB; the highest point of this process so far, as the GPU's allocator counts it."""
+        stats = jax.devices()[0].memory_stats() or {}
+        return round(stats["peak_bytes_in_use"] / 2**30, 2) if "peak_bytes_in_use" in stats else None
+
+    def rates(self) -> None:
+        self.device = this_device("bfloat16")
+        self._record.add(
+            "rates", device=self.device.title, copy_tb_s=self.device.bandwidth / 1e12,
+            matmul_tflop_s=self.device.flops["bfloat16"] / 1e12, weights_gib=self._bytes() / 2**30,
+        )  # fmt: skip
+
+    def _bytes(self) -> int:
+        return sum(value.nbytes for value in self.base.values())
+
+    def encode(self) -> None:
+        """New films through the tower, as a rollout asks for them."""
+        if self.features is None:
+            return
+        images = self.shape.prompts
+
+        def run() -> None:
+            keys = [str(10**6 + self._number + i) for i in range(images)]
+            self._number += images
+            self.features.features(keys)
+
+        took = seconds(run, warm=2, repeats=self._repeats)
+        pixels = np.stack(Pictures(self.vision.image_size, self.vision.tokens).read(["1"] * images))
+        program, held = jax.jit(self.model.without_lora().encode), jax.device_put(pixels)
+        tower = seconds(
+            lambda: jax.block_until_ready(program(self.base, held)), warm=2, repeats=self._repeats
+        )  # without drawing the films and moving them
+        self._record.add("encode", images=images, **took, tower_s=tower["seconds"], peak_gib=self._peak())
+
+    def decode(self) -> None:
+        for rows, group, top_p in DECODES:
+            shape = DecodeShape(rows, group, self.shape.completion)
+            sampling = Sampling(self.shape.temperature, top_p)
+            device = DeviceRows(
+                self.model.without_lora(), self.base, decode_weights(self.model.without_lora(), self.base),
+                jax.random.key(0), prompt=self.shape.prompt, steps=BLOCK, sampling=sampling, mesh=None,
+            )  # fmt: skip
+            device.open(shape)
+            slots = Slots(rows, group, Ending(self.shape.completion, ()))
+            for row in range(rows):
+                slots.put(row, row, group_id=row, length=self.shape.prompt, next_position=self.shape.prompt)
+            took = seconds(lambda: device.block(slots), warm=2, repeats=4 * self._repeats)  # noqa: B023
+            config, kv = self.model.config.decoder, cache_bytes(self.model)
+            weights = 2 * (layer_weights(config) + head_weights(config))
+            read = weights + rows * kv * (self.shape.prompt + group * self.shape.completion)
+            token = took["seconds"] / BLOCK
+            self._record.add(
+                "decode", rows=rows, group=group, top_p=top_p, cache=self.shape.completion, ms_per_token=1e3 * token,
+                tokens_per_s=rows * group / token, bytes_gb=read / 1e9, tb_s=read / token / 1e12,
+                share_of_copy=read / token / self.device.bandwidth, peak_gib=self._peak(), block=took,
+            )  # fmt: skip
+            del device
+            gc.collect()
+
+    def useful_flops(self, rows: int) -> float:
+        """Of an update of `rows` groups; see the head of this file."""
+        config, shape = self.model.config.decoder, self.shape
+        length = shape.prompt + shape.group * shape.completion
+        pairs = shape.prompt**2 / 2 + shape.group * shape.completion * (shape.prompt + shape.completion / 2)
+        attention = 12 * len(config.layers) * config.heads * config.head_dim * pairs
+        dense = length * (4 * layer_weights(config) + 6 * adapter_weights(self.model))
+        return rows * (dense + attention + 4 * head_weights(config) * shape.group * shape.completion)
+
+    def _trainer(self, model: Model, beta: float) -> Trainer:
+        settings = GrpoSettings(beta=beta, max_completion=self.shape.completion)
+        objective = Objective(
+            "grpo",
+            lambda scores, batch: grpo_loss(scores, batch, settings=settings),
+            lambda batches: grpo_counts(batches, settings=settings),
+            temperature=self.shape.temperature,
+            needs_reference=beta > 0,
+        )
+        optimiser = build_optimiser(OptimiserSettings(1e-6, warmup=0.0, schedule="constant"), 10**6)
+        return Trainer(model, objective, optimiser, reference=(model.without_lora(), {}))
+
+    def _state(self, trainer: Trainer) -> Any:
+        return trainer.init(init_adapter(self.model.shapes, self.base, key=jax.random.key(0)))
+
+    def update(self) -> None:
+        groups = [self._group(self.shape.group) for _ in range(self.shape.prompts)]
+        for remat, attention, rows in UPDATES:
+            model = Model(self.model.config, self.model.lora, self.model.dtype, attention, remat)
+            try:
+                self._update(model, groups, rows, {"remat": remat, "attention": attention, "rows": rows})
+            except (jax.errors.JaxRuntimeError, ValueError) as error:  # what does not fit or run here is a result
+                self._record.add("update", remat=remat, attention=attention, rows=rows, error=str(error)[:300])
+            gc.collect()
+
+    def _update(self, model: Model, groups: list[Group], rows: int, how: dict[str, Any]) -> None:
+        shapes = Shapes(rows=rows, prompt_multiple=8, completion_multiple=8)
+        batches = micro_batches(groups, shapes, self.features)
+        size = (rows, self.shape.group, self.shape.completion)
+        advantage = np.linspace(-1, 1, rows * self.shape.group, dtype=np.float32).reshape(size[:2])
+        known = {name: np.full(size, -12.0, np.float32) for name in ("rollout_logp", "kept_logp")}
+        held = jax.device_put([MicroBatch(b._replace(advantage=advantage), known) for b in batches])
+        trainer = self._trainer(model, 0.0)
+        state = self._state(trainer)
+        layout = held[0].groups.layout
+        memory = _memory(trainer, state, self.base, held[0])
+
+        def run() -> None:
+            nonlocal state
+            state, found = trainer.step(state, self.base, held)
+            jax.block_until_ready((state.params, found))
+
+        took = seconds(run, warm=2, repeats=self._repeats)
+        flops = self.useful_flops(self.shape.prompts)
+        self._record.add(
+            "update", **how, layout=list(layout), micro_batches=len(held), **took, tflop=flops / 1e12,
+            tflop_s=flops / took["seconds"] / 1e12,
+            mfu=flops / took["seconds"] / self.device.flops["bfloat16"],
+            compiler_gib=memory, peak_gib=self._peak(),
+        )  # fmt: skip
+
+    def step(self) -> None:
+        """Whole GRPO steps on new films: merge, encode, sample, score, reference, update."""
+        shape = self.shape
+        trainer = self._trainer(self.model, 0.15)
+        generator = Generator(
+            model=self.model.without_lora(), features=self.features, stop_ids=(), rows=shape.prompts, group=shape.group,
+            completion=shape.completion, sampling=Sampling(shape.temperature, shape.top_p), multiple=8,
+        )  # fmt: skip
+
+        def score(number, keys, texts, completions, columns) -> ScoredBatch:
+            del number, keys, texts, columns
+            return ScoredBatch([float(len(set(text)) % 7) for text in completions], {}, ())
+
+        source = PolicySource(
+            [Task(self._group(0), "", {}) for _ in range(shape.prompts * 16)], generator=generator, trainer=trainer,
+            base=self.base, decode=lambda tokens: " ".join(map(str, tokens.tolist())), score=score,
+            shapes=Shapes(rows=shape.prompts, prompt_multiple=8, completion_multiple=8),
+            settings=RolloutSettings(shape.prompts, scale="group"),
+        )  # fmt: skip
+        state, rollouts, references = self._state(trainer), [], []
+
+        def run() -> None:
+            nonlocal state
+            began = time.perf_counter()
+            work = source.work(len(rollouts), state.params)
+            rollouts.append(time.perf_counter() - began)
+            batches = []
+            for batch in work.batches:  # as `Trainer.step` does where nothing is recorded
+                logp = jax.block_until_ready(trainer.reference_logp(self.base, batch.groups))
+                batches.append(batch._replace(recorded={**batch.recorded, "ref_logp": logp}))
+            references.append(time.perf_counter() - began - rollouts[-1])
+            state, found = trainer.step(state, self.base, batches, work.options)
+            jax.block_until_ready((state.params, found))
+
+        took = seconds(run, warm=2, repeats=self._repeats)
+        self._record.add(
+            "step", prompts=shape.prompts, group=shape.group, remat=self.model.remat, **took,
+            rollout_s=float(np.median(rollouts[2:])), reference_s=float(np.median(references[2:])), peak_gib=self._peak(),
+        )  # fmt: skip
+
+
+def _memory(trainer: Trainer, state: Any, base: Any, batch: MicroBatch) -> dict[str, float]:
+    """GiB that the compiler set aside for the gradients of one micro-batch."""
+    grads = jax.tree.map(jnp.zeros_like, state.params)
+    counts = trainer.objective.counts([batch.groups])
+    found = trainer._accumulate.lower(grads, state.params, base, batch.groups, batch.recorded, counts, state.step)
+    stats = found.compile().memory_analysis()
+    names = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes", "alias_size_in_bytes")
+    return {name.removesuffix("_size_in_bytes"): round(getattr(stats, name) / 2**30, 3) for name in names}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="medgemma-4b", help=f"{', '.join(MODELS)}, or a config.json")
+    parser.add_argument("--layers", type=int, help="cut the model to so many layers, for a trial")
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--remat", default="full", help="of the whole step")
+    parser.add_argument("--prompt", type=int, default=Shape.prompt)
+    parser.add_argument("--completion", type=int, default=Shape.completion)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(read_sizes(asked.model, asked.layers)), encoding="utf-8")
+        config = load_config(Path(folder))
+    shape = Shape(prompt=asked.prompt, completion=asked.completion)
+    versions = {name: version(name) for name in ("jax", "jaxlib", "flax")} | {"python": platform.python_version()}
+    record = Record(
+        asked.out,
+        {"model": asked.model, "layers": asked.layers, "dtype": "bfloat16", "shape": vars(shape), "versions": versions},
+    )
+    model = Model(config, LoraSpec(shape.rank, 2.0 * shape.rank), dtype="bfloat16", remat=asked.remat)
+    bench = Bench(model, shape, record, asked.repeats)
+    bench.rates()
+    for part in asked.parts.split(","):
+        if part != "rates":
+            getattr(bench, part)()
+
+
+if __name__ == "__main__":
+    main()
