@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "log": set(),
     "progress": set(),
     "machine": set(),
+    "host_memory": set(),
     "randomness": RECORDS,
     "mesh": RECORDS,
     "distributed": set(),
@@ -53,6 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": RECORDING
     | {
         "distributed",
+        "host_memory",
         "planning",
         "config",
         "studies",

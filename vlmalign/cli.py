@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from vlmalign import __version__, distributed
 from vlmalign.evaluation import harness_command
 from vlmalign.exporting import command as export_command
+from vlmalign.host_memory import computes_on_cpu, keep_freed_memory
 from vlmalign.inspection import command as inspect_command
 from vlmalign.planning import command as plan_command
 
@@ -165,6 +166,8 @@ def build_parser(commands: Sequence[Command] = COMMANDS) -> argparse.ArgumentPar
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code of `vlmalign` with these arguments (by default the process's own)."""
     arguments = build_parser().parse_args(argv)
+    if computes_on_cpu():
+        keep_freed_memory()
     try:
         arguments.run_command(arguments)
     except KeyboardInterrupt:

@@ -25,11 +25,12 @@ from vlmalign.objectives.grpo import grpo_counts, grpo_loss
 from vlmalign.objectives.grpo_settings import GrpoSettings
 from vlmalign.rewards.runner import RowFault, ScoredBatch
 from vlmalign.rollout.completions import Completion, Generator
+from vlmalign.rollout.decode_weights import TURNED, decode_weights
 from vlmalign.rollout.sampling import Sampling
 from vlmalign.training.best import Best
 from vlmalign.training.completion_log import CompletionLog
 from vlmalign.training.loop import Stage
-from vlmalign.training.merged import merged_policy
+from vlmalign.training.merged import merge_program, merged_policy
 from vlmalign.training.policy import PolicySource
 from vlmalign.training.rollout_settings import RolloutSettings
 from vlmalign.training.rollouts import Task
@@ -630,6 +631,24 @@ def test_the_policy_is_what_is_trained_in_the_models_dtypes():
     assert (merged[name] == 0.5 + 2.0 * 0.5 * 0.5).all()
     both = merged_policy(adapted, base, {**adapter, **trained})
     assert (both[name] == 0.25 + 2.0 * 0.5 * 0.5).all()
+
+
+def test_merged_matrices_come_turned_where_rollouts_read_them_so():
+    adapted = model(lora=LoraSpec(rank=1, alpha=2.0, targets=("up_proj", "q_proj")))
+    base = adapted.without_lora().init(jax.random.key(0))
+    adapter = {n: jnp.full(s.shape, 0.5) for n, s in adapted.shapes.items() if n not in base}
+    for frozen, trained in ((base, adapter), ({}, {name: value + 0.5 for name, value in base.items()})):
+        trainee = adapted if frozen else adapted.without_lora()
+        found = merge_program(trainee, None)(frozen, trained)
+        assert any(name.endswith(TURNED) for name in found)
+        straight = {n.removesuffix(TURNED): v.T if n.endswith(TURNED) else v for n, v in found.items()}
+        wanted = merged_policy(trainee, frozen, trained)
+        assert straight.keys() == wanted.keys()
+        for name, value in wanted.items():
+            assert np.allclose(straight[name], value, rtol=1e-6, atol=1e-6), name
+        read = decode_weights(trainee.without_lora(), found)
+        assert all(read[name] is value for name, value in found.items() if name.endswith(TURNED)), "not turned again"
+        assert sum(name.endswith(TURNED) for name in read) == 7 + 1, "a layer's matrices, and the head"
 
 
 # ------------------------------------------------------------------------------------------------ what is refused

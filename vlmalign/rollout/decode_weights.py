@@ -28,14 +28,28 @@ def decode_weights(model: Model, params: Params) -> dict[str, Array]:
     """What `bind_for_decoding` takes: the parameters, on a CPU with the decoder's matrices turned.
 
     The copy of a matrix lives as long as the matrix, so that what does not change between rollouts is turned once.
+    Matrices that are turned already (`turned`) stay as they are.
     """
-    device = next(iter(params.values())).sharding.device_set
-    names = [name for name in params if _is_turned(model, name)]
-    small = sum(params[name].nbytes for name in names) <= MOST_BYTES
-    if len(device) > 1 or next(iter(device)).platform != "cpu" or not small:
+    if not is_turned_here(model, params):
         return dict(params)
+    names = [name for name in params if _is_turned(model, name) and name + TURNED not in params]
     found = {name: value for name, value in params.items() if name not in names or _is_embedding(name)}
     return found | {name + TURNED: _turn(params[name]) for name in names}
+
+
+def is_turned_here(model: Model, params: Params) -> bool:
+    """Whether `decode_weights` turns matrices where these parameters live."""
+    small = sum(value.nbytes for name, value in params.items() if _is_turned(model, name)) <= MOST_BYTES
+    devices = {device for value in params.values() for device in value.sharding.device_set}
+    return small and [device.platform for device in devices] == ["cpu"]
+
+
+def turned(model: Model, params: Params) -> dict[str, Array]:
+    """The parameters with their matrices turned, the embedding both ways if it is the output matrix too; inside a traced
+    function that makes them anyway (a merge)."""
+    names = {name for name in params if _is_turned(model, name)}
+    found = {name: value for name, value in params.items() if name not in names or _is_embedding(name)}
+    return found | {name + TURNED: params[name].T for name in names}
 
 
 def bind_for_decoding(model: Model, params: Params) -> tuple[Network, Float[Array, "vocab embed"]]:

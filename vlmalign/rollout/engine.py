@@ -76,7 +76,7 @@ def prefill(model: Model, params: Params, batch: GroupBatch) -> Prefilled:
     """Every layer's prompt keys and values, and the last real state of each prompt: no logits of prompt tokens."""
     if batch.features is None and batch.pixels is not None:
         raise ValueError("a rollout reads image features, found pixels; attach features first (FeatureStore.attach)")
-    network = model.bind(params)
+    network, _ = bind_for_decoding(model, params)
     x = network.embed(batch.tokens, batch.image, batch.features)
     places, layout, shared = model.places(batch), batch.layout, []
     choice = resolve_attention(
