@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -26,6 +27,7 @@ from tiny_checkpoints import (
 )
 
 from vlmalign.models.attention import IMPLEMENTATIONS, cudnn_refusal
+from vlmalign.models.decoder import REMAT
 from vlmalign.models.siglip import SiglipTower
 from vlmalign.types import Group, GroupBatch, Layout
 
@@ -261,8 +263,24 @@ def test_rematerialisation_changes_no_value_and_no_gradient():
     weight = weights_of((item,))
     runs = [
         scores_and_gradients(replace(adapted().model, remat=remat), adapted().params, put([item], ALONE), weight)
-        for remat in ("none", "full")
+        for remat in REMAT
     ]
-    assert_close(runs[1][0], runs[0][0], 1e-6)
-    for parameter in runs[0][1]:
-        assert_close(runs[1][1][parameter], runs[0][1][parameter], 1e-5, parameter)
+    for remat, (values, gradients) in zip(REMAT, runs, strict=True):
+        assert_close(values, runs[0][0], 1e-6, remat)
+        for parameter in runs[0][1]:
+            assert_close(gradients[parameter], runs[0][1][parameter], 1e-5, f"{remat}: {parameter}")
+
+
+def test_each_rematerialisation_keeps_less_than_the_one_before():
+    """Bytes that the forward pass hands to the backward pass; by shapes alone."""
+    batch, base = jax.tree.map(jnp.asarray, put(GROUPS, LAYOUT)), adapted().params
+
+    def kept(remat: str) -> int:
+        model = replace(adapted().model, remat=remat)
+        backward = jax.eval_shape(lambda p: jax.vjp(lambda p: model.states(p, batch), p)[1], base)
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(backward))
+
+    found = {remat: kept(remat) for remat in REMAT}
+    assert list(found) == ["none", "dots", "attention", "full"]
+    assert sorted(found.values(), reverse=True) == list(found.values())
+    assert len(set(found.values())) == len(found), found

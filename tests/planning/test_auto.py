@@ -8,6 +8,7 @@ import pytest
 from small_plan import CONFIG, SMALL
 
 from vlmalign.config import load_config
+from vlmalign.models.decoder import REMAT
 from vlmalign.planning.auto import AUTO, choose, concrete, leaves_open, settle
 from vlmalign.planning.devices import Device, find_device
 from vlmalign.planning.study import workload_of
@@ -79,7 +80,7 @@ def test_what_is_stated_stands(model_config):
 def test_less_memory_takes_fewer_rows_then_recomputes_then_refuses(model_config):
     """The smaller the device, the later in the order (none, 8), (none, 4) ... (full, 1), and every choice fits."""
     config = opened("remat", "sft", "grpo", "rollout")
-    order = [(remat, rows) for remat in ("none", "full") for rows in (8, 4, 2, 1)]
+    order = [(remat, rows) for remat in REMAT for rows in (8, 4, 2, 1)]
     places, refused = [], False
     for memory in (4e9, 1.5e9, 0.8e9, 0.4e9, 0.2e9, 4e6):
         try:

@@ -14,7 +14,7 @@ from vlmalign.planning.jobs import changed_names
 from vlmalign.planning.memory import MARGIN, phases, usable
 from vlmalign.planning.schedule import times
 from vlmalign.planning.search import Candidate, candidates, changed, choose_rows
-from vlmalign.planning.target import Target
+from vlmalign.planning.target import Target, quick_shapes
 from vlmalign.types import Layout
 
 A100 = find_device("a100-80")
@@ -22,11 +22,12 @@ A100 = find_device("a100-80")
 
 @pytest.fixture(scope="module")
 def real():
-    return medgemma("grpo.rollout.completion=512")
+    with quick_shapes():
+        yield medgemma("grpo.rollout.completion=512")
 
 
 def test_every_rematerialisation_has_its_cost():
-    assert set(cost.FORWARD_AGAIN) == set(REMAT)
+    assert list(cost.FORWARD_AGAIN) == list(cost.ATTENTION_AGAIN) == list(REMAT)
 
 
 def test_published_sizes_of_medgemma(real):
@@ -63,8 +64,11 @@ def test_lora_trains_in_four_operations_per_weight_or_six_with_rematerialisation
     assert full.flops - none.flops == pytest.approx(layers + attention)
     frozen = 2 * cost.layer_weights(config) * update.layout.row
     rest = 6 * cost.adapter_weights(real.model) * update.layout.row + 3 * attention
-    rest += 6 * cost.head_weights(config) * 4 * 512
+    rest += 4 * cost.head_weights(config) * 4 * 512  # forward, and the gradient of its input
     assert none.flops == pytest.approx(2 * frozen + rest)
+    dots, attended = (cost.gradients(changed(real, "grpo", Candidate(n, 8)).model, update, 1) for n in list(REMAT)[1:3])
+    assert dots.flops - none.flops == pytest.approx(attention)
+    assert attended.flops == full.flops
 
 
 def test_decoding_is_bound_by_weights_and_caches(real):
@@ -139,7 +143,7 @@ def test_the_first_that_fits_is_taken(real):
         assert [t.fits for t in choice.tried] == [False] * (len(choice.tried) - 1) + [choice.taken is not None]
         assert choice.tried[-1].peak <= usable(device.memory) or choice.taken is None
     assert taken["h200"].remat == "none"
-    assert taken["rtx4090-24"] is None or taken["rtx4090-24"].remat == "full"
+    assert taken["rtx4090-24"] is None or taken["rtx4090-24"].remat != "none"
     assert len(said) >= len(DEVICES)
 
 

@@ -5,18 +5,20 @@ Parameter paths are the checkpoint's own names (`layers.0.self_attn.q_proj.weigh
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from vlmalign.mesh import ROWS, constrain
 from vlmalign.models.attention import KeyValue
 from vlmalign.models.config import DecoderConfig, LayerSpec
 from vlmalign.models.dropout import Noise
-from vlmalign.models.linear import Linear, init_normal
+from vlmalign.models.linear import PRODUCT, Linear, init_normal
 from vlmalign.models.norms import RMSNorm
 from vlmalign.models.rope import rotary_tables, rotate
 from vlmalign.shapes import Array, Float, Int
@@ -166,7 +168,7 @@ class Decoder(nnx.Module):
         remat: str,
         noise: Noise | None = None,
     ) -> Float[Array, "n t embed"]:
-        """States after the final norm. `remat`: "none" keeps every activation, "full" recomputes each layer.
+        """States after the final norm. `remat`, a name in `REMAT`: what the backward pass finds and what it makes again.
 
         `noise` drops inputs of the adapters. `position` is [n, t], or [n, t, 3] under M-RoPE, where [n, t] stands for three equal coordinates (text).
         """
@@ -186,16 +188,32 @@ class Decoder(nnx.Module):
         return self.norm(x)
 
 
+#: what rematerialisation calls the result of attention
+ATTENDED = "attended"
+
+
 def _scores_made_again(attend: Attend) -> Attend:
     """While the feed-forward half of a recomputed layer runs backward, the attention scores of the other half would lie
     by: a tenth of a layer's memory at work, for 1 % of its operations."""
 
     def again(layer: int, q: Array, kv: KeyValue, window: int | None) -> Array:
-        return jax.checkpoint(lambda q, kv: attend(layer, q, kv, window))(q, kv)
+        out = jax.checkpoint(lambda q, kv: attend(layer, q, kv, window))(q, kv)
+        return checkpoint_name(out, ATTENDED)
 
     return again
 
 
-#: rematerialisation of a layer's activations, and within it of the attention scores
-REMAT = {"none": lambda run: run, "full": jax.checkpoint}
-ATTEND_AGAIN = {"none": lambda attend: attend, "full": _scores_made_again}
+def _keeping(*names: str) -> Callable[[Callable], Callable]:
+    return partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(*names))
+
+
+#: What is kept of a layer for the backward pass, from the most to the least: every activation; the results of linear
+#: maps and of attention, from which the rest follows without a large product but the scores; the results of attention,
+#: which leaves out their second half; nothing but the layer's input.
+REMAT = {
+    "none": lambda run: run,
+    "dots": _keeping(PRODUCT, ATTENDED),
+    "attention": _keeping(ATTENDED),
+    "full": jax.checkpoint,
+}
+ATTEND_AGAIN = {"none": lambda attend: attend} | dict.fromkeys(("dots", "attention", "full"), _scores_made_again)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from vlmalign.models.dropout import Noise, drop
 from vlmalign.models.product import product
 from vlmalign.shapes import Array, Float
+
+#: what rematerialisation calls the result of a linear map
+PRODUCT = "product"
 
 
 def init_normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: jnp.dtype) -> Array:
@@ -83,7 +87,7 @@ class Linear(nnx.Module):
             if self.lora_magnitude_vector is not None:
                 norm = output_norms(self.weight[...], self.lora_A.weight[...], self.lora_B.weight[...], self.lora_scale)
                 y = y * (self.lora_magnitude_vector[...] / jax.lax.stop_gradient(norm)).astype(x.dtype)
-        return y if self.bias is None else y + self.bias[...]
+        return checkpoint_name(y if self.bias is None else y + self.bias[...], PRODUCT)
 
 
 def output_norms(

@@ -41,7 +41,7 @@ class Model:
     lora: LoraSpec | None = None
     dtype: str = "float32"  #: of the base parameters and activations: float32 or bfloat16; adapters are float32
     attention: str = "auto"  #: "auto", or a name in `attention.IMPLEMENTATIONS`
-    remat: str = "none"  #: "none", or "full" to recompute each layer in the backward pass
+    remat: str = "none"  #: what the backward pass makes again: a name in `decoder.REMAT`
     _logged: set = field(default_factory=set, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -20,8 +20,10 @@ from vlmalign.planning.workload import Sampled, Update
 from vlmalign.rollout.completions import Generator
 from vlmalign.types import Layout
 
-#: forward passes through the layers that a backward pass makes again, by the policy in `models.decoder.REMAT`
-FORWARD_AGAIN = {"none": 0, "full": 1}
+#: forward passes through the layers that a backward pass makes again, by the policy in `models.decoder.REMAT`, in the
+#: order of what they cost: of their linear maps, and of attention
+FORWARD_AGAIN = {"none": 0, "dots": 0, "attention": 1, "full": 1}
+ATTENTION_AGAIN = {"none": 0, "dots": 1, "attention": 1, "full": 1}
 #: forward passes' worth of operations in a backward pass: inputs' gradients, and weights' where they are trained
 BACKWARD_INPUT, BACKWARD_WEIGHT = 1, 1
 
@@ -87,16 +89,16 @@ def forward(model: Model, layout: Layout, rows: float, *, head: bool) -> Cost:
 
 
 def gradients(model: Model, update: Update, rows: float) -> Cost:
-    """One micro-batch of `rows` rows, forward and backward. The output matrix runs forward twice; it is frozen beside
-    an adapter, whose own matrices are few."""
+    """One micro-batch of `rows` rows, forward and backward. An output matrix that is frozen, beside an adapter, runs
+    once forward and once for the gradient of its input; one that is trained runs forward twice."""
     config, layout = model.config.decoder, update.layout
     again, adapted = FORWARD_AGAIN[model.remat], model.lora is not None
     frozen = layer_weights(config) if adapted else 0
     trained = adapter_weights(model) if adapted else layer_weights(config)
     passes = 1 + again + BACKWARD_INPUT
-    head = 2 + BACKWARD_INPUT + (0 if adapted else BACKWARD_WEIGHT)
+    head = 1 + BACKWARD_INPUT + (0 if adapted else 1 + BACKWARD_WEIGHT)
     flops = layout.row * (2 * frozen * passes + 2 * trained * (passes + BACKWARD_WEIGHT))
-    flops += _attention(config, layout) * (1 + again + BACKWARD_INPUT + BACKWARD_WEIGHT)
+    flops += _attention(config, layout) * (1 + ATTENTION_AGAIN[model.remat] + BACKWARD_INPUT + BACKWARD_WEIGHT)
     flops += 2 * head_weights(config) * layout.group * layout.completion * head
     read = ((frozen or trained) * passes + head_weights(config) * head) * _item(model)
     return Cost(rows * flops, read)

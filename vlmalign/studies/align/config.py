@@ -25,7 +25,8 @@ class Model(Config):
     path: Path
     dtype: Literal["float32", "bfloat16"] = "float32"  #: of frozen parameters and activations; never float16
     attention: Literal["auto", *IMPLEMENTATIONS] = "auto"
-    remat: Literal["none", "full", "auto"] = "none"  #: auto: chosen by the plan, as rows are
+    #: what the backward pass makes again (`models.decoder.REMAT`); auto: chosen by the plan, as rows are
+    remat: Literal["none", "dots", "attention", "full", "auto"] = "none"
     lora: Lora | None = Lora()  #: null: the whole decoder is trained (never the vision tower)
     adapter: Path | None = None  #: PEFT folder to go on from; `lora` must be as in it
 

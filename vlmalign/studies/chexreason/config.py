@@ -80,7 +80,8 @@ class Model(Config):
     path: Path
     dtype: str = "float32"  #: float32 or bfloat16
     attention: str = "auto"
-    remat: Literal["none", "full", "auto"] = "none"  #: auto: chosen by the plan, as rows are
+    #: what the backward pass makes again (`models.decoder.REMAT`); auto: chosen by the plan, as rows are
+    remat: Literal["none", "dots", "attention", "full", "auto"] = "none"
     lora: Lora = Lora()
 
     @field_validator("dtype")
