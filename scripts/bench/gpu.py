@@ -57,7 +57,14 @@ PARTS = ("rates", "encode", "decode", "update", "step")
 #: rows and completions per row, and top_p, of the decode programs that are timed
 DECODES = ((1, 1, 1.0), (8, 4, 1.0), (8, 4, 0.95), (32, 4, 1.0))
 #: remat policy, attention, and groups per micro-batch, of the updates that are timed
-UPDATES = (("full", "auto", 8), ("none", "auto", 8), ("none", "auto", 2), ("none", "cudnn", 8))
+UPDATES = (
+    ("full", "auto", 8),
+    ("attention", "auto", 8),
+    ("dots", "auto", 8),
+    ("none", "auto", 8),
+    ("none", "auto", 2),
+    ("none", "cudnn", 8),
+)
 
 
 class Pictures:

@@ -10,12 +10,18 @@ length. While one makes a step the other waits. Both multiply with XLA: nothing 
 what different versions of jaxlib differ by, whose float32 rate is printed for our side.
 """
 
+# ruff: noqa: E402 - the environment must be set before torch and JAX are imported
+
 from __future__ import annotations
 
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from vlmalign.host_memory import keep_freed_memory
+
+keep_freed_memory()  # as the vlmalign command does
 
 import argparse
 import json

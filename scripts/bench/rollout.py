@@ -9,6 +9,8 @@ only ratios mean anything. `corrected` is what is left of the ratio when the spe
 product over many rows is divided out.
 """
 
+# ruff: noqa: E402 - the environment must be set before torch and JAX are imported
+
 from __future__ import annotations
 
 import os
@@ -16,6 +18,10 @@ import os
 # Before torch and JAX are imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's idle threads must not spin on JAX's cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from vlmalign.host_memory import keep_freed_memory
+
+keep_freed_memory()  # as the vlmalign command does; torch, in this process too, has the same heap
 
 import argparse
 import json

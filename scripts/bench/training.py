@@ -22,6 +22,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from vlmalign.host_memory import keep_freed_memory
+
+keep_freed_memory()  # as the vlmalign command does; torch, in this process too, has the same heap
+
 import argparse
 import json
 import statistics
