@@ -6,11 +6,12 @@
 #
 # Run a command as one process per node (each with all of the node's GPUs), and end all of them when one dies.
 #
-#     sbatch --nodes 4 --gpus-per-node 8 scripts/launch_slurm.sh vlmalign align config.yaml --run /shared/runs/first
+#     sbatch --nodes 4 --gpus-per-node 8 --cpus-per-task 64 scripts/launch_slurm.sh vlmalign align config.yaml
 #     scripts/launch_slurm.sh --dry-run vlmalign align config.yaml           # shows what would be run, and runs nothing
 #
-# The run folder must lie where all nodes see it. Submitted again with the same command, on the same or another number
-# of nodes, a run goes on from its last checkpoint. Process ids, their number and the first node are read from SLURM.
+# The run folder (--run /shared/runs/first) must lie where all nodes see it; --cpus-per-task are the cores of a node.
+# Submitted again with the same command, on the same or another number of nodes, a run goes on from its last checkpoint.
+# Process ids, their number and the first node are read from SLURM. The job's exit code is that of what failed first.
 # VLMALIGN_HEARTBEAT: seconds without a sign of life after which a process counts as dead (30).
 set -euo pipefail
 
@@ -29,10 +30,13 @@ export VLMALIGN_HEARTBEAT=${VLMALIGN_HEARTBEAT:-30}
 # Runs on every node, around the command: srun itself says that a task was killed, but not what that means.
 # shellcheck disable=SC2016  # expanded on the nodes
 around='
-trap : TERM INT  # the command gets them too, and is waited for
-code=0
+trap told=yes TERM INT  # the command gets them too, and is waited for
+code=0 told=no
 "$@" || code=$?
-if ((code)); then
+if ((code)) && [[ $told == yes ]]; then
+    echo "launch_slurm: process ${SLURM_PROCID-?} on $(hostname) was told to end, and has" >&2
+    code=1  # srun returns the highest of all: that of the process that failed by itself
+elif ((code)); then
     how="ended with exit code $code"
     if ((code > 128)); then how="was ended by SIG$(kill -l $((code - 128)))"; fi
     if ((code == 137)); then how="$how (often: out of memory)"; fi
@@ -41,8 +45,10 @@ if ((code)); then
 fi
 exit "$code"'
 
-# One task that fails ends all; those that do not listen to SIGTERM are killed after SLURM`s KillWait.
-job=(srun --label --kill-on-bad-exit=1 bash -c "$around" vlmalign "$@")
+# One task that fails ends all; those that do not listen to SIGTERM are killed after SLURM`s KillWait. From SLURM 22.05 on
+# srun does not take over the --cpus-per-task of sbatch (its manual), and is told again.
+cores=${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}
+job=(srun --label --kill-on-bad-exit=1 ${cores:+"$cores"} bash -c "$around" vlmalign "$@")
 if [[ $dry_run == yes ]]; then
     printf '%q ' "${job[@]}"
     echo

@@ -4,8 +4,13 @@
     scripts/launch_ssh.py --hosts node1,node2 -- vlmalign align config.yaml --run /shared/runs/first
     scripts/launch_ssh.py --hosts localhost --per-host 2 --transport local -- vlmalign align config.yaml
 
-Each host must be reached without a password, and have this folder, Python and the run folder at the same paths. By
-default there is one process on each host, which uses all of its accelerators; with --per-host N each takes its own.
+Each host must be reached without a password, and have this folder, Python and the run folder at the same paths. Commands
+are looked for beside that Python first, so that those of its environment are found. By default there is one process on
+each host, which uses all of its accelerators; with --per-host N each takes its own.
+
+The processes meet at a free port of the first host, at the address that ssh reaches it by; --address and --port name
+others, for a faster network or a firewall.
+
 Lines of output come with the number of their process. Ctrl-C reaches all processes; a second one kills them. The exit
 code is 0, that of the first process that failed (128 + the number of the signal that ended it), or 130.
 
@@ -34,10 +39,22 @@ from typing import Any, NamedTuple
 GRACE = 10
 #: seconds that processes are given to end after Ctrl-C: some wait for a computation of all of them
 INTERRUPTED = 20.0
-#: a host that does not answer for half a minute counts as lost
-SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3")
+#: a host that does not answer for half a minute counts as lost, and then its processes end by themselves (`host_side`)
+LIMITS = ("BatchMode=yes", "ConnectTimeout=30", "ServerAliveInterval=10", "ServerAliveCountMax=3")
+SSH = ("ssh", "-T", *(f"-o{limit}" for limit in LIMITS))
+#: addresses of a host that it alone can be reached by
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 #: how a host's side is told to pass a signal on, and which one
 SIGNALS = {"INT": signal.SIGINT, "TERM": signal.SIGTERM, "KILL": signal.SIGKILL}
+#: what usually stands behind a signal that nobody sent by hand
+OFTEN = {
+    "SIGKILL": " (often: out of memory)",
+    "SIGABRT": " (often: JAX ended it, since another process gave no sign of life any more)",
+}
+
+
+class LaunchError(Exception):
+    """Nothing was started, and why."""
 
 
 class Ended(NamedTuple):
@@ -85,8 +102,13 @@ def launch(arguments: argparse.Namespace) -> int:
     hosts = [host for host in arguments.hosts.split(",") if host]
     local = arguments.transport == "local"
     count = len(hosts) * arguments.per_host
-    address = "127.0.0.1" if local else hosts[0].rpartition("@")[2]
-    port = arguments.port or (_free_port() if local else 29400)
+    own = [arguments.python, str(Path(__file__).resolve())]
+    address = arguments.address or ("127.0.0.1" if local else _address(hosts[0]))
+    if not local and address in LOOPBACK and not all(_address(host) in LOOPBACK for host in hosts):
+        raise LaunchError(
+            f"the others cannot reach {hosts[0]} at {address}; give --address, or its name in the network"
+        )
+    port = arguments.port or _free_port(_on(hosts[0], [*own, "--free-port"], local=local))
     ended: queue.Queue[Ended] = queue.Queue()
     pressed: queue.Queue[int] = queue.Queue()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -103,15 +125,13 @@ def launch(arguments: argparse.Namespace) -> int:
             **{name: os.environ[name] for name in arguments.env if name in os.environ},
         }
         job = {"command": arguments.command, "directory": str(arguments.directory), "environment": environment}
-        own = [arguments.python, str(Path(__file__).resolve()), "--host-side"]
-        start = own if local else [*SSH, host, shlex.join(own)]
-        processes.append(Process(number, host, start, job, ended))
+        processes.append(Process(number, host, _on(host, [*own, "--host-side"], local=local), job, ended))
     return _watch(processes, ended, pressed, arguments.grace)
 
 
 def _watch(processes: list[Process], ended: queue.Queue[Ended], pressed: queue.Queue[int], grace: float) -> int:
     """Waits until all have ended; after a death or Ctrl-C, ever less kindly."""
-    left, code = {process.number: process for process in processes}, 0
+    left, code, cause = {process.number: process for process in processes}, 0, ""
     plan: list[tuple[float, str]] = []  # (when, signal) still to come
     while left:
         while not pressed.empty():
@@ -135,13 +155,15 @@ def _watch(processes: list[Process], ended: queue.Queue[Ended], pressed: queue.Q
         process = left.pop(number)
         if found and not code:
             code, plan = _positive(found), _schedule(grace, grace)
-            _say(
-                f"process {number} on {process.host} {_how(found)}; a run cannot go on without it. "
-                f"Ending {'the other ' + str(len(left)) if left else 'no others'}; what it said is above. "
-                "The run goes on from its last checkpoint when it is started again, also with another number of processes"
-            )
+            cause = f"process {number} on {process.host} {_how(found)}"
+            _say(f"{cause}; a run cannot go on without it, the others ({len(left)}) are ended. What it said is above")
         elif found:
             _say(f"process {number} on {process.host} {_how(found)}")
+    if cause:  # again, below what the others said as they ended
+        _say(
+            f"the run ended because {cause}. "
+            "It goes on from its last checkpoint when it is started again, also with another number of processes"
+        )
     return code
 
 
@@ -174,17 +196,33 @@ def _how(code: int) -> str:
     if code <= 128:
         return f"ended with exit code {code}"
     name = signal.Signals(code - 128).name if code - 128 in set(signal.Signals) else f"signal {code - 128}"
-    return f"was ended by {name}" + (" (often: out of memory)" if name == "SIGKILL" else "")
+    return f"was ended by {name}" + OFTEN.get(name, "")
 
 
 def _say(text: str) -> None:
     print(f"launch_ssh: {text}", file=sys.stderr, flush=True)
 
 
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+def _on(host: str, command: Sequence[str], *, local: bool) -> list[str]:
+    return list(command) if local else [*SSH, host, shlex.join(command)]
+
+
+def _address(host: str) -> str:
+    """Where ssh finds a host: what the user calls it may be a name that only ssh's own settings know."""
+    said = subprocess.run(["ssh", "-G", host], capture_output=True, text=True, check=True).stdout
+    return dict(line.split(" ", 1) for line in said.splitlines() if " " in line)["hostname"]
+
+
+def _free_port(ask: Sequence[str]) -> int:
+    """A port that is free where `ask` runs: at one in use, these processes would join those of another run."""
+    said = subprocess.run(ask, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    try:
+        return int(said.stdout.split()[-1])  # a host may greet before it answers
+    except (IndexError, ValueError):
+        raise LaunchError(
+            f"the first host named no free port ({shlex.join(ask)} {_how(said.returncode)}): "
+            f"{said.stderr.strip() or said.stdout.strip() or 'no output'}"
+        ) from None
 
 
 def host_side() -> int:
@@ -193,14 +231,20 @@ def host_side() -> int:
     When the line to the launcher breaks, the job is ended: no process outlives its launcher.
     """
     job = json.loads(sys.stdin.readline())
-    child = subprocess.Popen(
-        job["command"],
-        cwd=job["directory"],
-        env={**os.environ, **job["environment"]},
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,
-        preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)],
-    )
+    # A shell that ssh opens for one command has seldom read the profile that says where commands are.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    try:
+        child = subprocess.Popen(
+            job["command"],
+            cwd=job["directory"],
+            env={**os.environ, "PATH": path, **job["environment"]},
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)],
+        )
+    except OSError as error:  # no such command or folder here, as the shell says it: 127
+        print(f"launch_ssh: cannot start {job['command'][0]!r} in {job['directory']} ({error}); looked in {path}")
+        return 127
 
     def listen() -> None:
         for line in sys.stdin:
@@ -223,12 +267,18 @@ def _signal_all(group: int, number: int) -> None:
 def main() -> int:
     if sys.argv[1:] == ["--host-side"]:
         return host_side()
+    if sys.argv[1:] == ["--free-port"]:
+        with socket.socket() as found:
+            found.bind(("", 0))
+            print(found.getsockname()[1])
+        return 0
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--hosts", required=True, metavar="A,B", help="hosts as ssh knows them; process 0 is on the first"
     )
     parser.add_argument("--per-host", type=int, default=1, metavar="N", help="processes on each host (default 1)")
-    parser.add_argument("--port", type=int, help="free port of the first host (default 29400; local: any)")
+    parser.add_argument("--port", type=int, help="port of the first host where processes meet (any that is free there)")
+    parser.add_argument("--address", help="where the others reach the first host (where ssh finds it)")
     parser.add_argument("--heartbeat", type=int, default=30, metavar="S", help="seconds without a sign of life (30)")
     parser.add_argument(
         "--grace",
@@ -245,7 +295,11 @@ def main() -> int:
     arguments = parser.parse_args()
     if min(arguments.per_host, arguments.heartbeat, arguments.grace) < 1:
         parser.error("--per-host, --heartbeat and --grace must be >= 1")
-    return launch(arguments)
+    try:
+        return launch(arguments)
+    except LaunchError as error:
+        _say(str(error))
+        return 2
 
 
 if __name__ == "__main__":

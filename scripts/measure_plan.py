@@ -124,7 +124,8 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
     state, *_ = run("sft optimiser", "sft optimiser", state, sums, jnp.float32(1))
     del sums, _
     reference = {name: value.copy() for name, value in state.params.items()}
-    policy = run("rollout merge", "merge", base, state.params)
+    # The program makes the matrices that change; the others are the base's own.
+    policy = {**base, **run("rollout merge", "merge", base, state.params)}
     prefilled = run("rollout prefill", "rollout prefill", policy, filled(planned["rollout prefill"].arguments[1]))
     del prefilled
     weights = decode_weights(base_of(model), policy)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from vlmalign import exchange
-from vlmalign.distributed import Processes, is_writer, leave, own_share, process_count, resolve, share_of
+from vlmalign.distributed import Processes, is_writer, leave, lost_another, own_share, process_count, resolve, share_of
 from vlmalign.rewards.crew import Crew
 
 EXPLICIT = {"VLMALIGN_COORDINATOR": "node1:29400", "VLMALIGN_PROCESSES": "4", "VLMALIGN_PROCESS": "2"}
@@ -93,6 +95,22 @@ def test_half_of_the_settings_is_refused(given, environment, message, monkeypatc
     monkeypatch.setattr("vlmalign.distributed.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=message.replace(".", "[.]").replace(":", "[:]")):
         resolve(given, environment)
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        # As JAX said them in a process that was left behind: by Gloo, at a barrier, and when process 0 is gone.
+        (RuntimeError("UNKNOWN: Gloo all-reduce failed: [...] Connection closed by peer [127.0.0.1]:11145"), True),
+        (RuntimeError("INTERNAL: Barrier failed because: [...] UNAVAILABLE: Task 1 heartbeat timeout."), True),
+        (RuntimeError("UNAVAILABLE: Failed to send RPC to coordination service. Either the leader [...]"), True),
+        (ValueError("UNKNOWN: Gloo AllGather failed: [...] Connection closed by peer [127.0.0.1]:9420"), True),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 bytes."), False),
+        (ValueError("--heartbeat: the heartbeat timeout is no number"), False),
+    ],
+)
+def test_errors_that_come_of_another_process(error, lost):
+    assert lost_another(error) == lost
 
 
 @pytest.mark.parametrize("size", [0, 1, 3, 4, 11])
@@ -193,7 +211,57 @@ def test_one_that_dies_ends_all(repository, how, code, said):
     first = err.splitlines()[0]
     assert first.startswith(f"launch_ssh: process 1 on b {'was' if how == 'killed' else 'ended with'}")
     assert said in first
+    last = err.splitlines()[-1]
+    assert last.startswith("launch_ssh: the run ended because process 1 on b "), "below what the others said"
+    assert said in last
     assert_gone(out)
+
+
+def test_a_command_that_is_not_there_is_named(repository, tmp_path):
+    started = launch(repository, "--hosts", "a", "--directory", str(tmp_path), "--", "no-such-command")
+    out, err = started.communicate(timeout=60)
+    assert started.returncode == 127
+    assert f"[0] launch_ssh: cannot start 'no-such-command' in {tmp_path}" in out
+    assert "process 0 on a ended with exit code 127" in err
+
+
+#: stands in for ssh: settings know "a" by another name, and what follows options and the host is run here
+SSH = """#!/bin/bash
+if [[ $1 == -G ]]; then
+    echo "user root"; echo "hostname node-of-$2"
+elif [[ "$*" == *" lost "* ]]; then
+    echo "connect to host lost port 22: No route to host" >&2; exit 255
+else
+    while [[ $1 == -* ]]; do shift; done
+    exec bash -c "$2"
+fi
+"""
+
+
+def test_over_ssh_processes_meet_where_ssh_finds_the_first_host_at_a_port_free_there(repository, tmp_path):
+    (tmp_path / "ssh").write_text(SSH)
+    (tmp_path / "ssh").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    script = [sys.executable, repository / "scripts" / "launch_ssh.py"]
+    report = [Path(sys.executable).name, "-c", "import os; print(os.environ['VLMALIGN_COORDINATOR'])"]
+    ports = set()
+    for options, address in (((), r"node-of-a:\d+"), (("--address", "10.0.0.7", "--port", "29400"), "10.0.0.7:29400")):
+        command = [*script, "--hosts", "a,b", *options, "--", *report]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=True)
+        lines = sorted(done.stdout.splitlines())
+        assert re.fullmatch(rf"\[0\] {address}", lines[0])
+        assert [line.split()[1] for line in lines] == [lines[0].split()[1]] * 2
+        ports.add(lines[0].rpartition(":")[2])
+    assert len(ports) == 2
+    command = [*script, "--hosts", "lost,a", "--", *report]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "launch_ssh: the first host named no free port" in done.stderr
+    assert "No route to host" in done.stderr
+    command = [*script, "--hosts", "a,b", "--address", "localhost", "--", *report]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "the others cannot reach a at localhost" in done.stderr
 
 
 def assert_gone(out: str) -> None:
@@ -246,12 +314,22 @@ def test_the_slurm_script(repository, tmp_path):
         (["bash", "-c", 'echo "$VLMALIGN_HEARTBEAT $1"', "x", "a b"], 0, "30 a b\n"),
         (["bash", "-c", "kill -9 $$"], 137, ""),
         (["bash", "-c", "exit 2"], 2, ""),
+        # Told to end, as srun tells all when one fails: not the cause, which has the higher code of the two.
+        (["bash", "-c", "kill $PPID $$"], 1, ""),
     ):
         done = subprocess.run([script, *command], capture_output=True, text=True, env=environment, check=False)
         assert (done.returncode, done.stdout) == (code, out)
-        how = {0: "", 137: "was ended by SIGKILL (often: out of memory)", 2: "ended with exit code 2"}[code]
+        how = {0: "", 137: "was ended by SIGKILL (often: out of memory)", 2: "ended with exit code 2"}.get(code, "told")
         assert how in done.stderr
         assert ("launch_slurm: process 3 on " in done.stderr) == (code != 0)
+    shown = subprocess.run(
+        [script, "--dry-run", "x"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**environment, "SLURM_CPUS_PER_TASK": "8"},
+    )
+    assert " --cpus-per-task=8 bash -c " in shown.stdout
     assert subprocess.run([script], capture_output=True, check=False).returncode == 2
 
 
@@ -261,6 +339,7 @@ TOGETHER = """
 import json, os, signal, sys, time
 import numpy as np
 from vlmalign import distributed, exchange
+from vlmalign.rollout.features import FeatureStore, Peers
 distributed.start()
 me = distributed.process_index()
 def fail():
@@ -283,6 +362,21 @@ for name, call in {
     except ValueError as error:
         found[name] = str(error)
 exchange.agree("same", "the config")
+class Tower:
+    def without_lora(self):
+        return self
+    def encode(self, *given):
+        raise AssertionError
+class Store(FeatureStore):
+    def _encode_missing(self, missing):
+        return {key: np.full((2, 3), ord(key), np.float32) for key in missing}
+store = Store(Tower(), {}, None, peers=Peers(me, 2, exchange.gather_from))
+store.features(["a", "b"] if me == 0 else ["b"])
+store.share(list("abcdefghijab"))
+if me == 1:
+    store.share(list("jib"))  # says nothing to the other: all hold them
+found["features"] = [float(part.mean()) for part in store.features(list("jabz"))]
+found["encoded"] = store.encoded
 print(json.dumps(found), flush=True)
 if sys.argv[1] == "dies":
     if me == int(sys.argv[2]):
@@ -324,6 +418,10 @@ def test_processes_tell_each_other(repository):
         assert own["writer"] == (me == 0)
         assert own["share"] == [["a", "b"], ["c", "d", "e"]][me]
         assert "differ in the config: process 0 has ['seed', 0], process 1 has ['seed', 1]" in own["agree"]
+    # Every image by one process, but "b", which both met alone, and "z", which each asks for alone at the end.
+    assert found[0]["features"] == found[1]["features"] == [ord(key) for key in "jabz"]
+    assert found[0]["encoded"] + found[1]["encoded"] == len("abcdefghij") + len("b") + len("zz")
+    assert min(found[0]["encoded"], found[1]["encoded"]) > 3, "shared out"
     assert found[0]["mistake"] == "process 1 stopped: line 7 of rows.jsonl is broken"
     assert found[1]["mistake"] == "line 7 of rows.jsonl is broken"
 
@@ -350,4 +448,7 @@ def test_a_defect_in_one_process_ends_it_at_once_and_the_others_learn_of_it(repo
     assert processes[0].returncode == 1
     assert processes[1].returncode != 0
     assert "RuntimeError: a defect" in errors[0]
+    assert "another process of this run has ended" not in errors[0]
+    if processes[1].returncode == 1:  # else JAX ended it in its own words, before Python saw the error
+        assert "process 1 cannot go on: another process of this run has ended" in errors[1]
     assert ends[1] - ends[0] < 60

@@ -45,6 +45,13 @@ STARTED_BY: Mapping[str, str] = {
     "k8s": "JOB_COMPLETION_INDEX",
 }
 
+#: what JAX raises in a process whose peer is gone, as a RuntimeError or a ValueError: a status, and then a connection
+#: that broke or heartbeats that ceased
+LOST = re.compile(
+    r"[A-Z_]+: .*(heartbeat timeout|coordination service|connection (closed|reset|refused)|broken pipe|NCCL.*remote)",
+    re.IGNORECASE | re.DOTALL,
+)
+
 _started = False
 
 
@@ -128,13 +135,22 @@ def start(given: Processes = Processes()) -> None:
     sys.excepthook = _leave_on_error
 
 
-def leave(code: int) -> int:
-    """`code`; but a process of several that fails ends here and now.
+def leave(code: int, error: BaseException | None = None) -> int:
+    """`code`; but a process of several that fails ends here and now, saying so if it is for the end of another one.
+
+    `error` is by default the exception that is being handled.
 
     An ordinary exit waits for the other processes, which wait for this one's share of their next exchange. Its
     connections break as it ends, and by that the others learn of it.
     """
     if code and _started:
+        if lost_another(error or sys.exception()):
+            print(
+                f"vlmalign: process {process_index()} cannot go on: another process of this run has ended, or cannot be "
+                "reached any more; its own output says why. The run goes on from its last checkpoint when all are started "
+                "again, also in another number",
+                file=sys.stderr,
+            )
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -176,7 +192,16 @@ def share_of(size: int, process: int, processes: int) -> slice:
 
 def _leave_on_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     traceback.print_exception(kind, error, trace)
-    leave(1)
+    leave(1, error)
+
+
+def lost_another(error: BaseException | None) -> bool:
+    """True for what JAX, Gloo and NCCL raise in a process when another one has died.
+
+    >>> lost_another(RuntimeError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer [127.0.0.1]:11145"))
+    True
+    """
+    return isinstance(error, RuntimeError | ValueError) and LOST.match(str(error)) is not None
 
 
 def _merged(given: Processes, environment: Mapping[str, str]) -> Processes:

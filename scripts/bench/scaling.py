@@ -188,9 +188,12 @@ def page() -> Iterator[str]:
 def compiled() -> Iterator[str]:
     """Collectives of the plans that are kept."""
     yield "## Compiled\n"
-    yield "From `vlmalign plan` (deviceless compilation, never run): peaks and collectives of the training program.\n"
-    yield "| plan | GPUs | peak of each, GiB | program | collective | number | in a loop | MB per call |"
-    yield "|---|---|---:|---|---|---:|---|---:|"
+    yield (
+        "From `vlmalign plan` (deviceless compilation, never run): peaks, and the collectives of every program that has "
+        "any. Programs of training are drawn out from models of few layers, where it says so.\n"
+    )
+    yield "| plan | GPUs | peak of each, GiB | program | how | collective | number | in a loop | MB per call |"
+    yield "|---|---|---:|---|---|---|---:|---|---:|"
     for path in sorted(RESULTS.glob("plan_*.json")):
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if found.get("method") != "compiled":
@@ -198,12 +201,12 @@ def compiled() -> Iterator[str]:
         device, peak = found["device"], found["peak_bytes"] / 2**30
         start = f"| `{path.name}` | {device['count']} x {device['name']} | {peak:.1f} |"
         rows = [
-            f"{start} {program['name']} | {each['kind']} | {each['count']} | {each['loop'] or 'no'} | "
+            f"{start} {program['name']} | {program['how']} | {each['kind']} | {each['count']} | {each['loop'] or 'no'} | "
             f"{each['bytes'] / 1e6:.1f} |"
             for program in found["programs"]
             for each in program["collectives"]
         ]
-        yield from rows or [f"{start} all | none | | | |"]
+        yield from rows or [f"{start} all | | none | | | |"]
 
 
 def main() -> None:

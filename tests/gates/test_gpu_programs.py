@@ -8,12 +8,12 @@ from small_gates import CONFIG, MEDGEMMA
 
 from vlmalign.config import load_config
 from vlmalign.planning.batches import places
+from vlmalign.planning.depth import shallow
 from vlmalign.planning.devices import find_device
 from vlmalign.planning.graphs import launches_per_round
 from vlmalign.planning.inputs import read_lengths, read_model
 from vlmalign.planning.jobs import micro_job, rollout_jobs
 from vlmalign.planning.programs import compile_all, lower, read_compiled
-from vlmalign.planning.search import shallow
 from vlmalign.planning.target import open_target, plug_in_problem
 from vlmalign.planning.workload import read_workload
 from vlmalign.rollout.engine import BLOCK

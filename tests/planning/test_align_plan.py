@@ -1,15 +1,19 @@
 """Plans of `vlmalign align`: which numbers its stages become, and full fine-tuning cut over devices."""
 
 import json
+from collections.abc import Sequence
 
 import pytest
 
 from vlmalign.cli import main
+from vlmalign.objectives.ppo import RECORDED
 from vlmalign.planning import cost
-from vlmalign.planning.batches import places, size, split, whole
+from vlmalign.planning.batches import places, size, split, update_batch, whole
 from vlmalign.planning.devices import find_device
+from vlmalign.planning.jobs import micro_job
 from vlmalign.planning.memory import phases
 from vlmalign.planning.study import read_study
+from vlmalign.training.value_head import BIAS, WEIGHT
 
 TEXT = {
     "model_type": "qwen2",
@@ -51,11 +55,11 @@ def read(tmp_path, monkeypatch):
     monkeypatch.setattr("vlmalign.planning.target.PLUG_IN", ("no-such-wheel",))
     (tmp_path / "config.json").write_text(json.dumps(TEXT))
 
-    def run(lora: str = "null", beta: float = 0.0, count: int = 8):
+    def run(lora: str = "null", beta: float = 0.0, count: int = 8, kind: str = "grpo", overrides: Sequence[str] = ()):
         path = tmp_path / "study.yaml"
-        path.write_text(CONFIG % (lora, beta))
+        path.write_text((CONFIG % (lora, beta)).replace("kind: grpo", f"kind: {kind}"))
         device = find_device("a100-80")
-        return read_study(path, (), lambda dtype: device, count, model_config=tmp_path / "config.json")
+        return read_study(path, overrides, lambda dtype: device, count, model_config=tmp_path / "config.json")
 
     return run
 
@@ -111,6 +115,42 @@ def test_the_command_reads_both_studies(read, tmp_path, capsys):
     assert found["proposed"]["remat"] == "none"
     assert found["planned_in"]["cpu_seconds"] > 0
     assert "Fits:" in capsys.readouterr().out
+
+
+def test_ppo_trains_a_value_head_too(read):
+    """Beside the adapter: a vector as wide as the states and a bias, their gradients and their moments."""
+    one = read("{rank: 2, alpha: 4}", count=1)
+    workload, target = read("{rank: 2, alpha: 4}", count=1, kind="ppo")
+    head = 4 * (64 + 1)
+    grpo, ppo = ({phase.name: phase for phase in phases(each[0], {}, target)} for each in (one, (workload, target)))
+    assert ppo["ppo gradients"].adapter == grpo["grpo gradients"].adapter + 2 * head
+    assert ppo["ppo gradients"].optimiser == grpo["grpo gradients"].optimiser + 2 * head
+    assert ppo["rollout decode"].parameters == grpo["rollout decode"].parameters, "the head is not sampled with"
+    batch, recorded = update_batch(workload.model, workload.grpo)
+    assert set(RECORDED) <= set(recorded)
+    assert recorded["returns"].shape == batch.weight.shape
+    sums, params, *_ = micro_job(workload.model, workload.grpo, places(target, workload.model), target).arguments
+    assert set(params) - set(split(workload.model).trained) == {WEIGHT, BIAS}
+    assert set(sums) == set(params)
+
+
+def test_rollouts_that_cut_the_weights(read):
+    """Over two devices: half of every matrix, the caches of twice the rows with half of the heads, on each."""
+    whole_each, halves = (
+        read("{rank: 2, alpha: 4}"),
+        read("{rank: 2, alpha: 4}", overrides=["stages.1.rollout.tensor=2"]),
+    )
+    one, two = (
+        {phase.name: phase for phase in phases(*each[:1], {}, each[1])}["rollout decode"]
+        for each in (whole_each, halves)
+    )
+    assert (halves[1].sampling_shares, whole_each[1].sampling_shares) == (4, 8)
+    assert one.cache == two.cache
+    shapes = whole(halves[0].model)
+    matrices = sum(v.size for v in shapes.values() if len(v.shape) == 2)
+    frozen = size(split(halves[0].model).frozen)
+    assert two.parameters - frozen == pytest.approx(2 * matrices / 2, rel=0.05), "a copy cut in two"
+    assert one.parameters - frozen > 0
 
 
 def test_axes_that_do_not_fit_are_refused(read, tmp_path, capsys):

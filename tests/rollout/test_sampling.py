@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
-from tiny_checkpoints import assert_close
+from tiny_checkpoints import QUICK, assert_close
 
-from vlmalign.rollout.sampling import BLOCK, Sampling, draw, inverse_cdf, keep, top_p_threshold
+from vlmalign.rollout.sampling import BLOCK, Sampling, _search, draw, inverse_cdf, keep, top_p_threshold
 
 LAST = float(np.nextafter(np.float32(1), np.float32(0)))
 
@@ -50,6 +50,30 @@ def test_top_p_over_a_large_vocabulary():
         kept = p[row] >= threshold[row]
         assert np.array_equal(kept, reference_kept(p[row], 0.9)) or abs(p[row][kept].sum() - 0.9) < 1e-5
         assert 1 < kept.sum() < 2000
+
+
+def test_the_search_for_a_gpu_finds_the_same_threshold():
+    """Without a loop and four ways at once, as on a GPU, to the bit; ties, zeros and sums that round included."""
+    rng = np.random.default_rng(1)
+    rows = [jax.nn.softmax(jnp.asarray(scale * rng.normal(size=(8, 700)), jnp.float32)) for scale in (0.01, 1, 8, 60)]
+    p = jnp.concatenate([*rows, jnp.asarray(rng.integers(0, 4, (8, 700)) / 1024, jnp.float32)])
+
+    def found(ways: int, unrolled: bool) -> np.ndarray:
+        goals = [0.05, 0.5, 0.95, 1 - 1e-6]
+
+        @partial(jax.jit, compiler_options=QUICK)
+        def one(goal):
+            held = goal * jnp.sum(p, axis=-1, keepdims=True)
+            return _search(
+                p,
+                enough=lambda kept: jnp.sum(jnp.where(kept, p, 0.0), axis=-1, keepdims=True) >= held,
+                ways=ways,
+                unrolled=unrolled,
+            )
+
+        return np.stack([one(jnp.float32(goal)) for goal in goals])
+
+    assert np.array_equal(found(2, False), found(4, True))
 
 
 def test_top_p_always_keeps_the_most_likely():

@@ -5,6 +5,7 @@ Planned are one stage that learns from answers (sft or dpo) and one that learns 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -74,8 +75,6 @@ def read_align(config: AlignConfig, model: Model, lengths: Lengths, *, count: in
             left_out.append(f"the time of stage {learnt.kind} but for one step: its data say how many there are")
     if sampled is None:
         return Workload(model, lengths, first, None, None, 1, False, 0.0, 0, (), tuple(left_out))
-    if sampled.rollout.tensor > 1:
-        left_out.append("the cut of rollout weights over tensor: planned with all of them on every device")
     settings = sampled.rollout_settings(0)
     rollout = Sampled(
         "rollout",
@@ -126,12 +125,12 @@ def _learnt(stage: Sft | Dpo, lengths: Lengths, count: int) -> Update:
 
 def _sampled(stage: Grpo | Ppo, lengths: Lengths, count: int) -> Update:
     first = stage.rollout_settings(0).scores_first
-    reference = stage.objective.beta > 0
+    # A penalty within the rewards compares with a reference as well, which the loss alone does not ask for.
+    reference = stage.objective.beta > 0 or stage.kl_in_reward > 0
     recorded = ["rollout_logp", "kept_logp"] + ["old_logp"] * first + ["ref_logp"] * reference
-    if isinstance(stage, Ppo):
-        raise ValueError("planned are sft, dpo and grpo; found a stage ppo, whose value head is not counted yet")
+    recorded += ["old_values", "returns", "advantage"] * isinstance(stage, Ppo)
     update = _update(
-        stage, objective_of(stage), lengths.prompt, stage.rollout.group, stage.rollout.completion, stage.prompts,
+        stage, replace(objective_of(stage), needs_reference=reference), lengths.prompt, stage.rollout.group, stage.rollout.completion, stage.prompts,
         stage.steps, tuple(recorded), count,
     )  # fmt: skip
     real = stage.rollout.group * lengths.completion

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ from vlmalign.planning.target import Target
 from vlmalign.planning.workload import Update
 from vlmalign.rollout.placing import rollout_placement, training_placement
 from vlmalign.studies.align.system import DECODER
+from vlmalign.training.value_head import init_value_head
 from vlmalign.types import GroupBatch, Layout
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
@@ -96,6 +97,15 @@ def _split(model: Model) -> Parameters:
         {name: value for name, value in shapes.items() if name not in trained},
         {name: jax.ShapeDtypeStruct(shapes[name].shape, jnp.float32) for name in shapes if name in trained},
     )
+
+
+def trained_in(model: Model, update: Update) -> Shapes:
+    """What this stage trains: PPO, a value head beside the policy."""
+    found = split(model).trained
+    if not update.objective.needs_values:
+        return found
+    head = jax.eval_shape(partial(init_value_head, model.config.decoder.embed))
+    return dict(found) | head
 
 
 @cache

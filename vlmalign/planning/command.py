@@ -36,6 +36,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--share", type=float, default=SHARE, metavar="X", help=f"of the roofline, for GPU-hours (default {SHARE})"
     )
     parser.add_argument("--no-search", dest="search", action="store_false", help="look for no better settings")
+    parser.add_argument("--whole", action="store_true", help="compile training with all its layers: exact, and minutes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there as well")
 
 
@@ -75,7 +76,13 @@ def run(arguments: argparse.Namespace) -> None:
         completion=arguments.completion_tokens,
     )
     progress = Console(stderr=True)
-    plan = make_plan(workload, target, search=arguments.search, say=lambda text: progress.print(f"[dim]{text}[/dim]"))
+    plan = make_plan(
+        workload,
+        target,
+        search=arguments.search,
+        whole=arguments.whole,
+        say=lambda text: progress.print(f"[dim]{text}[/dim]"),
+    )
     found = record(plan, share=arguments.share)
     found["planned_in"] = {
         "seconds": round(time.perf_counter() - started, 1),

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from vlmalign.mesh import ROWS, TENSOR
 from vlmalign.models.compiling import DECODING
 from vlmalign.models.model import Model, Params
 from vlmalign.planning.batches import (
@@ -21,7 +22,9 @@ from vlmalign.planning.batches import (
     rollout_places,
     size,
     split,
+    trained_in,
     update_batch,
+    used,
     whole,
 )
 from vlmalign.planning.target import Target, tracing
@@ -114,8 +117,8 @@ def rollout_jobs(name: str, model: Model, sampled: Sampled, where: Where, target
             ),
             (
                 where.sampled(weights),
-                put(cache, where.rows),
-                put(shared, where.rows),
+                _put_caches(cache, where, heads=2),
+                _put_caches(shared, where, heads=1),
                 put(rows, where.rows),
                 put(key, where.whole),
             ),
@@ -125,6 +128,21 @@ def rollout_jobs(name: str, model: Model, sampled: Sampled, where: Where, target
             mesh=target.sampling_mesh,
         ),
     ]
+
+
+def _put_caches(tree: Any, where: Where, *, heads: int) -> Any:
+    """As `rollout.cache` places them: cut by rows, and keys and values at dim `heads` over `tensor` where it divides."""
+    if where.sampling is None:
+        return put(tree, where.rows)
+    mesh = where.sampling.mesh
+
+    def one(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        # The states of completions, [n, k, embed], are whole but for their rows.
+        cut = len(x.shape) > 3 and x.shape[heads] % mesh.shape[TENSOR] == 0
+        spec = PartitionSpec(ROWS, *[None] * (heads - 1), TENSOR) if cut else PartitionSpec(ROWS)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(one, tree)
 
 
 def _decode_weights(base: Model, target: Target) -> dict[str, jax.ShapeDtypeStruct]:
@@ -156,7 +174,7 @@ def trainer(model: Model, update: Update, where: Where) -> Trainer:
 
 def micro_job(model: Model, update: Update, where: Where, target: Target) -> Job:
     """Gradients of one micro-batch, added to those before."""
-    frozen, trained = map(where.trained, split(model))
+    frozen, trained = where.trained(split(model).frozen), where.trained(trained_in(model, update))
     batch, recorded = update_batch(model, update)
     step = jax.ShapeDtypeStruct((), jnp.int32)
     return Job(
@@ -178,7 +196,7 @@ def micro_job(model: Model, update: Update, where: Where, target: Target) -> Job
 
 def apply_job(model: Model, update: Update, where: Where, target: Target) -> Job:
     """The optimiser's step."""
-    trained = where.trained(split(model).trained)
+    trained = where.trained(trained_in(model, update))
     scalar = put(jax.ShapeDtypeStruct((), jnp.int32), where.whole)
     state = TrainState(dict(trained), moments(model, update, where), scalar)
     loss = jax.ShapeDtypeStruct((), jnp.float32)
@@ -193,7 +211,7 @@ def apply_job(model: Model, update: Update, where: Where, target: Target) -> Job
 
 def moments(model: Model, update: Update, where: Where) -> Any:
     """What the optimiser keeps, where it keeps it."""
-    trained = split(model).trained
+    trained = trained_in(model, update)
     found = jax.eval_shape(update.optimiser.init, trained)
     if where.training is None:
         return put(found, where.one)
@@ -208,7 +226,8 @@ def reference_job(model: Model, update: Update, where: Where, target: Target) ->
     """Log-probabilities of a micro-batch under the reference, which is an adapter of its own."""
     frozen, trained = map(where.trained, split(model))
     # Kept in the dtypes of the model, as the studies keep it.
-    extra = {n: jax.ShapeDtypeStruct(v.shape, model.shapes[n].dtype, sharding=v.sharding) for n, v in trained.items()}
+    kept = used(model)
+    extra = {n: jax.ShapeDtypeStruct(v.shape, kept[n].dtype, sharding=v.sharding) for n, v in trained.items()}
     return Job(
         f"{update.name} reference",
         trainer(model, update, where)._reference_scores,

@@ -12,7 +12,18 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from vlmalign.models.model import Model
-from vlmalign.planning.batches import Where, base_of, places, prompt_batch, size, split, update_batch, used, whole
+from vlmalign.planning.batches import (
+    Where,
+    base_of,
+    places,
+    prompt_batch,
+    size,
+    split,
+    trained_in,
+    update_batch,
+    used,
+    whole,
+)
 from vlmalign.planning.cost import cache_bytes
 from vlmalign.planning.jobs import changed_names, moments, turned_names
 from vlmalign.planning.programs import Program
@@ -35,7 +46,7 @@ class Phase(NamedTuple):
     optimiser: int
     cache: int  #: keys and values
     working: int  #: all else: batch, activations, logits
-    how: str  #: of `working`: "compiled" or "arithmetic"
+    how: str  #: of `working`: "compiled", from which it was drawn out or scaled, or "arithmetic"
 
     @property
     def peak(self) -> int:
@@ -51,13 +62,14 @@ def phases(workload: Workload, programs: Mapping[str, Program], target: Target) 
     """Every phase of the run, in its order; what a program needs is estimated where it is not among `programs`."""
     model, count = workload.model, target.count
     where = places(target, model)
-    frozen, trained = (size(where.trained(part)) for part in split(model))
+    frozen, adapter = (size(where.trained(part)) for part in split(model))
     found = []
     if model.config.vision is not None:
         found.append(_phase("encode", Held(size(where.trained(whole(model)))), programs, _encoding(model)))
     for update in workload.stages:
         # The reference is kept in the dtypes of the model, by which an adapter's are float32.
         reference = frozen_copy(model, where) if update.objective.needs_reference else 0
+        trained = size(where.trained(trained_in(model, update)))
         held = Held(frozen, trained + reference, size(moments(model, update, where)))
         if update is workload.grpo:
             found += _rollout("rollout", workload.rollout, model, held, programs, target)
@@ -72,7 +84,7 @@ def phases(workload: Workload, programs: Mapping[str, Program], target: Target) 
         )
         found.append(_phase(f"{update.name} optimiser", summed, programs, trained))
     for sampled in workload.evaluation[:1]:  # their shapes differ in nothing but how few films there may be
-        found += _rollout("evaluation", sampled, model, Held(frozen, trained), programs, target)
+        found += _rollout("evaluation", sampled, model, Held(frozen, adapter), programs, target)
     return found
 
 
@@ -93,18 +105,19 @@ class Held(NamedTuple):
 def _phase(name: str, held: Held, programs: Mapping[str, Program], estimate: int, batch: int = 0) -> Phase:
     if name not in programs:
         return Phase(name, *held, estimate, "arithmetic")
-    return Phase(name, *held, batch + programs[name].memory.beyond, "compiled")
+    return Phase(name, *held, batch + programs[name].memory.beyond, programs[name].how)
 
 
 def _rollout(
     name: str, sampled: Sampled, model: Model, held: Held, programs: Mapping[str, Program], target: Target
 ) -> list[Phase]:
     """The adapter is merged into a copy of every weight; then prompts and completions have their caches."""
-    where, shapes, count = places(target, model), whole(model), target.count
+    where, shapes, count = places(target, model), whole(model), target.sampling_shares
+    tensor = target.sampling_axes.tensor
     changed = {name: shapes[name] for name in changed_names(model)}
     merged = programs["merge"].memory.outputs if "merge" in programs else size(where.trained(changed))
-    if target.mesh is not None and target.axes.fsdp != 1:
-        # What training has cut is brought whole to every device, the shares that it is brought from beside it.
+    if target.mesh is not None and (target.axes.fsdp, tensor) != (1, 1):
+        # What training has cut is brought to where rollouts read it, the shares that it is brought from beside it.
         copy = size(where.sampled(shapes))
         merging = _phase("merge", held, programs, merged)
         merging = merging._replace(parameters=merging.parameters + copy)
@@ -113,7 +126,9 @@ def _rollout(
         merging = _phase("merge", held, programs, merged)
     held = held._replace(parameters=held.parameters + copy)
     again = size([shapes[name] for name in turned_names(base_of(model), target)])
-    rows, kv, item = -(-sampled.rows // count), cache_bytes(model), jnp.dtype(model.dtype).itemsize
+    rows, item = -(-sampled.rows // count), jnp.dtype(model.dtype).itemsize
+    # Heads are cut between devices and never across: what does not divide is whole on each.
+    kv = cache_bytes(model) // (tensor if model.config.decoder.kv_heads % tensor == 0 else 1)
     prompts, own = rows * sampled.prompt * kv, rows * sampled.group * sampled.completion * kv
     batch = size(prompt_batch(model, rows=sampled.rows, prompt=sampled.prompt)) // count
     some = rows if count > 1 else max(1, rows // 4)
@@ -155,13 +170,20 @@ def _training(model: Model, update: Update, where: Where, count: int) -> int:
     """What the forward pass leaves for the backward pass, one layer at work, and one chunk of logits with its gradient."""
     config, layout, item = model.config.decoder, update.layout, jnp.dtype(model.dtype).itemsize
     rows, layers = -(-update.rows // count), len(config.layers)
-    kept = config.embed * layout.row * item
-    if model.remat == "none":
-        kept = _wide(model, layout.row) * item + _scores(model, layout)
+    kept = _kept(model, layout.row) * item + (_scores(model, layout) if model.remat == "none" else 0)
     at_work = 2 * (_wide(model, layout.row) * item + _scores(model, layout))
     # A whole decoder that is trained is used in the model's dtype, and its gradient is there before it is added up.
     used = 0 if model.lora is not None else 2 * frozen_copy(model, where)
     return rows * (layers * kept + at_work) + 2 * _head(model) + used
+
+
+def _kept(model: Model, tokens: int) -> int:
+    """Numbers that one layer leaves of `tokens` tokens for the backward pass, scores aside (`models.decoder.REMAT`)."""
+    config = model.config.decoder
+    attended = config.heads * config.head_dim
+    products = attended + 2 * config.kv_heads * config.head_dim + 2 * config.ffn + 2 * config.embed
+    more = {"full": 0, "attention": attended, "dots": attended + products}
+    return _wide(model, tokens) if model.remat == "none" else tokens * (config.embed + more[model.remat])
 
 
 def _wide(model: Model, tokens: int) -> int:

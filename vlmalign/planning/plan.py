@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from vlmalign.models.decoder import REMAT
-from vlmalign.planning.batches import places
+from vlmalign.models.model import Model
+from vlmalign.planning.batches import Where, places
+from vlmalign.planning.depth import draw_out, shallow_jobs
 from vlmalign.planning.jobs import Job, apply_job, encode_job, merge_job, micro_job, reference_job, rollout_jobs
 from vlmalign.planning.memory import Phase, phases, usable
 from vlmalign.planning.programs import Program, compile_all
 from vlmalign.planning.schedule import Times, times
-from vlmalign.planning.search import Choice, changed, choose_rows, stage_of
-from vlmalign.planning.target import Target
-from vlmalign.planning.workload import Workload
+from vlmalign.planning.search import Candidate, Choice, changed, choose_rows, gradients_job, stage_of
+from vlmalign.planning.target import Target, quick_shapes
+from vlmalign.planning.workload import Update, Workload
 
 
 @dataclass(frozen=True)
@@ -44,56 +47,95 @@ class Plan:
         return self.peak.peak <= self.usable
 
 
-def make_plan(workload: Workload, target: Target, *, search: bool, say: Callable[[str], None]) -> Plan:
-    """Compile the config's programs for the target (where that can be done), and look for better settings."""
+@quick_shapes()
+def make_plan(
+    workload: Workload, target: Target, *, search: bool, say: Callable[[str], None], whole: bool = False
+) -> Plan:
+    """Compile the config's programs for the target (where that can be done), and look for better settings.
+
+    With `whole`, those of training have all their layers when they are compiled; else they are drawn out (`depth`).
+    """
     programs: dict[str, Program] = {}
     if target.devices:
-        programs = compile_all(jobs(workload, target), target, say)
+        programs = _compiled(workload, target, say, whole)
     elif target.refusal:
         say(f"arithmetic only: {target.refusal}")
     found = tuple(phases(workload, programs, target))
     timing = times(workload, target.device, target.count)
     plan = Plan(target, workload, programs, found, timing, (), None, (), None)
-    return _improved(plan, say) if search else plan
+    return _improved(plan, say, whole) if search else plan
 
 
 def jobs(workload: Workload, target: Target) -> list[Job]:
     """Every program of the run."""
+    return [make(workload.model) for make in _training(workload, target).values()] + _others(workload, target)
+
+
+def _training(workload: Workload, target: Target) -> dict[str, Callable[[Model], Job]]:
+    """The programs whose compilation takes long where layers are many, to be made for any depth; the longest first."""
+
+    def made(job: Callable[[Model, Update, Where, Target], Job], update: Update) -> Callable[[Model], Job]:
+        return lambda model: job(model, update, places(target, model), target)
+
+    found = {}
+    for update in workload.stages:
+        found[f"{update.name} gradients"] = made(micro_job, update)
+        if update.objective.needs_reference:
+            found[f"{update.name} reference"] = made(reference_job, update)
+        found[f"{update.name} optimiser"] = made(apply_job, update)
+    return found
+
+
+def _others(workload: Workload, target: Target) -> list[Job]:
     model, where = workload.model, places(target, workload.model)
     found = []
-    for update in reversed(workload.stages):
-        found.append(micro_job(model, update, where, target))
-        if update.objective.needs_reference:
-            found.append(reference_job(model, update, where, target))
     if workload.rollout is not None:
-        found += rollout_jobs("rollout", model, workload.rollout, where, target)
-        found.append(merge_job(model, where, target))
+        prefill, decode = rollout_jobs("rollout", model, workload.rollout, where, target)
+        found += [decode, prefill, merge_job(model, where, target)]
     if model.config.vision is not None:
         found.append(encode_job(model, where))
-    return found + [apply_job(model, update, where, target) for update in workload.stages]
+    return found
 
 
-def _improved(plan: Plan, say: Callable[[str], None]) -> Plan:
+def _compiled(workload: Workload, target: Target, say: Callable[[str], None], whole: bool) -> dict[str, Program]:
+    model, made = workload.model, _training(workload, target)
+    parts = {name: [make(model)] if whole else shallow_jobs(make, model) for name, make in made.items()}
+    found = compile_all([*itertools.chain(*parts.values()), *_others(workload, target)], target, say)
+    drawn = {name: draw_out(name, [found.pop(job.name) for job in part], model) for name, part in parts.items()}
+    return drawn | found
+
+
+def _improved(plan: Plan, say: Callable[[str], None], whole: bool) -> Plan:
     """GRPO, where nearly all time goes, chooses the policy; SFT then chooses its rows."""
     target, proposed = plan.target, plan.workload
     choices: list[Choice] = []
     policies = tuple(REMAT)
     for update in reversed(plan.workload.stages):
-        choice = choose_rows(proposed, stage_of(update, plan.workload), target, say, policies=policies)
+        known = {}
+        if f"{update.name} gradients" in plan.programs:
+            configured = Candidate(plan.workload.model.remat, update.rows)
+            known = {configured: plan.programs[f"{update.name} gradients"]}
+        choice = choose_rows(proposed, stage_of(update, plan.workload), target, say, policies=policies, known=known)
         choices.append(choice)
         if choice.taken is None:
             return replace(plan, choices=tuple(choices))
         proposed, policies = changed(proposed, choice.stage, choice.taken), (choice.taken.remat,)
     programs = dict(plan.programs)
-    if target.devices:
-        again = []
-        for choice in choices:
-            before, after = getattr(plan.workload, choice.stage), getattr(proposed, choice.stage)
-            if (proposed.model.remat, after.rows) != (plan.workload.model.remat, before.rows):
-                again.append(micro_job(proposed.model, after, places(target, proposed.model), target))
-            if after.rows != before.rows:
-                # Compiled for other rows; it needs less than the gradients do, and is estimated.
-                programs.pop(f"{after.name} reference", None)
+    for choice in choices:
+        before, after = getattr(plan.workload, choice.stage), getattr(proposed, choice.stage)
+        if after.rows != before.rows:
+            # Compiled for other rows; it needs less than the gradients do, and is estimated.
+            programs.pop(f"{after.name} reference", None)
+        if choice.program is not None:
+            programs[choice.program.name] = choice.program
+    if target.devices and whole:
+        changed_stages = [
+            getattr(proposed, choice.stage)
+            for choice in choices
+            if (proposed.model.remat, getattr(proposed, choice.stage).rows)
+            != (plan.workload.model.remat, getattr(plan.workload, choice.stage).rows)
+        ]
+        again = [gradients_job(proposed.model, update=update, target=target) for update in changed_stages]
         programs |= compile_all(again, target, say)
     return replace(
         plan,

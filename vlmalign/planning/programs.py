@@ -40,6 +40,7 @@ class Program:
     findings: Findings
     seconds: float  #: tracing and compiling
     launches: tuple[str, ...] | None = None  #: of a loop over tokens on a GPU, per round: see `graphs`
+    how: str = "compiled"  #: "compiled", or from which depths it was drawn out: see `depth`
 
 
 def lower(job: Job, target: Target) -> jax.stages.Lowered:

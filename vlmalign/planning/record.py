@@ -1,7 +1,7 @@
 """A plan as plain data for JSON; every group of numbers says how it was come by.
 
-"compiled": the compiler's plan for the program, never run. "arithmetic": counted from shapes. "measured": timed here.
-"assumed": given, or the stated guess.
+"compiled": the compiler's plan for the program, never run. "drawn out": so for models with fewer layers, and from them by
+what a layer adds. "arithmetic": counted from shapes. "measured": timed here. "assumed": given, or the stated guess.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def record(plan: Plan, *, share: float) -> dict[str, Any]:
         "programs": [
             {
                 "name": program.name,
-                "how": "compiled",
+                "how": program.how,
                 **{f"{name}_bytes": value for name, value in program.memory._asdict().items()},
                 "collectives": [each._asdict() for each in program.findings.collectives],
                 "copies_in_loops": [each._asdict() for each in program.findings.copies],

@@ -1,29 +1,37 @@
 """Which rows of a micro-batch and which rematerialisation to take: the fastest that fits.
 
 Keeping activations is faster than making them again, and more rows at once are never slower, so the candidates have an
-order, and the first that fits is taken. Memory grows by the same amount with every layer: a candidate is compiled
-at two small depths and drawn out to the whole; what is taken is then compiled whole.
+order, and the first that fits is taken. For a GPU that is not here a candidate is compiled at two small depths and drawn
+out to the whole (`depth`); for the one that is here, it is compiled as it will run. After one candidate of a policy was
+compiled, arithmetic scaled to it says of the others which fit with room to spare, and which are not worth compiling.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 from vlmalign.models.decoder import REMAT
 from vlmalign.models.model import Model
 from vlmalign.planning.batches import places, size, update_batch
 from vlmalign.planning.cost import FORWARD_AGAIN
-from vlmalign.planning.jobs import micro_job
+from vlmalign.planning.depth import draw_out, shallow_jobs
+from vlmalign.planning.devices import THIS
+from vlmalign.planning.hlo import Findings
+from vlmalign.planning.jobs import Job, micro_job
 from vlmalign.planning.memory import phases, usable
-from vlmalign.planning.programs import compile_all
+from vlmalign.planning.programs import Memory, Program, compile_all
 from vlmalign.planning.target import Target
 from vlmalign.planning.workload import Update, Workload
 
-#: layers of the models that stand for the whole one
-DEPTHS = (2, 4)
+#: estimates above this many times the limit are believed without compiling: those of arithmetic alone are rough, but not
+#: by half; those scaled to a compiled program of the same policy are near it
+BEYOND, BEYOND_SCALED = 2.0, 1.1
+#: and scaled ones below this share of the limit, but for devices that are here
+CLEAR = 0.8
+SCALED = "arithmetic scaled to what was compiled"
 
 
 class Candidate(NamedTuple):
@@ -37,7 +45,7 @@ class Tried(NamedTuple):
     candidate: Candidate
     peak: int
     fits: bool
-    how: str  #: "drawn out from 2 and 4 layers", "compiled", "arithmetic"
+    how: str  #: "drawn out from 2 and 4 layers", "compiled", "arithmetic", "arithmetic scaled to what was compiled"
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,7 @@ class Choice:
     stage: str
     taken: Candidate | None
     tried: tuple[Tried, ...]
+    program: Program | None = None  #: of the gradients with what was taken, where it was compiled
 
 
 def candidates(update: Update, count: int, policies: tuple[str, ...], rows: int | None = None) -> Iterator[Candidate]:
@@ -91,40 +100,63 @@ def choose_rows(
     *,
     policies: tuple[str, ...] = tuple(REMAT),
     rows: int | None = None,
+    known: Mapping[Candidate, Program] = {},
 ) -> Choice:
-    """The fastest candidate of this stage whose gradients fit; `rows`: with so many, neither more nor fewer."""
+    """The fastest candidate of this stage whose gradients fit; `rows`: with so many, neither more nor fewer.
+
+    `known` are programs of gradients that need not be compiled again.
+    """
     tried: list[Tried] = []
     limit = usable(target.device.memory)
+    scales = {each.remat: _scale(workload, stage, each, target, program) for each, program in known.items()}
     for candidate in candidates(getattr(workload, stage), target.count, policies, rows):
-        found = _try(changed(workload, stage, candidate), stage, candidate, target, limit)
-        tried.append(found)
-        say(f"tried {stage} remat {candidate.remat}, {candidate.rows} rows: {found.peak / 2**30:.1f} GiB ({found.how})")
-        if found.fits:
-            return Choice(stage, candidate, tuple(tried))
+        work, program = changed(workload, stage, candidate), known.get(candidate)
+        need, how = _estimate(work, stage, target), "arithmetic"
+        peak, beyond = need.held + need.rough, BEYOND
+        if candidate.remat in scales:
+            peak, beyond = need.held + round(need.rough * scales[candidate.remat]), BEYOND_SCALED
+            how = SCALED
+            if program is None and peak <= CLEAR * limit and target.device.name != THIS:
+                memory, nothing = Memory(0, 0, peak - need.held, 0), Findings((), (), {}, 0)
+                program = Program(f"{getattr(work, stage).name} gradients", memory, nothing, 0.0, how=SCALED)
+        if program is None and target.devices and peak <= beyond * limit:
+            program = _compiled(work, stage, target)
+            scales[candidate.remat] = _scale(workload, stage, candidate, target, program)
+        if program is not None:
+            peak, how = need.held + program.memory.beyond, program.how
+        tried.append(Tried(candidate, peak, peak <= limit, how))
+        say(f"tried {stage} remat {candidate.remat}, {candidate.rows} rows: {peak / 2**30:.1f} GiB ({how})")
+        if tried[-1].fits:
+            return Choice(stage, candidate, tuple(tried), program)
     return Choice(stage, None, tuple(tried))
 
 
-def _try(workload: Workload, stage: str, candidate: Candidate, target: Target, limit: int) -> Tried:
+class _Need(NamedTuple):
+    held: int  #: bytes that stay or are arguments: exact
+    rough: int  #: what the program adds, estimated
+
+
+def _estimate(workload: Workload, stage: str, target: Target) -> _Need:
     update: Update = getattr(workload, stage)
     (phase,) = (p for p in phases(workload, {}, target) if p.name == f"{update.name} gradients")
-    # What certainly does not fit is not worth compiling: the estimate is rough, but not by half.
-    if not target.devices or phase.peak > 2 * limit:
-        return Tried(candidate, phase.peak, phase.peak <= limit, "arithmetic")
     held = phase.peak - phase.working + size(update_batch(workload.model, update)) // target.count
-    layers = len(workload.model.config.decoder.layers)
-    where, depths = places(target, workload.model), [d for d in DEPTHS if d < layers]
-    if len(depths) < len(DEPTHS):
-        depths = [layers]
-    jobs = [micro_job(shallow(workload.model, d), update, where, target)._replace(name=str(d)) for d in depths]
-    needs = [p.memory.beyond for p in compile_all(jobs, target, lambda text: None).values()]
-    if len(depths) == 1:
-        return Tried(candidate, held + needs[0], held + needs[0] <= limit, "compiled")
-    slope = (needs[1] - needs[0]) / (depths[1] - depths[0])
-    peak = held + round(needs[1] + slope * (layers - depths[1]))
-    return Tried(candidate, peak, peak <= limit, f"drawn out from {depths[0]} and {depths[1]} layers")
+    return _Need(held, phase.peak - held)
 
 
-def shallow(model: Model, layers: int) -> Model:
-    """The first `layers` layers of a model."""
-    decoder = replace(model.config.decoder, layers=model.config.decoder.layers[:layers])
-    return replace(model, config=replace(model.config, decoder=decoder))
+def _scale(workload: Workload, stage: str, candidate: Candidate, target: Target, program: Program) -> float:
+    """What the compiled program adds, in estimates of it."""
+    return program.memory.beyond / _estimate(changed(workload, stage, candidate), stage, target).rough
+
+
+def _compiled(workload: Workload, stage: str, target: Target) -> Program:
+    update: Update = getattr(workload, stage)
+    make = partial(gradients_job, update=update, target=target)
+    here = target.device.name == THIS and target.devices[0].platform != "cpu"
+    jobs = [make(workload.model)] if here else shallow_jobs(make, workload.model)
+    found = compile_all(jobs, target, lambda text: None)
+    return draw_out(f"{update.name} gradients", [found[job.name] for job in jobs], workload.model)
+
+
+def gradients_job(model: Model, *, update: Update, target: Target) -> Job:
+    """`micro_job` of a model that need not be the workload's own."""
+    return micro_job(model, update, places(target, model), target)

@@ -32,6 +32,19 @@ def axes_of(config: Study) -> MeshSettings:
     return default_mesh(lora=config.model.lora is not None)
 
 
+def sampling_axes_of(config: Study) -> MeshSettings:
+    """Of rollouts: rows are shared out, and weights where the config's rollouts have a `tensor`.
+
+    Raises:
+        ValueError: where stages differ in it.
+    """
+    sections = [dict(stage).get("rollout") for stage in config.stages] if isinstance(config, AlignConfig) else None
+    found = {each.tensor for each in sections or [config.grpo.rollout] if each is not None} or {1}
+    if len(found) > 1:
+        raise ValueError(f"planned is one rollout.tensor for all stages, found {sorted(found)}; plan them one by one")
+    return MeshSettings(tensor=found.pop())
+
+
 def read_study(
     path: Path,
     overrides: Sequence[str],
@@ -75,4 +88,4 @@ def workload_of(
     else:
         model = read_model(config.model, model_config)
         workload = read_workload(config, model, read_lengths(config, model, **lengths), count=shares)
-    return workload, open_target(device(model.dtype), count, axes)
+    return workload, open_target(device(model.dtype), count, axes, sampling_axes_of(config))

@@ -47,6 +47,7 @@ class Target:
     axes: MeshSettings = field(
         default_factory=MeshSettings
     )  #: how they stand in training; by default, with copies of the parameters
+    sampling_axes: MeshSettings = field(default_factory=MeshSettings)  #: in rollouts
 
     @property
     def mesh(self) -> Mesh | AbstractMesh | None:
@@ -55,8 +56,13 @@ class Target:
 
     @property
     def sampling_mesh(self) -> Mesh | AbstractMesh | None:
-        """Of rollouts: every device has all weights."""
-        return self._mesh(MeshSettings())
+        """Of rollouts: every device has all weights, or those are cut over `tensor`."""
+        return self._mesh(self.sampling_axes)
+
+    @property
+    def sampling_shares(self) -> int:
+        """Parts into which the rows of a rollout are cut."""
+        return self.count // self.sampling_axes.tensor
 
     def _mesh(self, axes: MeshSettings) -> Mesh | AbstractMesh | None:
         if self.count == 1:
@@ -103,8 +109,10 @@ def build_sizes(axes: MeshSettings, count: int) -> tuple[int, ...]:
     return sizes
 
 
-def open_target(device: Device, count: int, axes: MeshSettings = MeshSettings()) -> Target:
-    """The devices to compile for, on these axes.
+def open_target(
+    device: Device, count: int, axes: MeshSettings = MeshSettings(), sampling_axes: MeshSettings = MeshSettings()
+) -> Target:
+    """The devices to compile for, on these axes in training and in rollouts.
 
     Raises:
         ValueError: for a count below 1 or one that the axes do not fit, and for more devices than there are where they
@@ -112,19 +120,20 @@ def open_target(device: Device, count: int, axes: MeshSettings = MeshSettings())
     """
     if count < 1:
         raise ValueError(f"count must be >= 1 device, found {count}")
-    build_sizes(axes, count)
+    for each in (axes, sampling_axes):
+        build_sizes(each, count)
     if device.name == THIS:
         here = jax.devices()
         if count > len(here):
             raise ValueError(f"count is {count}, but only {len(here)} devices are here; name a device of the table")
-        return Target(device, count, tuple(here[:count]), axes=axes)
+        return Target(device, count, tuple(here[:count]), axes=axes, sampling_axes=sampling_axes)
     problem = plug_in_problem()
     if problem is not None:
-        return Target(device, count, refusal=problem, axes=axes)
+        return Target(device, count, refusal=problem, axes=axes, sampling_axes=sampling_axes)
     described = topologies.get_topology_desc(
         platform="cuda", target_config=description(device), topology=f"1x1x{count}"
     )
-    return Target(device, count, tuple(described.devices), axes=axes)
+    return Target(device, count, tuple(described.devices), axes=axes, sampling_axes=sampling_axes)
 
 
 @contextmanager
@@ -156,6 +165,20 @@ def _answers(target: Target) -> list[tuple[Any, str, Callable[..., Any]]]:
         (cudnn, "check_compute_capability", lambda least: capability >= parsed(least)),
         (cudnn, "is_cuda_compute_capability_equal", lambda asked: capability == parsed(asked)),
     ]
+
+
+@contextmanager
+def quick_shapes() -> Iterator[None]:
+    """Within, the shapes of deep models are found in a fifth of the time.
+
+    NNX asks the count of random numbers drawn for its sharding at every parameter; while shapes are traced JAX answers
+    with an error, and for its words looks through all that was traced before: quadratic in the parameters. Nobody reads
+    the words.
+    """
+    from jax._src.interpreters.partial_eval import DynamicJaxprTracer
+
+    with _replaced(DynamicJaxprTracer, "_origin_msg", lambda self: ""):
+        yield
 
 
 @contextmanager

@@ -1,10 +1,16 @@
-"""Image features, encoded once per distinct image and kept on the host while the tower is frozen."""
+"""Image features, encoded once per distinct image and kept on the host while the tower is frozen.
+
+Of several processes each encodes the images that it meets alone (in its share of the prompts). For a batch of all of them
+an image is encoded by one, and told to the others.
+"""
 
 from __future__ import annotations
 
+import zlib
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -35,11 +41,52 @@ class Pictures(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Peers:
+    """The processes of a run that encode together."""
+
+    index: int  #: which of them this is
+    count: int
+    #: what a function returns in each of them, in their order (`exchange.gather_from`)
+    gather_from: Callable[[Callable[[], Sequence[Any]]], list[Any]]
+
+
+ALONE = Peers(0, 1, lambda make: list(make()))
+
+
+class Recent:
+    """Arrays by key, of at most `capacity` bytes together: least recently kept out first."""
+
+    def __init__(self, capacity: int):
+        self._capacity, self._bytes = capacity, 0
+        self._arrays: OrderedDict[str, np.ndarray] = OrderedDict()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._arrays
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        return self._arrays[key]
+
+    def keep(self, found: Mapping[str, np.ndarray]) -> None:
+        """Take these in, or count them as used, in their order."""
+        for key, value in found.items():
+            self.drop(key)
+            self._arrays[key] = value
+            self._bytes += value.nbytes
+        while self._bytes > self._capacity:
+            self._bytes -= self._arrays.popitem(last=False)[1].nbytes
+
+    def drop(self, key: str) -> None:
+        """Forget this one, if it is here."""
+        if key in self._arrays:
+            self._bytes -= self._arrays.pop(key).nbytes
+
+
 class FeatureStore:
     """Soft tokens by image key, least recently used out first.
 
-    `encoded` counts images that went through the tower: on a steady working set it equals the number of distinct
-    images, whatever the number of prompts, completions and passes.
+    `encoded` counts images that went through the tower in this process: on a steady working set it equals, over all
+    processes, the number of distinct images, whatever the number of prompts, completions and passes.
     """
 
     def __init__(
@@ -52,21 +99,26 @@ class FeatureStore:
         chunk: int = 16,
         announce: Callable[[Sequence[str]], None] | None = None,
         mesh: Mesh | None = None,
+        peers: Peers = ALONE,
     ):
-        """`capacity_bytes` of host memory are held at most; `chunk` images of like size go through the tower at once.
+        """`capacity_bytes` of host memory are held at most, in a run of several processes half of them for what all
+        hold; `chunk` images of like size go through the tower at once.
 
         `announce` is told, in order, of images that `pictures` will be asked for (`data.prefetch.PrefetchReader`).
-        With a `mesh`, on which `params` live, its devices share the images of a chunk out among them.
+        With a `mesh`, on which `params` live, its devices share the images of a chunk out among them. `peers` are those
+        of `share`.
         """
         self._model = model.without_lora()
         self._params, self._mesh = params, mesh
-        # Whole everywhere: every process keeps the features of every image.
+        # Whole on every device of this process, since its host keeps them.
         whole = {} if mesh is None else {"out_shardings": replicated(mesh)}
         self._program = jax.jit(self._model.encode, **whole)
         self._pictures, self._announce = pictures, announce
-        self._capacity, self._chunk = capacity_bytes, round_up(chunk, row_shares(mesh))
-        self._held: OrderedDict[str, np.ndarray] = OrderedDict()
-        self._bytes = 0
+        self._chunk = round_up(chunk, row_shares(mesh))
+        self._peers, alone = peers, peers.count == 1
+        self._held = Recent(capacity_bytes if alone else capacity_bytes // 2)
+        #: what all processes hold. It changes in `share` alone, so that all know of it without a word
+        self._common = Recent(0 if alone else capacity_bytes // 2)
         self.encoded = 0
 
     @property
@@ -81,23 +133,53 @@ class FeatureStore:
     def expect(self, keys: Sequence[str]) -> None:
         """These images will be asked for soon: those not held are read ahead, where the reader can do that."""
         if self._announce is not None:
-            self._announce([key for key in keys if key not in self._held])
+            self._announce([key for key in keys if key not in self._held and key not in self._common])
+
+    def expect_share(self, keys: Sequence[str]) -> None:
+        """As `expect`, of images that all processes will `share`: those that this one will have to read."""
+        self.expect([key for key in keys if self._owner(key) == self._peers.index])
 
     def features(self, keys: Sequence[str]) -> list[Float[np.ndarray, "tokens embed"]]:
         """Features of these images in this order; those not held are read and encoded, `chunk` at a time."""
-        missing = [key for key in dict.fromkeys(keys) if key not in self._held]
-        found = self._encode_missing(missing)
-        self.encoded += len(missing)
-        for key in dict.fromkeys(keys):
-            if key in self._held:
-                found[key] = self._held[key]
-            else:
-                self._held[key] = found[key]
-                self._bytes += found[key].nbytes
-            self._held.move_to_end(key)
-        while self._bytes > self._capacity:
-            self._bytes -= self._held.popitem(last=False)[1].nbytes
+        distinct = dict.fromkeys(keys)
+        found = {key: self._common[key] for key in distinct if key in self._common}
+        found |= self._own([key for key in distinct if key not in found])
         return [found[key] for key in keys]
+
+    def share(self, keys: Sequence[str]) -> None:
+        """Have all processes, which must call this at once with the same keys, hold the features of these images.
+
+        What one of them holds is not encoded again; of the rest each encodes its part. Nothing is said when all hold
+        all already, and nothing is done in a run of one process.
+        """
+        if self._peers.count == 1:
+            return
+        distinct = list(dict.fromkeys(keys))
+        missing = [key for key in distinct if key not in self._common]
+        if missing:
+            holders = self._peers.gather_from(lambda: [[key in self._held for key in missing]])
+            owners = [
+                next((process for process, holds in enumerate(holders) if holds[i]), self._owner(key))
+                for i, key in enumerate(missing)
+            ]
+            mine = [key for key, owner in zip(missing, owners, strict=True) if owner == self._peers.index]
+            found = dict(self._peers.gather_from(lambda: list(self._own(mine).items())))
+        for key in missing:
+            self._held.drop(key)
+        self._common.keep({key: self._common[key] if key in self._common else found[key] for key in distinct})
+
+    def _owner(self, key: str) -> int:
+        """The process that encodes an image for all, unless another holds it: known long before, so that it reads ahead."""
+        return zlib.crc32(key.encode()) % self._peers.count
+
+    def _own(self, keys: list[str]) -> dict[str, np.ndarray]:
+        """Of what this process holds by itself, or encodes now."""
+        missing = [key for key in keys if key not in self._held]
+        encoded = self._encode_missing(missing)
+        self.encoded += len(missing)
+        found = {key: encoded[key] if key in encoded else self._held[key] for key in keys}
+        self._held.keep(found)
+        return found
 
     def _encode(self, pixels: Pixels) -> Array:
         if isinstance(pixels, Windows):  # `order` has an entry per soft token, all others a row per image

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -70,20 +71,41 @@ def top_k_threshold(probabilities: Float[Array, "m vocab"], top_k: int) -> Float
 
 
 def _largest_threshold(p: Float[Array, "m vocab"], enough: Callable[[Array], Array]) -> Float[Array, "m 1"]:
-    """The largest t for which `enough(p >= t)` holds in a row; it holds at 0.
+    """The largest t for which `enough(p >= t)` holds in a row; it holds at 0, and at no t above the row's largest p.
 
-    By bisection over the bit pattern, since non-negative floats sort like their bits: 31 passes over the row.
+    On a GPU without a loop, since a loop within the loop over tokens would end its CUDA graph: each token would cost
+    three launches in place of one. The threshold is the same, bit for bit.
+    """
+    unrolled = partial(_search, enough=enough, ways=4, unrolled=True)
+    return jax.lax.platform_dependent(p, cuda=unrolled, default=partial(_search, enough=enough, ways=2, unrolled=False))
+
+
+def _search(
+    p: Float[Array, "m vocab"], *, enough: Callable[[Array], Array], ways: int, unrolled: bool
+) -> Float[Array, "m 1"]:
+    """By cutting an interval of bit patterns in `ways` until one is left, since non-negative floats sort like their bits.
+
+    With 2 ways these are 31 passes over the row; with 4 they are 16, each of which adds up three sums of what it reads.
+    However it is cut, the answer is the same: sums of fewer non-negative numbers are not larger, rounded ones included,
+    so that `enough` changes once.
     """
 
-    def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+    def cut(_: int | Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends  # enough at low, not at high
-        middle = low + (high - low) // 2
-        holds = enough(p >= jax.lax.bitcast_convert_type(middle, jnp.float32))
-        return jnp.where(holds, middle, low), jnp.where(holds, high, middle)
+        step = (high - low + (ways - 1)) // ways
+        inner = [low + step * i for i in range(1, ways)]
+        holds = [(t < high) & enough(p >= jax.lax.bitcast_convert_type(t, jnp.float32)) for t in inner]
+        low = low + step * sum(each.astype(jnp.int32) for each in holds)
+        return low, jnp.minimum(low + step, high)
 
     top = jax.lax.bitcast_convert_type(jnp.max(p, axis=-1, keepdims=True), jnp.int32) + 1
-    low, _ = jax.lax.fori_loop(0, 31, halve, (jnp.zeros_like(top), top))
-    return jax.lax.bitcast_convert_type(low, jnp.float32)
+    ends, rounds = (jnp.zeros_like(top), top), -(-31 // (ways.bit_length() - 1))
+    if unrolled:
+        for index in range(rounds):
+            ends = cut(index, ends)
+    else:
+        ends = jax.lax.fori_loop(0, rounds, cut, ends)
+    return jax.lax.bitcast_convert_type(ends[0], jnp.float32)
 
 
 def keep(probabilities: Float[Array, "m vocab"], sampling: Sampling) -> Float[Array, "m vocab"]:

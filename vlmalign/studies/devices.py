@@ -14,9 +14,10 @@ import jax
 from jax.sharding import Mesh
 
 from vlmalign.data.groups import round_up
-from vlmalign.exchange import local_view
+from vlmalign.exchange import gather_from, local_view
 from vlmalign.mesh import TENSOR, MeshSettings, Placement, build_mesh, default_mesh, require_rows, reshard, row_shares
 from vlmalign.models.model import Model, Params
+from vlmalign.rollout.features import Peers
 from vlmalign.rollout.placing import rollout_placement, training_placement
 from vlmalign.shapes import Array
 from vlmalign.studies.run_config import Mesh as Section
@@ -53,11 +54,15 @@ class Devices:
         return local_view(reshard(params, rollout_placement(self.model, everywhere)), where)
 
     def encoding(self, base: Mapping[str, Array]) -> tuple[Params, Mesh | None]:
-        """What images are encoded with, and on which mesh. A process encodes those that it meets, by itself."""
+        """What images are encoded with, and on which mesh: each process encodes by itself, what it meets or its part."""
         if self.mesh is None or jax.process_count() == 1:
             return base, self.mesh
         where = self.sampling()
         return self.bring(base, where), where.mesh
+
+    def peers(self) -> Peers:
+        """The processes that share out the images of a batch."""
+        return Peers(jax.process_index(), jax.process_count(), gather_from)
 
     def require_rows(self, rows: int, name: str, *, tensor: int | None = None) -> None:
         """Raises ValueError when the setting `name` does not share out over the devices; `tensor`: of a rollout."""

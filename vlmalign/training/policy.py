@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from vlmalign.data.prefetch import Announced
+from vlmalign.distributed import process_count
 from vlmalign.exchange import fetch
 from vlmalign.models.model import Params
 from vlmalign.objectives.advantages import (
@@ -92,7 +93,8 @@ class PolicySource:
             ValueError: when generator, trainer and settings do not fit each other.
         """
         _check(generator, trainer, settings)
-        if generator.features is not None:
+        # Which of several processes answers a prompt is known when it is drawn; the generator announces its share.
+        if generator.features is not None and process_count() == 1:
             tasks = Announced(tasks, films=lambda task: task.prompt.images, expect=generator.features.expect)
         self._prompts = Prompts(tasks, most=settings.prompts, seed=settings.seed)
         self._generator, self._trainer, self._base = generator, trainer, base

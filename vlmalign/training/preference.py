@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vlmalign.data.pipeline import Position, shuffled_batches
-from vlmalign.exchange import fetch
+from vlmalign.exchange import fetch, gather_from, own_share
 from vlmalign.mesh import on_mesh, put_batch
 from vlmalign.models.model import Model, Params
 from vlmalign.objectives.dpo import DpoSettings, dpo_counts, dpo_loss
@@ -61,6 +61,9 @@ def precompute_reference(
 ) -> Recorded:
     """Scores the groups that `folder` does not hold yet, and returns the look-up for all of them.
 
+    Several processes call this together: each reads its share of the images that are told apart, all compute, process 0
+    writes.
+
     Args:
         model, params: the reference: base parameters, with those of a frozen adapter if the model has one.
         features, pictures: for groups with images: their soft tokens, and the prepared images that name them.
@@ -69,13 +72,13 @@ def precompute_reference(
         progress: told (groups done, groups to do) after every micro-batch.
     """
     cache = ReferenceCache(folder, scorer_identity(model, params, temperature=temperature))
-    digest = _image_digests(pictures)
+    digest = _image_digests(pictures, list(dict.fromkeys(key for group in groups for key in group.images)))
     missing = {name: g for g in groups if (name := group_digest(g, digest)) not in cache}
     score = on_mesh(jax.jit(lambda params, batch: token_scores(model, params, batch, temperature).logp), mesh)
     # Longest first over all: neighbours share a layout, and a batch that does not fit in memory is the first one.
     todo = sorted(missing.items(), key=lambda item: (_longest(item[1]), len(item[1].prompt), item[1].id), reverse=True)
     if features is not None:
-        features.expect([key for _, group in todo for key in group.images])
+        features.expect_share([key for _, group in todo for key in group.images])
     done = 0
     for start in range(0, len(todo), per_file):
         part = todo[start : start + per_file]
@@ -157,15 +160,9 @@ def _trimmed(logp: np.ndarray, group: Group) -> np.ndarray:
     return np.where(kept, logp[:, : kept.shape[1]], 0.0).astype(np.float32)
 
 
-def _image_digests(pictures: Pictures | None) -> Callable[[str], str]:
-    """Digest of an image's content by key; each is read once."""
-    known: dict[str, str] = {}
-
-    def digest(key: str) -> str:
-        if key not in known:
-            if pictures is None:
-                raise ValueError(f"a group holds image {key}; give the pictures, so that its content can be told")
-            known[key] = picture_digest(pictures.read([key])[0])
-        return known[key]
-
-    return digest
+def _image_digests(pictures: Pictures | None, keys: Sequence[str]) -> Callable[[str], str]:
+    """Digest of the content of each of these images by key; each is read once, in one process."""
+    if keys and pictures is None:
+        raise ValueError(f"a group holds image {keys[0]}; give the pictures, so that its content can be told")
+    found = gather_from(lambda: [picture_digest(pictures.read([key])[0]) for key in own_share(keys)])
+    return dict(zip(keys, found, strict=True)).__getitem__

@@ -8,7 +8,8 @@ computed again by itself.
     <folder>/<scorer's key>/scorer.json             what the key was made of
     <folder>/<scorer's key>/<hash>.safetensors      records: group's key -> [K, C] float32, C the longest continuation
 
-A file appears whole (written beside, flushed, renamed), so a killed run leaves all it had finished.
+A file appears whole (written beside, flushed, renamed), so a killed run leaves all it had finished. Of the processes of a
+run the first lists and writes the folder, and tells the others what is there: they might see it later than it does.
 """
 
 from __future__ import annotations
@@ -26,8 +27,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from vlmalign.distributed import process_index
-from vlmalign.exchange import fetch
+from vlmalign.exchange import agree, fetch, from_first
 from vlmalign.models.model import Model, Params
 from vlmalign.models.towers import Picture
 from vlmalign.shapes import Float
@@ -95,23 +95,21 @@ def _digest(parts: Iterable[bytes | memoryview]) -> str:
 
 
 class ReferenceCache:
-    """The records of one scorer."""
+    """The records of one scorer; all processes of a run open, ask and fill it together."""
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]):
         """Opens or makes `<folder>/<key>`.
 
         Raises:
-            ValueError: naming a file that is damaged, or that was made by another scorer and put here.
+            ValueError: naming a file that is damaged, or that was made by another scorer and put here; and when the
+                processes of the run have different scorers.
         """
         text = json.dumps(dict(identity), sort_keys=True, indent=1)
         self.key = _digest([text.encode()])
+        agree(self.key, "the reference's parameters and settings")
         self.folder = Path(folder) / self.key
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / "scorer.json").exists():
-            _write(self.folder / "scorer.json", text.encode())
-        self._file_of: dict[str, Path] = {}
-        for path in sorted(self.folder.glob("*.safetensors")):
-            self._file_of.update(dict.fromkeys(self._names(path), path))
+        #: group's key -> name of its file
+        self._file_of: dict[str, str] = from_first(lambda: self._open(text))
 
     def __contains__(self, group: str) -> bool:
         return group in self._file_of
@@ -121,7 +119,7 @@ class ReferenceCache:
 
     def get(self, group: str) -> Float[np.ndarray, "k c"]:
         """The record of a group's key; KeyError when there is none."""
-        with safe_open(self._file_of[group], framework="numpy") as file:
+        with safe_open(self.folder / self._file_of[group], framework="numpy") as file:
             return file.get_tensor(group)
 
     def fill(self, records: Mapping[str, Float[np.ndarray, "k c"]]) -> None:
@@ -138,10 +136,18 @@ class ReferenceCache:
                 )
         if not records:
             return
-        path = self.folder / f"{_digest(sorted(map(str.encode, records)))[:32]}.safetensors"
+        file = f"{_digest(sorted(map(str.encode, records)))[:32]}.safetensors"
         tensors = {name: np.ascontiguousarray(value) for name, value in records.items()}
-        _write(path, save(tensors, metadata={"format": FORMAT, "scorer": self.key}))
-        self._file_of.update(dict.fromkeys(records, path))
+        metadata = {"format": FORMAT, "scorer": self.key}
+        from_first(lambda: _write(self.folder / file, save(tensors, metadata=metadata)))
+        self._file_of.update(dict.fromkeys(records, file))
+
+    def _open(self, identity: str) -> dict[str, str]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / "scorer.json").exists():
+            _write(self.folder / "scorer.json", identity.encode())
+        paths = sorted(self.folder.glob("*.safetensors"))
+        return {name: path.name for path in paths for name in self._names(path)}
 
     def _names(self, path: Path) -> list[str]:
         try:
@@ -159,8 +165,7 @@ class ReferenceCache:
 
 def _write(path: Path, content: bytes) -> None:
     """A whole file or none, on disk before it has its name."""
-    # Processes of one run, on hosts that share the folder, may have the same number there.
-    partial = path.with_name(f"{path.name}.{process_index()}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with partial.open("wb") as file:
         file.write(content)
         file.flush()

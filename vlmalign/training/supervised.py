@@ -51,7 +51,12 @@ class Shapes:
 
 
 def micro_batches(groups: Sequence[Group], shapes: Shapes, features: FeatureStore | None) -> list[GroupBatch]:
-    """The groups, longest first so that neighbours have like lengths, in batches of at most `shapes.rows`."""
+    """The groups, longest first so that neighbours have like lengths, in batches of at most `shapes.rows`.
+
+    All processes make the same batches at once; each encodes its part of their images.
+    """
+    if features is not None:
+        features.share([key for group in groups for key in group.images])
     waiting = sorted(groups, key=lambda g: (-max(len(c) for c in g.continuations), -len(g.prompt), g.id))
     found = []
     while waiting:
@@ -66,7 +71,7 @@ def micro_batches(groups: Sequence[Group], shapes: Shapes, features: FeatureStor
 
 def announced(groups: Sequence[Group], features: FeatureStore | None) -> Sequence[Group]:
     """The groups, whose films are read ahead as they are taken."""
-    return groups if features is None else Announced(groups, films=lambda g: g.images, expect=features.expect)
+    return groups if features is None else Announced(groups, films=lambda g: g.images, expect=features.expect_share)
 
 
 class SupervisedSource:

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+from vlmalign.config import dump_config
 from vlmalign.distributed import is_writer
-from vlmalign.exchange import from_first
+from vlmalign.exchange import agree, from_first
 from vlmalign.log import stage_timer
 from vlmalign.progress import Progress
 from vlmalign.shapes import Array
@@ -37,6 +38,7 @@ def run(config: AlignConfig, source: Path) -> Path:
             where it can be known then.
     """
     refuse_received(config, source)
+    agree(dump_config(config), "the config")
     check_folder(config)
     with Progress(quiet=not is_writer()) as progress:
 
@@ -52,6 +54,9 @@ def run(config: AlignConfig, source: Path) -> Path:
         stages = list(enumerate(config.stages))
         built = {index: build_rewards(stage) for index, stage in stages if isinstance(stage, Policy)}
         data = prepare(config, front.chat, built, progress)
+        # Other rows would make other batches: processes would compute different things, or wait for each other for ever.
+        agree([stage.record for stage in data], "the rows that they read")
+        agree([stage.files for stage in built.values()], "the files of the rewards")
         from_first(lambda: begin(config))
         from_first(lambda: remember_rewards(config, built))
         from_first(lambda: remember_data(config, data))

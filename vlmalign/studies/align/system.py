@@ -178,7 +178,9 @@ def open_system(config: AlignConfig, front: Front, devices: Devices, progress: P
         if config.reading.workers:
             reader = PrefetchReader(front.pixels, workers=config.reading.workers, ahead=config.reading.ahead)
         announce = None if reader is None else reader.expect
-        features = FeatureStore(model, params, reader or front.pixels, announce=announce, mesh=mesh)
+        features = FeatureStore(
+            model, params, reader or front.pixels, announce=announce, mesh=mesh, peers=devices.peers()
+        )
     if model.lora is not None:
         system = System(model, base, features, front, devices, reader)
         if front.adapter is not None:

@@ -16,8 +16,8 @@ from vlmalign.evaluation.baselines import BASELINES
 from vlmalign.evaluation.bootstrap import paired_difference
 from vlmalign.evaluation.f1 import label_matrix
 from vlmalign.evaluation.results import evaluate_predictions, read_predictions, write_predictions
+from vlmalign.exchange import from_first, own_share
 from vlmalign.progress import Progress
-from vlmalign.randomness import key_for
 from vlmalign.rewards.parse import parse_completion
 from vlmalign.rollout.sampling import Sampling
 from vlmalign.shapes import Array
@@ -77,8 +77,9 @@ def predict(
 ) -> list[Row]:
     """One prediction row per film, read back if an earlier start of this run already wrote them."""
     path = config.run / "evaluation" / "parts" / f"{stage}-{test.name.replace('/', '_')}.jsonl"
-    if path.exists():
-        return read_predictions(path)
+    written = from_first(lambda: read_predictions(path) if path.exists() else None)
+    if written is not None:
+        return written
     examples = [test.films.example(int(row)) for row in test.rows]
     prompts = [system.question(example, int(row)) for example, row in zip(examples, test.rows, strict=True)]
     generator = system.generator(
@@ -89,7 +90,7 @@ def predict(
         multiple=config.evaluation.prompt_multiple,
         sampling=Sampling(temperature=0.0),
     )
-    progress.stage(f"answer {test.name}, {stage}", len(prompts))
+    progress.stage(f"answer {test.name}, {stage}", max(1, len(own_share(prompts))))
     done = 0
 
     def advance(count: int) -> None:
@@ -97,10 +98,9 @@ def predict(
         done += count
         progress.update(done)
 
-    answers = generator.run(params, prompts, key_for(config.seed, 0, "rollout"), advance=advance)
+    answers = system.answer(generator, params, prompts, seed=config.seed, advance=advance)
     rows = []
-    for example, (answer,) in zip(examples, answers, strict=True):
-        text = system.chat.decode(answer.tokens)
+    for example, (answer, text) in zip(examples, answers, strict=True):
         parsed = parse_completion(text, tuple(vocabulary))
         rows.append(
             {
@@ -119,9 +119,13 @@ def predict(
                 "image": _film_path(config.run, example.image),
             }
         )
+    from_first(lambda: _keep(path, rows))
+    return rows
+
+
+def _keep(path: Path, rows: Sequence[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_predictions(path, rows)
-    return rows
 
 
 def _film_path(run: Path, image: Path) -> str:
@@ -149,6 +153,16 @@ def evaluate(
             rows[stage, test.name] = predict(config, system, stage, params, test, films.labels, progress)
         jax.block_until_ready(params)
         del params
+    return from_first(lambda: _write_results(config, films, tests, list(stages), rows))
+
+
+def _write_results(
+    config: ChexReasonConfig,
+    films: LabelledFilms,
+    tests: Sequence[TestSet],
+    stages: Sequence[str],
+    rows: Mapping[tuple[str, str], list[Row]],
+) -> dict[str, Any]:
     folder = config.run / "evaluation"
     write_predictions(folder / "predictions.jsonl", [row for part in rows.values() for row in part])
     results = {

@@ -13,6 +13,7 @@ from vlmalign.data.datasets import WRITERS, open_dataset
 from vlmalign.data.films import Films as Dataset
 from vlmalign.data.schema import LABEL_MAPS
 from vlmalign.data.traces import write_traces
+from vlmalign.exchange import from_first
 from vlmalign.studies.chexreason.config import ChexReasonConfig, Films
 from vlmalign.types import Example
 
@@ -40,10 +41,10 @@ class LabelledFilms:
 
 
 def open_films(films: Films, config: ChexReasonConfig) -> LabelledFilms:
-    """Open a data set of the config, writing it first where it is to be invented."""
+    """Open a data set of the config, which process 0 writes first where it is to be invented."""
     root = config.place(films.root)
-    if films.phantom is not None and not root.exists():
-        _write_phantom(films, root)
+    if films.phantom is not None:
+        from_first(lambda: _write_phantom(films, root))
     dataset = open_dataset(films.format, root, **films.options)
     matrix, labels = dataset.label_matrix(), dataset.schema.labels
     if films.label_map is not None:
@@ -60,7 +61,9 @@ def _mapped(matrix: np.ndarray, name: str) -> tuple[np.ndarray, tuple[str, ...]]
 
 
 def _write_phantom(films: Films, root: Path) -> None:
-    """Written beside and renamed, so that a folder that exists is whole."""
+    """Written beside and renamed, so that a folder that exists is whole, and is left as it is."""
+    if root.exists():
+        return
     phantom = films.phantom
     beside = root.with_name(root.name + ".partial")
     shutil.rmtree(beside, ignore_errors=True)

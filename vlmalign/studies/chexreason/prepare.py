@@ -1,4 +1,7 @@
-"""Which films are trained and tested on: drawn once, decoded once, and written down in the run folder's `data/`."""
+"""Which films are trained and tested on: drawn once, decoded once, and written down in the run folder's `data/`.
+
+Of several processes the first does that, and all read what it wrote.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,13 @@ import numpy as np
 
 from vlmalign.data.images import BadImage, load_image
 from vlmalign.data.sampler import balanced_sample, random_sample
+from vlmalign.exchange import from_first
 from vlmalign.progress import Progress
 from vlmalign.studies.chexreason.config import ChexReasonConfig
 from vlmalign.studies.chexreason.films import LabelledFilms, draw_patients
 
 SETS = ("sft", "rl", "validation", "test")
+COVERAGE = "coverage.json"
 
 
 @dataclass(frozen=True)
@@ -32,13 +37,22 @@ def prepare(config: ChexReasonConfig, films: LabelledFilms, progress: Progress) 
     Every drawn film is decoded. One that cannot be raises BadImage, or with `data.on_bad: skip` is listed in
     `data/skipped.jsonl` and the sets are drawn again without it.
     """
+    drawn = from_first(lambda: _remembered(config, films, progress))
+    place = {id: row for row, id in enumerate(films.dataset.ids())}
+    return Sets({name: np.array([place[id] for id in ids], int) for name, ids in drawn.items()})
+
+
+def _remembered(config: ChexReasonConfig, films: LabelledFilms, progress: Progress) -> dict[str, list[str]]:
+    """The ids of every set, as they are on record; drawn and written first where they are not."""
     folder = config.run / "data"
-    coverage = folder / "coverage.json"
-    ids = films.dataset.ids()
-    if coverage.exists():
-        place = {id: row for row, id in enumerate(ids)}
-        return Sets({name: np.array([place[r["id"]] for r in _read(folder / f"{name}.jsonl")], int) for name in SETS})
+    if not (folder / COVERAGE).exists():
+        _write_sets(config, films, folder, progress)
+    return {name: [row["id"] for row in _read(folder / f"{name}.jsonl")] for name in SETS}
+
+
+def _write_sets(config: ChexReasonConfig, films: LabelledFilms, folder: Path, progress: Progress) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    ids = films.dataset.ids()
     skipped = [{"dataset": config.data.train.name, **row} for row in films.dataset.skipped]
     bad: set[int] = set()
     checked: set[int] = set()
@@ -60,10 +74,9 @@ def prepare(config: ChexReasonConfig, films: LabelledFilms, progress: Progress) 
         examples = [films.example(int(row)) for row in part]
         _write(folder / f"{name}.jsonl", ({"id": e.id, "patient": e.patient, "labels": e.labels} for e in examples))
     # Written last: its presence says that the folder is whole.
-    part = coverage.with_suffix(".partial")
+    part = (folder / COVERAGE).with_suffix(".partial")
     part.write_text(json.dumps(_coverage(config, films, rows), indent=1) + "\n", encoding="utf-8")
-    part.replace(coverage)
-    return Sets(rows)
+    part.replace(folder / COVERAGE)
 
 
 def _draw(config: ChexReasonConfig, films: LabelledFilms, bad: set[int]) -> dict[str, np.ndarray]:

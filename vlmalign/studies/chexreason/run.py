@@ -1,4 +1,7 @@
-"""The pipeline from a config to a report, in one run folder that a killed run continues."""
+"""The pipeline from a config to a report, in one run folder that a killed run continues.
+
+Several processes train together and share the answers out; process 0 invents films, draws the sets, scores and writes.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from vlmalign.config import dump_config, load_config
-from vlmalign.distributed import process_count
+from vlmalign.distributed import is_writer
+from vlmalign.exchange import agree, from_first
 from vlmalign.log import stage_timer
 from vlmalign.machine import environment_record, matmul_rate
 from vlmalign.progress import Progress
@@ -29,23 +33,19 @@ def run(config: ChexReasonConfig) -> Path:
     """Sample, train, evaluate and report; returns the path of the report.
 
     Raises:
-        ValueError: when the run folder holds a run of another config, the devices do not fit it, or several processes
-            were started.
+        ValueError: when the run folder holds a run of another config, the devices do not fit it, or the processes of
+            the run were not started alike.
     """
-    if process_count() > 1:
-        raise ValueError(
-            f"chexreason runs in one process, on all devices of its machine; found {process_count()} processes. "
-            "Start it once, or train with `vlmalign align`, which runs in several"
-        )
+    agree(dump_config(config), "the config")
     choose_devices(config)
-    begin(config)
-    with Progress() as progress:
+    from_first(lambda: begin(config))
 
-        @contextmanager
-        def stage(name: str) -> Iterator[None]:
-            with stage_timer(config.run / "timing.jsonl", name):
-                yield
+    @contextmanager
+    def stage(name: str) -> Iterator[None]:
+        with stage_timer(config.run / "timing.jsonl", name, writes=is_writer()):
+            yield
 
+    with Progress(quiet=not is_writer()) as progress:
         with stage("films"):
             progress.say(f"run folder {config.run}")
             films = open_films(config.data.train, config)
@@ -66,17 +66,23 @@ def run(config: ChexReasonConfig) -> Path:
                 results = evaluate(config, system, films, tests, {"base": None, "sft": sft, "grpo": grpo}, progress)
             if system.reader is not None:
                 progress.say(f"films: {system.reader.statistics()}")
-    with stage_timer(config.run / "timing.jsonl", "report"):
-        report = write_report(config.run)
+    with stage("report"):
+        report = Path(from_first(lambda: str(write_report(config.run))))
+    if is_writer():
+        print_summary(config.run, results, report)
+    return report
+
+
+def print_summary(run: Path, results: dict[str, Any], report: Path) -> None:
+    """Scores, rewards and times on the terminal, or as plain lines where there is none."""
     console = Console()
     if not console.is_terminal:
         # A log file has no width of its own, and 80 columns would fold every row into four.
         console = Console(width=150)
-    console.print(*summary(results), _timing(config.run / "timing.jsonl"), sep="\n")
-    machine = json.loads((config.run / "environment.json").read_text(encoding="utf-8"))
+    console.print(*summary(results), _timing(run / "timing.jsonl"), sep="\n")
+    machine = json.loads((run / "environment.json").read_text(encoding="utf-8"))
     print(f"this machine multiplies float32 matrices at {machine['matmul_gflops']:.0f} GFLOP/s")
     print(f"report: {report}")
-    return report
 
 
 def begin(config: ChexReasonConfig) -> None:

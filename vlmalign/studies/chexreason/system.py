@@ -14,6 +14,7 @@ from vlmalign.mesh import Placement, row_shares
 from vlmalign.models.lora import LoraSpec
 from vlmalign.models.model import Model, Params
 from vlmalign.progress import Progress
+from vlmalign.randomness import key_for
 from vlmalign.rollout.compaction import prompt_lengths
 from vlmalign.rollout.completions import Generator
 from vlmalign.rollout.features import FeatureStore
@@ -22,6 +23,7 @@ from vlmalign.shapes import Array
 from vlmalign.studies.chexreason.config import Batch, ChexReasonConfig
 from vlmalign.studies.devices import Devices, full_rows, open_devices
 from vlmalign.training.merged import merge_program
+from vlmalign.training.shared_rollouts import Answer, share_out
 from vlmalign.training.supervised import Shapes
 from vlmalign.types import Example, Group
 from vlmalign.weights.checkpoint import load_config, load_params
@@ -60,6 +62,26 @@ class System:
             mesh=None if self.sampling is None else self.sampling.mesh,
             prompt_lengths=prompt_lengths([len(group.prompt) for group in prompts], multiple=multiple),
         )
+
+    def answer(
+        self,
+        generator: Generator,
+        params: Params,
+        prompts: Sequence[Group],
+        *,
+        seed: int,
+        advance: Callable[[int], None] = lambda done: None,
+    ) -> list[Answer]:
+        """One answer to each prompt, in order; several processes share them out, and all get all.
+
+        `advance(n)` is called as n more prompts of this process's share are done.
+        """
+
+        def own(share: Sequence[Group]) -> list[list[Answer]]:
+            rows = generator.run(params, share, key_for(seed, 0, "rollout"), advance=advance)
+            return [[Answer(found, self.chat.decode(found.tokens)) for found in row] for row in rows]
+
+        return [answer for (answer,) in share_out(prompts, own)]
 
     def close(self) -> None:
         """End the processes that read films."""
@@ -122,9 +144,8 @@ def open_system(config: ChexReasonConfig, progress: Progress) -> System:
     if reading.workers:
         reader = PrefetchReader(pixels, workers=reading.workers, ahead=reading.ahead)
     params, mesh = devices.encoding(base)
-    features = FeatureStore(
-        model, params, reader or pixels, announce=None if reader is None else reader.expect, mesh=mesh
-    )
+    announce = None if reader is None else reader.expect
+    features = FeatureStore(model, params, reader or pixels, announce=announce, mesh=mesh, peers=devices.peers())
     sampling = devices.sampling(config.grpo.rollout.tensor)
     return System(model, base, chat, features, config.prompt, reader, devices, sampling)
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import jax
 import numpy as np
 
 from vlmalign.evaluation.f1 import Counts, f1_values, label_matrix, none_if_nan, outcomes
 from vlmalign.models.model import Params
-from vlmalign.randomness import key_for
 from vlmalign.rewards.parse import parse_completion
 from vlmalign.rollout.sampling import Sampling
 from vlmalign.studies.chexreason.config import ChexReasonConfig, Validation
@@ -86,9 +84,8 @@ def _answer(
         multiple=settings.prompt_multiple,
         sampling=Sampling(temperature=0.0),
     )
-    key: jax.Array = key_for(config.seed, 0, "rollout")
-    texts = [system.chat.decode(answer.tokens) for (answer,) in generator.run(params, prompts, key)]
-    parsed = [parse_completion(text, vocabulary) for text in texts]
+    answers = system.answer(generator, params, prompts, seed=config.seed)
+    parsed = [parse_completion(answer.text, vocabulary) for answer in answers]
     predicted = label_matrix([[label for label in p.predicted if label in films.labels] for p in parsed], films.labels)
     truth = label_matrix([e.labels for e in examples], films.labels)
     values = f1_values(Counts(*outcomes(truth, predicted).sum(axis=0)))
