@@ -1,18 +1,37 @@
-"""TRL's side of the training benchmarks: its own trainers on the same checkpoint, shapes and lengths.
+"""TRL's side of the training benchmarks: its own trainers on the same checkpoint, shapes and lengths, in a process of
+its own, with whatever memory allocator and threads TRL's users have.
 
-A trainer owns its loop, so the other side's steps are run from a callback between two of its steps.
+`PeerProcess` starts this file as a program and is given the seconds of a step each time it asks; between two steps the
+program waits. (A trainer owns its loop: it waits in a callback.)
 """
+
+# ruff: noqa: E402 - the environment must be set before torch is imported
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's idle threads must not spin on the other side's cores
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import json
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+warnings.filterwarnings("ignore")
 
 import datasets
 import numpy as np
 import torch
+import transformers
 from datasets import Dataset
 from peft import LoraConfig
 from shapes import Sizes, picture, words
@@ -25,18 +44,17 @@ TARGETS = r"^(?!.*vision_tower).*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_pro
 
 
 class Between(TrainerCallback):
-    """Seconds of every step of the trainer; `other` runs between two of them and is not counted."""
+    """Seconds of every step of the trainer: `wait` is called before the first, `told` with the seconds of each one."""
 
-    def __init__(self, other: Callable[[], None]):
-        self.seconds: list[float] = []
-        self._other, self._began = other, 0.0
+    def __init__(self, wait: Callable[[], None], told: Callable[[float], None]):
+        self._wait, self._told, self._began = wait, told, 0.0
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self._wait()
         self._began = time.perf_counter()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.seconds.append(time.perf_counter() - self._began)
-        self._other()
+        self._told(time.perf_counter() - self._began)  # returns when the next step may begin
         self._began = time.perf_counter()
 
 
@@ -74,7 +92,7 @@ class Peer:
         # The template adds the end of the turn.
         return [{"role": "assistant", "content": words(self._rng, length - 1, self.sizes)}]
 
-    def sft(self, batch: int, steps: int, between: Callable[[], None]) -> list[float]:
+    def sft(self, batch: int, steps: int, clock: Between) -> None:
         count = batch * steps
         if self.kind == "text":
             tokens = self._rng.integers(16, self.sizes.vocab, (count, self.sizes.row)).tolist()
@@ -84,20 +102,20 @@ class Peer:
             rows = Dataset.from_list([{**self._row(), "completion": self._answer(length)} for _ in range(count)])
             limit = None
         settings = SFTConfig(**self._settings(batch, steps), max_length=limit)
-        return self._run(SFTTrainer, settings, rows, between)
+        self._run(SFTTrainer, settings, rows, clock)
 
-    def dpo(self, batch: int, steps: int, between: Callable[[], None]) -> list[float]:
+    def dpo(self, batch: int, steps: int, clock: Between) -> None:
         rows = [
             {**self._row(), "chosen": self._answer(self.sizes.answer), "rejected": self._answer(self.sizes.answer)}
             for _ in range(batch * steps)
         ]
         settings = DPOConfig(**self._settings(batch, steps), max_length=None if self.kind == "image" else 4096)
-        return self._run(DPOTrainer, settings, Dataset.from_list(rows), between)
+        self._run(DPOTrainer, settings, Dataset.from_list(rows), clock)
 
-    def grpo(self, group: int, prompts: int, steps: int, between: Callable[[], None]) -> list[float]:
+    def grpo(self, group: int, prompts: int, steps: int, clock: Between) -> None:
         rows = [self._row("image") for _ in range(prompts * steps)]
 
-        def reward(completions: list[Any], **columns: Any) -> list[float]:
+        def reward(completions: list[Any], **columns: Any) -> None:
             del columns
             texts = [c[0]["content"] for c in completions]
             return [sum(int(w[1:]) % 2 for w in t.split() if w[1:].isdigit()) / 16.0 for t in texts]
@@ -107,14 +125,79 @@ class Peer:
             max_completion_length=self.sizes.completion, generation_kwargs={"min_new_tokens": self.sizes.completion},
             temperature=1.0,
         )  # fmt: skip
-        return self._run(GRPOTrainer, settings, Dataset.from_list(rows), between, reward_funcs=reward)
+        self._run(GRPOTrainer, settings, Dataset.from_list(rows), clock, reward_funcs=reward)
 
-    def _run(self, trainer: Any, settings: Any, rows: Dataset, between: Callable[[], None], **more: Any) -> list[float]:
-        clock = Between(between)
+    def _run(self, trainer: Any, settings: Any, rows: Dataset, clock: Between, **more: Any) -> None:
         made = trainer(
             model=self._model(), args=settings, train_dataset=rows, processing_class=self._processor,
             peft_config=self._lora(), callbacks=[clock], **more,
         )  # fmt: skip
         made.remove_callback(PrinterCallback)
         made.train()
-        return clock.seconds
+
+
+class PeerProcess:
+    """`Peer` in a process of its own; a context manager that ends it."""
+
+    def __init__(self, folder: Path, kind: str, sizes: Sizes, *, spare: int):
+        opening = {"folder": str(folder), "kind": kind, "sizes": vars(sizes), "spare": spare}
+        self._child = subprocess.Popen(
+            [sys.executable, __file__, json.dumps(opening)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def __enter__(self) -> PeerProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._child.kill()
+        self._child.wait()
+
+    def steps(self, job: str, batch: int, count: int, group: int | None) -> Iterator[float]:
+        """Seconds of each of `count` steps, made one by one as they are asked for."""
+        self._say({"job": job, "batch": batch, "count": count, "group": group})
+        for _ in range(count):
+            self._say("go")
+            yield float(self._read())
+        assert self._read() == "end"
+
+    def _say(self, what: object) -> None:
+        self._child.stdin.write(json.dumps(what) + "\n")
+        self._child.stdin.flush()
+
+    def _read(self) -> object:
+        line = self._child.stdout.readline()
+        if not line:
+            raise RuntimeError(f"TRL's process ended with exit code {self._child.wait()}; its error stands above")
+        return json.loads(line)
+
+
+def serve(opening: dict[str, Any]) -> None:
+    """Jobs from standard input, one JSON line each, until it ends."""
+    out, sys.stdout = sys.stdout, sys.stderr  # what trainers print must not come between our lines
+    say = lambda what: print(json.dumps(what), file=out, flush=True)  # noqa: E731
+    transformers.utils.logging.set_verbosity_error()
+    sizes = Sizes(**opening["sizes"])
+    with tempfile.TemporaryDirectory() as scratch:
+        peer = Peer(Path(opening["folder"]), opening["kind"], sizes, spare=opening["spare"], scratch=Path(scratch))
+        for line in sys.stdin:
+            asked = json.loads(line)
+            left = asked["count"]
+
+            def wait() -> None:
+                assert json.loads(sys.stdin.readline()) == "go"
+
+            def told(seconds: float) -> None:
+                nonlocal left
+                left -= 1
+                say(seconds)
+                if left:
+                    wait()
+
+            job, group = asked["job"], asked["group"]
+            more = (group,) if job == "grpo" else ()
+            getattr(peer, job)(*more, asked["batch"], asked["count"], Between(wait, told))
+            say("end")
+
+
+if __name__ == "__main__":
+    serve(json.loads(sys.argv[1]))

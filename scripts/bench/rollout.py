@@ -1,4 +1,4 @@
-"""Sampling G completions of a prompt beside transformers' `generate`, on the same checkpoint, interleaved in one process.
+"""Sampling G completions of a prompt beside transformers' `generate` on the same checkpoint, in turn, each in its process.
 
     python scripts/bench/rollout.py                        # 19 M parameters, prompt 300, G = 8, 64 new tokens
     python scripts/bench/rollout.py -G 4 --prompts 2 --out scripts/bench/results/rollout.json
@@ -21,7 +21,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from vlmalign.host_memory import keep_freed_memory
 
-keep_freed_memory()  # as the vlmalign command does; torch, in this process too, has the same heap
+keep_freed_memory()  # as the vlmalign command does
 
 import argparse
 import json
@@ -34,10 +34,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import torch
+from generate_peer import GeneratePeer
 from matmul import matmul_rates, versions
 from shapes import Sizes, write_checkpoint
-from transformers import Gemma3ForCausalLM
 
 from vlmalign.models.model import Model
 from vlmalign.rollout.completions import Generator
@@ -74,7 +73,6 @@ def compare(folder: Path, sizes: Sizes, arguments: argparse.Namespace) -> dict[s
     """Everything that is printed."""
     model = Model(load_config(folder))
     params = load_params(folder, model)
-    module = Gemma3ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
     ids = np.random.default_rng(0).integers(16, sizes.vocab, (arguments.prompts, sizes.prompt)).astype(np.int32)
     prompts = [
         Group(i, Segment(row, np.full(len(row), -1, np.int32), np.ones(len(row), np.float32)), (), ())
@@ -93,18 +91,9 @@ def compare(folder: Path, sizes: Sizes, arguments: argparse.Namespace) -> dict[s
         found = generator.run(params, prompts, jax.random.key(0), report=stats.append)
         assert all(len(c.tokens) == sizes.completion for answers in found for c in answers)
 
-    @torch.no_grad()
-    def theirs() -> None:
-        inputs = torch.from_numpy(ids.astype(np.int64))
-        found = module.generate(
-            input_ids=inputs, attention_mask=torch.ones_like(inputs), do_sample=True, temperature=1.0, top_k=0,
-            num_return_sequences=arguments.group, max_new_tokens=sizes.completion, min_new_tokens=sizes.completion,
-            eos_token_id=NEVER, pad_token_id=0,
-        )  # fmt: skip
-        assert found.shape == (arguments.prompts * arguments.group, sizes.prompt + sizes.completion)
-
     before = os.getloadavg()
-    seconds = in_turn({"vlmalign": ours, "transformers": theirs}, arguments.repeats)
+    with GeneratePeer(folder, ids, group=arguments.group, completion=sizes.completion, never=NEVER) as peer:
+        seconds = in_turn(ours, peer, arguments.repeats)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     rates = matmul_rates()
     many = next(iter(rates["jax"]))
@@ -125,16 +114,15 @@ def compare(folder: Path, sizes: Sizes, arguments: argparse.Namespace) -> dict[s
     }
 
 
-def in_turn(sides: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+def in_turn(ours: Callable[[], None], peer: GeneratePeer, repeats: int) -> dict[str, list[float]]:
     """Seconds of each call, one side after the other, so that what else the machine does meets both alike."""
-    found: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(repeats + 1):
-        for name, run in sides.items():
-            began = time.perf_counter()
-            run()
-            if turn:
-                found[name].append(time.perf_counter() - began)
-    return found
+    found: dict[str, list[float]] = {"vlmalign": [], "transformers": []}
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        ours()
+        found["vlmalign"].append(time.perf_counter() - began)
+        found["transformers"].append(peer.call())
+    return {name: values[1:] for name, values in found.items()}
 
 
 if __name__ == "__main__":

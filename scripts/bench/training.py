@@ -1,4 +1,4 @@
-"""SFT, DPO and GRPO steps of vlmalign and of TRL on the same checkpoint and shapes, interleaved in one process.
+"""SFT, DPO and GRPO steps of vlmalign and of TRL on the same checkpoint and shapes, in turn, each in its own process.
 
     python scripts/bench/training.py                                # text and image, all jobs
     python scripts/bench/training.py --kinds image --jobs grpo -G 8
@@ -24,7 +24,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from vlmalign.host_memory import keep_freed_memory
 
-keep_freed_memory()  # as the vlmalign command does; torch, in this process too, has the same heap
+keep_freed_memory()  # as the vlmalign command does; TRL runs in a process without it, as its users have it
 
 import argparse
 import json
@@ -40,7 +40,7 @@ warnings.filterwarnings("ignore")
 import transformers
 from matmul import matmul_rates, versions
 from ours import Bench
-from peers import Peer
+from peers import PeerProcess
 from rich.console import Console
 from rich.table import Table
 from shapes import KINDS, Sizes, prompt_tokens, write_checkpoint
@@ -74,10 +74,11 @@ def main() -> None:
             processor = write_checkpoint(folder, kind, sizes, seed=0)
             spare = prompt_tokens(processor, kind, "w1 w2 w3", sizes) - 3
             bench = Bench(folder, kind, sizes, spare=spare)
-            peer = Peer(folder, kind, sizes, spare=spare, scratch=Path(scratch))
-            for job in arguments.jobs.split(","):
-                for group in map(int, arguments.groups.split(",")) if job == "grpo" else [None]:
-                    row = compare(bench, peer, job, group, arguments)
+            jobs = arguments.jobs.split(",")
+            groups = [(job, g) for job in jobs for g in (arguments.groups.split(",") if job == "grpo" else [None])]
+            with PeerProcess(folder, kind, sizes, spare=spare) as peer:
+                for job, group in groups:
+                    row = compare(bench, peer, job, None if group is None else int(group), arguments)
                     row["ratio_corrected"] = row["ratio"] / gain
                     result["jobs"].append(row)
                     print(json.dumps(row), file=sys.stderr, flush=True)
@@ -91,19 +92,17 @@ def main() -> None:
     Console(stderr=True).print(table(result))
 
 
-def compare(bench: Bench, peer: Peer, job: str, group: int | None, arguments: argparse.Namespace) -> dict:
+def compare(bench: Bench, peer: PeerProcess, job: str, group: int | None, arguments: argparse.Namespace) -> dict:
     """Medians of both sides, and their ratio."""
     batch = {"sft": 4, "dpo": 2, "grpo": arguments.prompts}[job]
     step = bench.grpo(group, batch) if job == "grpo" else getattr(bench, job)(batch)
     seconds: list[float] = []
-
-    def ours() -> None:
+    theirs: list[float] = []
+    for taken in peer.steps(job, batch, arguments.steps + 1, group):
+        theirs.append(taken)
         began = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - began)
-
-    count = arguments.steps + 1
-    theirs = peer.grpo(group, batch, count, ours) if job == "grpo" else getattr(peer, job)(batch, count, ours)
     mine, trl = statistics.median(seconds[1:]), statistics.median(theirs[1:])
     return {
         "kind": bench.kind, "job": job, "group": group, "batch": batch, "vlmalign_s": mine, "trl_s": trl,
