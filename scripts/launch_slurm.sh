@@ -11,7 +11,7 @@
 #
 # The run folder (--run /shared/runs/first) must lie where all nodes see it; --cpus-per-task are the cores of a node.
 # Submitted again with the same command, on the same or another number of nodes, a run goes on from its last checkpoint.
-# Process ids, their number and the first node are read from SLURM. The job's exit code is that of what failed first.
+# Process ids, their number and the first node are read from SLURM. The job's exit code is usually that of what failed first.
 # VLMALIGN_HEARTBEAT: seconds without a sign of life after which a process counts as dead (30).
 set -euo pipefail
 

@@ -209,8 +209,12 @@ def _on(host: str, command: Sequence[str], *, local: bool) -> list[str]:
 
 def _address(host: str) -> str:
     """Where ssh finds a host: what the user calls it may be a name that only ssh's own settings know."""
-    said = subprocess.run(["ssh", "-G", host], capture_output=True, text=True, check=True).stdout
-    return dict(line.split(" ", 1) for line in said.splitlines() if " " in line)["hostname"]
+    try:
+        said = subprocess.run(["ssh", "-G", host], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise LaunchError(f"ssh does not say where {host} is ({error}); install ssh, or give --address") from error
+    found = dict(line.split(" ", 1) for line in said.splitlines() if " " in line)["hostname"]
+    return f"[{found}]" if ":" in found else found
 
 
 def _free_port(ask: Sequence[str]) -> int:

@@ -54,8 +54,10 @@ def _training_arguments(parser: argparse.ArgumentParser) -> None:
     several.add_argument("--heartbeat", type=int, metavar="S", help="seconds of silence after which one is dead (30)")
 
 
-def _join(arguments: argparse.Namespace) -> None:
-    """Become one of several processes, where flags or variables say so."""
+def _begin(arguments: argparse.Namespace) -> None:
+    """Get this process ready to train: its memory, and its place among several where flags or variables say so."""
+    if computes_on_cpu():
+        keep_freed_memory()
     distributed.start(
         distributed.Processes(
             arguments.coordinator,
@@ -75,7 +77,7 @@ def _chexreason(arguments: argparse.Namespace) -> None:
     from vlmalign.config import load_config
     from vlmalign.studies.chexreason import ChexReasonConfig, run
 
-    _join(arguments)
+    _begin(arguments)
     run(_settled(load_config(ChexReasonConfig, arguments.config, _overrides(arguments))))
 
 
@@ -83,7 +85,7 @@ def _align(arguments: argparse.Namespace) -> None:
     from vlmalign.config import load_config
     from vlmalign.studies.align import AlignConfig, run
 
-    _join(arguments)
+    _begin(arguments)
     run(_settled(load_config(AlignConfig, arguments.config, _overrides(arguments))), Path(arguments.config))
 
 
@@ -166,8 +168,6 @@ def build_parser(commands: Sequence[Command] = COMMANDS) -> argparse.ArgumentPar
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code of `vlmalign` with these arguments (by default the process's own)."""
     arguments = build_parser().parse_args(argv)
-    if computes_on_cpu():
-        keep_freed_memory()
     try:
         arguments.run_command(arguments)
     except KeyboardInterrupt:

@@ -48,7 +48,7 @@ STARTED_BY: Mapping[str, str] = {
 #: what JAX raises in a process whose peer is gone, as a RuntimeError or a ValueError: a status, and then a connection
 #: that broke or heartbeats that ceased
 LOST = re.compile(
-    r"[A-Z_]+: .*(heartbeat timeout|coordination service|connection (closed|reset|refused)|broken pipe|NCCL.*remote)",
+    r"(?-i:[A-Z_]+): .*(heartbeat timeout|coordination service|connection (closed|reset|refused)|broken pipe|NCCL.*remote)",
     re.IGNORECASE | re.DOTALL,
 )
 

@@ -26,7 +26,7 @@ def computes_on_cpu(environment: Mapping[str, str] = os.environ, devices: Path =
 
 
 def keep_freed_memory() -> bool:
-    """Keep what is freed in this process's heap. To be called before JAX starts its threads; False: nothing changed.
+    """Keep what is freed in this process's heap. To be called before JAX starts its threads; False: it cannot be told to.
 
     Only glibc knows how; elsewhere nothing is done. One heap serves all threads, since only the main one can hold
     pieces of any size. The price is resident memory: pieces that are in use keep free ones between them from growing

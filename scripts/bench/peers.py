@@ -17,8 +17,14 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import json
-import subprocess
 import sys
+
+from vlmalign.host_memory import keep_freed_memory
+
+if __name__ == "__main__" and json.loads(sys.argv[1])["same_heap"]:
+    keep_freed_memory()
+
+import subprocess
 import tempfile
 import time
 import warnings
@@ -139,8 +145,10 @@ class Peer:
 class PeerProcess:
     """`Peer` in a process of its own; a context manager that ends it."""
 
-    def __init__(self, folder: Path, kind: str, sizes: Sizes, *, spare: int):
-        opening = {"folder": str(folder), "kind": kind, "sizes": vars(sizes), "spare": spare}
+    def __init__(self, folder: Path, kind: str, sizes: Sizes, *, spare: int, same_heap: bool):
+        opening = {
+            "folder": str(folder), "kind": kind, "sizes": vars(sizes), "spare": spare, "same_heap": same_heap,
+        }  # fmt: skip
         self._child = subprocess.Popen(
             [sys.executable, __file__, json.dumps(opening)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )

@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="timed steps of either side")
     parser.add_argument("-G", "--groups", default="4,8", help="completions per prompt, for GRPO")
     parser.add_argument("--prompts", type=int, default=1, help="prompts per GRPO step")
+    parser.add_argument("--same-heap", action="store_true", help="TRL's process keeps freed memory too")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
@@ -65,6 +66,7 @@ def main() -> None:
         "sizes": vars(sizes),
         "matmul_gflops": rates,
         "load_before": os.getloadavg(),
+        "same_heap": arguments.same_heap,
         "jobs": [],
     }
     gain = rates["jax"]["[2048, 384] x [384, 1536]"] / rates["torch"]["[2048, 384] x [384, 1536]"]
@@ -76,7 +78,7 @@ def main() -> None:
             bench = Bench(folder, kind, sizes, spare=spare)
             jobs = arguments.jobs.split(",")
             groups = [(job, g) for job in jobs for g in (arguments.groups.split(",") if job == "grpo" else [None])]
-            with PeerProcess(folder, kind, sizes, spare=spare) as peer:
+            with PeerProcess(folder, kind, sizes, spare=spare, same_heap=arguments.same_heap) as peer:
                 for job, group in groups:
                     row = compare(bench, peer, job, None if group is None else int(group), arguments)
                     row["ratio_corrected"] = row["ratio"] / gain

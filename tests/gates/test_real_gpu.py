@@ -1,4 +1,4 @@
-"""What only a GPU can show: cuDNN's attention, inside the models' own heads, and decoding as CUDA graphs.
+"""What only a GPU can show: cuDNN's attention with the models' own head sizes, and the other implementations beside it.
 
 Everywhere else these are skipped. On a machine with a GPU: `JAX_PLATFORMS=cuda pytest tests/gates/test_real_gpu.py`; the
 parity tests run there as they are (`JAX_PLATFORMS=cuda pytest tests/models tests/rollout`).

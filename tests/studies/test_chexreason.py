@@ -150,10 +150,11 @@ def until_killed(command: list[str], metrics: Path, lines: int, repository: Path
 
 
 def test_killed_run_continues_with_the_same_command(finished, tmp_path, quickstart, repository):
-    """Kill -9 in the middle of GRPO; the same command ends with the same metrics, answers and scores, to the byte."""
+    """Kill -9 in SFT, then in GRPO; the same command ends with the same metrics, answers and scores, to the byte."""
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "vlmalign.cli", "chexreason", str(quickstart)]
     command += ["--run", str(folder), "--set", *SMALL]
+    until_killed(command, folder / "sft" / "metrics.jsonl", 3, repository)
     until_killed(command, folder / "grpo" / "metrics.jsonl", 1, repository)
     assert not (folder / "evaluation").exists()
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)

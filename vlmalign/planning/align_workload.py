@@ -13,7 +13,7 @@ from vlmalign.data.groups import round_up
 from vlmalign.models.model import Model
 from vlmalign.objectives.sft import sft_counts, sft_loss
 from vlmalign.planning.inputs import Lengths
-from vlmalign.planning.workload import Sampled, Update, Workload
+from vlmalign.planning.workload import CUT, Sampled, Update, Workload
 from vlmalign.rollout.sampling import Sampling
 from vlmalign.studies.align.config import AlignConfig, AnyStage
 from vlmalign.studies.align.policy import objective_of
@@ -68,6 +68,8 @@ def read_align(config: AlignConfig, model: Model, lengths: Lengths, *, count: in
     left_out = [f"validation in stage {stage.kind}" for stage in config.stages if stage.validation is not None]
     if model.config.vision is not None:
         left_out.append("encoding images, whose number the config does not state")
+    if sampled is not None and sampled.rollout.tensor > 1:
+        left_out.append(CUT)
     first = None
     if learnt is not None:
         first = _learnt(learnt, lengths, count)

@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 import jax
 
 from vlmalign.config import Config
-from vlmalign.mesh import AXES, TENSOR
 from vlmalign.models.decoder import REMAT
 from vlmalign.planning.cost import FORWARD_AGAIN
 from vlmalign.planning.memory import phases, usable
 from vlmalign.planning.search import Choice, changed, choose_rows
 from vlmalign.planning.study import Study, workload_of
-from vlmalign.planning.target import Target, build_sizes, quick_shapes
+from vlmalign.planning.target import Target, quick_shapes
 from vlmalign.planning.this_device import unmeasured_device
 from vlmalign.planning.workload import Workload
 from vlmalign.studies.align.config import AlignConfig
@@ -108,7 +107,7 @@ def _rollout_rows(workload: Workload, target: Target, stages: Mapping[str, Confi
     if workload.rollout is None:
         return 0
     fixed = _rollout(stages[workload.grpo.name]) != AUTO
-    shares = target.count // dict(zip(AXES, build_sizes(target.axes, target.count), strict=True))[TENSOR]
+    shares = target.sampling_shares
     rows, limit = -(-workload.rollout.rows // shares), usable(target.device.memory)
     while True:
         sampled = replace(workload, rollout=replace(workload.rollout, rows=rows * shares))

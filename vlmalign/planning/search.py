@@ -2,7 +2,7 @@
 
 Keeping activations is faster than making them again, and more rows at once are never slower, so the candidates have an
 order, and the first that fits is taken. For a GPU that is not here a candidate is compiled at two small depths and drawn
-out to the whole (`depth`); for the one that is here, it is compiled as it will run. After one candidate of a policy was
+out to the whole (`depth`); for a GPU that is here, what is tried is compiled as it will run. After one candidate of a policy was
 compiled, arithmetic scaled to it says of the others which fit with room to spare, and which are not worth compiling.
 """
 

@@ -27,6 +27,10 @@ from vlmalign.types import Layout
 CHUNK = 16
 
 
+#: said of rollouts whose weights are cut
+CUT = "what the cut over tensor saves of a rollout's time: it is that of devices that read all weights"
+
+
 @dataclass(frozen=True)
 class Update:
     """Training steps of one stage. Rows and groups are those of all devices together."""
@@ -105,6 +109,8 @@ def read_workload(config: ChexReasonConfig, model: Model, lengths: Lengths, *, c
     sample = config.data.sample
     prompt = round_up(lengths.prompt, grpo.shapes.prompt_multiple)
     evaluation, left_out = _evaluation(config, lengths, count)
+    if grpo.rollout.tensor > 1:
+        left_out = (*left_out, CUT)
     return Workload(
         model,
         lengths,

@@ -86,7 +86,7 @@ class FeatureStore:
     """Soft tokens by image key, least recently used out first.
 
     `encoded` counts images that went through the tower in this process: on a steady working set it equals, over all
-    processes, the number of distinct images, whatever the number of prompts, completions and passes.
+    processes, the number of distinct images (of those that no two met alone), whatever the number of prompts, completions and passes.
     """
 
     def __init__(

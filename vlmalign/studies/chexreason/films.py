@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from vlmalign.data.datasets import WRITERS, open_dataset
 from vlmalign.data.films import Films as Dataset
 from vlmalign.data.schema import LABEL_MAPS
 from vlmalign.data.traces import write_traces
-from vlmalign.exchange import from_first
+from vlmalign.exchange import agree, from_first
 from vlmalign.studies.chexreason.config import ChexReasonConfig, Films
 from vlmalign.types import Example
 
@@ -49,7 +50,11 @@ def open_films(films: Films, config: ChexReasonConfig) -> LabelledFilms:
     matrix, labels = dataset.label_matrix(), dataset.schema.labels
     if films.label_map is not None:
         matrix, labels = _mapped(matrix, films.label_map)
-    return LabelledFilms(dataset, labels, matrix, np.asarray(dataset.patients()))
+    patients = np.asarray(dataset.patients())
+    # Other films would make other batches: processes would compute different things, or wait for each other for ever.
+    content = "\n".join(map(str, patients)).encode() + matrix.tobytes()
+    agree(hashlib.sha256(content).hexdigest(), f"the films of {films.name}")
+    return LabelledFilms(dataset, labels, matrix, patients)
 
 
 def _mapped(matrix: np.ndarray, name: str) -> tuple[np.ndarray, tuple[str, ...]]:
