@@ -14,10 +14,17 @@ import argparse
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from measure_loading import Watch, memory
+
+if TYPE_CHECKING:  # JAX must not be imported before main() has said on what it runs
+    from jax.stages import Compiled
+
+    from vlmalign.models.model import Model
+    from vlmalign.planning.jobs import Job
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "chexreason" / "medgemma_4b.yaml"
 
@@ -53,34 +60,33 @@ def gemma(asked: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def measure(asked: argparse.Namespace) -> dict[str, Any]:
-    """Plan, compile, run; every phase with its planned and measured bytes."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
+class Planned(NamedTuple):
+    """A workload's programs: what goes in, what was compiled, and the peak that is foreseen in each phase, bytes."""
 
+    model: Model
+    jobs: Mapping[str, Job]
+    compiled: Mapping[str, Compiled]
+    expected: Mapping[str, int]
+
+
+def plan(asked: argparse.Namespace) -> Planned:
+    """The study on this model, planned for this device and compiled."""
     from vlmalign.config import load_config
-    from vlmalign.planning.batches import base_of
     from vlmalign.planning.inputs import read_lengths, read_model
-    from vlmalign.planning.jobs import Job
     from vlmalign.planning.memory import phases
     from vlmalign.planning.plan import jobs
     from vlmalign.planning.programs import lower, options_of, read_compiled
     from vlmalign.planning.target import open_target
     from vlmalign.planning.this_device import this_device
     from vlmalign.planning.workload import read_workload
-    from vlmalign.rollout.decode_weights import decode_weights
     from vlmalign.studies.chexreason.config import ChexReasonConfig
-    from vlmalign.training.step import TrainState
 
-    shapes = [
-        f"{stage}.shapes.{k}" for stage in ("sft", "grpo") for k in (f"rows={asked.rows}", "completion_multiple=32")
-    ]
-    rollout = [f"grpo.rollout.{k}" for k in (f"rows={asked.rows}", f"completion={asked.completion}")]
-    rows = [f"grpo.prompts={asked.rows}", f"sft.batch={asked.rows}", "evaluation.sets=[]"]
-    config = load_config(
-        ChexReasonConfig, CONFIG, ["model.dtype=float32", f"model.remat={asked.remat}", *shapes, *rollout, *rows]
-    )
+    overrides = ["model.dtype=float32", f"model.remat={asked.remat}", "evaluation.sets=[]"]
+    overrides += [f"grpo.rollout.rows={asked.rows}", f"grpo.rollout.completion={asked.completion}"]
+    overrides += [f"grpo.prompts={asked.rows}", f"sft.batch={asked.rows}"]
+    for stage in ("sft", "grpo"):
+        overrides += [f"{stage}.shapes.rows={asked.rows}", f"{stage}.shapes.completion_multiple=32"]
+    config = load_config(ChexReasonConfig, CONFIG, overrides)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.json"
         file.write_text(json.dumps(gemma(asked)), encoding="utf-8")
@@ -88,70 +94,86 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
     lengths = read_lengths(config, model, prompt=asked.prompt, answer=None, completion=None)
     workload = read_workload(config, model, lengths, count=1)
     target = open_target(this_device(model.dtype), 1)
-    planned: dict[str, Job] = {job.name: job for job in jobs(workload, target)}
+    planned = {job.name: job for job in jobs(workload, target)}
     compiled = {
         name: lower(job, target).compile(compiler_options=options_of(job, target)) for name, job in planned.items()
     }
     programs = {name: read_compiled(name, each) for name, each in compiled.items()}
-    expected = {phase.name: phase.peak for phase in phases(workload, programs, target)}
+    return Planned(model, planned, compiled, {p.name: p.peak for p in phases(workload, programs, target)})
 
-    def filled(tree: Any) -> Any:
-        """Arrays of these shapes whose memory is really there: written, not promised."""
 
-        def one(x: jax.ShapeDtypeStruct) -> jax.Array:
-            if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-                return jax.random.key(0)
-            return jax.device_put(np.full(x.shape, 0 if jnp.issubdtype(x.dtype, jnp.integer) else 0.01, x.dtype))
+def filled(tree: Any) -> Any:
+    """Arrays of these shapes whose memory is really there: written, not promised."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
 
-        return jax.block_until_ready(jax.tree.map(one, tree))
+    def one(x: jax.ShapeDtypeStruct) -> jax.Array:
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.key(0)
+        return jax.device_put(np.full(x.shape, 0 if jnp.issubdtype(x.dtype, jnp.integer) else 0.01, x.dtype))
+
+    return jax.block_until_ready(jax.tree.map(one, tree))
+
+
+def run_phases(planned: Planned) -> tuple[dict[str, int], int]:
+    """Bytes at the peak of each phase of a step, above what there was before the first array; numbers in the base."""
+    import jax
+    import jax.numpy as jnp
+
+    from vlmalign.planning.batches import base_of
+    from vlmalign.rollout.decode_weights import decode_weights
+    from vlmalign.training.step import TrainState
 
     found: dict[str, int] = {}
     baseline = memory("self", "RssAnon")
 
-    def run(phase: str, program: str, *arguments: Any) -> Any:
+    def run(phase: str, *arguments: Any, program: str | None = None) -> Any:
         with Watch(os.getpid()) as watch:
-            out = jax.block_until_ready(compiled[program](*arguments))
+            out = jax.block_until_ready(planned.compiled[program or phase](*arguments))
         found[phase] = watch.peak - baseline
         return out
 
-    base, pixels = (filled(part) for part in planned["encode"].arguments)
-    run("encode", "encode", base, pixels)
+    def inputs(program: str, start: int, stop: int | None = None) -> Any:
+        return filled(planned.jobs[program].arguments[start:stop])
+
+    base, pixels = inputs("encode", 0)
+    run("encode", base, pixels)
     del pixels
-    arguments = planned["sft gradients"].arguments
-    state = filled(planned["grpo optimiser"].arguments[0])
-    sums = filled(arguments[0])
-    sums, _ = run("sft gradients", "sft gradients", sums, state.params, base, *filled(arguments[3:]))
-    state, *_ = run("sft optimiser", "sft optimiser", state, sums, jnp.float32(1))
+    (state,), (sums,) = inputs("grpo optimiser", 0, 1), inputs("sft gradients", 0, 1)
+    sums, _ = run("sft gradients", sums, state.params, base, *inputs("sft gradients", 3))
+    state, *_ = run("sft optimiser", state, sums, jnp.float32(1))
     del sums, _
     reference = {name: value.copy() for name, value in state.params.items()}
     # The program makes the matrices that change; the others are the base's own.
-    policy = {**base, **run("rollout merge", "merge", base, state.params)}
-    prefilled = run("rollout prefill", "rollout prefill", policy, filled(planned["rollout prefill"].arguments[1]))
-    del prefilled
-    weights = decode_weights(base_of(model), policy)
-    out = run("rollout decode", "rollout decode", weights, *filled(planned["rollout decode"].arguments[1:]))
-    del out, weights, policy
-    run("grpo reference", "grpo reference", base, reference, filled(planned["grpo reference"].arguments[2]))
-    arguments = planned["grpo gradients"].arguments
-    sums, _ = run("grpo gradients", "grpo gradients", filled(arguments[0]), state.params, base, *filled(arguments[3:]))
-    state = TrainState(*state)
-    run("grpo optimiser", "grpo optimiser", state, sums, jnp.float32(1))
-    rows_found = [
-        {
-            "phase": name,
-            "planned_bytes": expected[name],
-            "measured_bytes": value,
-            "ratio": round(expected[name] / value, 3),
-        }
-        for name, value in found.items()
+    policy = {**base, **run("rollout merge", base, state.params, program="merge")}
+    run("rollout prefill", policy, *inputs("rollout prefill", 1))
+    weights = decode_weights(base_of(planned.model), policy)
+    run("rollout decode", weights, *inputs("rollout decode", 1))
+    del weights, policy
+    run("grpo reference", base, reference, *inputs("grpo reference", 2))
+    (sums,) = inputs("grpo gradients", 0, 1)
+    sums, _ = run("grpo gradients", sums, state.params, base, *inputs("grpo gradients", 3))
+    run("grpo optimiser", TrainState(*state), sums, jnp.float32(1))
+    return found, sum(value.size for value in base.values())
+
+
+def measure(asked: argparse.Namespace) -> dict[str, Any]:
+    """Plan, compile, run; every phase with its planned and measured bytes."""
+    planned = plan(asked)
+    found, parameters = run_phases(planned)
+    expected = planned.expected
+    rows = [
+        {"phase": n, "planned_bytes": expected[n], "measured_bytes": v, "ratio": round(expected[n] / v, 3)}
+        for n, v in found.items()
     ]
     planned_peak, measured_peak = max(expected.values()), max(found.values())
     return {
-        "parameters": sum(value.size for value in base.values()),
+        "parameters": parameters,
         "planned_peak_bytes": planned_peak,
         "measured_peak_bytes": measured_peak,
         "ratio": round(planned_peak / measured_peak, 3),
-        "phases": rows_found,
+        "phases": rows,
     }
 
 
@@ -161,7 +183,7 @@ def main() -> None:
         ("layers", 6), ("embed", 2048), ("ffn", 8192), ("vocab", 16_384), ("rows", 2), ("prompt", 64), ("completion", 64)
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--remat", default="none", choices=("none", "full"))
+    parser.add_argument("--remat", default="none", choices=("none", "dots", "attention", "full"))
     # Before JAX is imported: what is measured is a CPU's memory.
     os.environ["JAX_PLATFORMS"] = "cpu"
     print(json.dumps(measure(parser.parse_args()), indent=2))

@@ -8,44 +8,27 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's idle threads must
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from child import Child
 from transformers import Gemma3ForCausalLM
 
 
-class GeneratePeer:
-    """A context manager; `call()` returns the seconds of one call of `generate`."""
+class GeneratePeer(Child):
+    """`call()` returns the seconds of one call of `generate`."""
 
     def __init__(self, folder: Path, ids: np.ndarray, *, group: int, completion: int, never: int):
         """`ids` [prompts, tokens]; `never`: a stop id under which nothing stops."""
-        opening = {"folder": str(folder), "ids": ids.tolist(), "group": group, "completion": completion, "never": never}
-        self._child = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self._say(opening)
-
-    def __enter__(self) -> GeneratePeer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._child.kill()
-        self._child.wait()
+        super().__init__(__file__)
+        self.say({"folder": str(folder), "ids": ids.tolist(), "group": group, "completion": completion, "never": never})
 
     def call(self) -> float:
-        self._say("go")
-        line = self._child.stdout.readline()
-        if not line:
-            raise RuntimeError(f"transformers' process ended with exit code {self._child.wait()}; see its error above")
-        return float(json.loads(line))
-
-    def _say(self, what: object) -> None:
-        self._child.stdin.write(json.dumps(what) + "\n")
-        self._child.stdin.flush()
+        self.say("go")
+        return self.read()
 
 
 def main() -> None:

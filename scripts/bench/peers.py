@@ -24,7 +24,6 @@ from vlmalign.host_memory import keep_freed_memory
 if __name__ == "__main__" and json.loads(sys.argv[1])["same_heap"]:
     keep_freed_memory()
 
-import subprocess
 import tempfile
 import time
 import warnings
@@ -38,6 +37,7 @@ import datasets
 import numpy as np
 import torch
 import transformers
+from child import Child
 from datasets import Dataset
 from peft import LoraConfig
 from shapes import Sizes, picture, words
@@ -142,41 +142,20 @@ class Peer:
         made.train()
 
 
-class PeerProcess:
-    """`Peer` in a process of its own; a context manager that ends it."""
+class PeerProcess(Child):
+    """`Peer` in a process of its own."""
 
     def __init__(self, folder: Path, kind: str, sizes: Sizes, *, spare: int, same_heap: bool):
-        opening = {
-            "folder": str(folder), "kind": kind, "sizes": vars(sizes), "spare": spare, "same_heap": same_heap,
-        }  # fmt: skip
-        self._child = subprocess.Popen(
-            [sys.executable, __file__, json.dumps(opening)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def __enter__(self) -> PeerProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._child.kill()
-        self._child.wait()
+        opening = {"folder": str(folder), "kind": kind, "sizes": vars(sizes), "spare": spare, "same_heap": same_heap}
+        super().__init__(__file__, json.dumps(opening))
 
     def steps(self, job: str, batch: int, count: int, group: int | None) -> Iterator[float]:
         """Seconds of each of `count` steps, made one by one as they are asked for."""
-        self._say({"job": job, "batch": batch, "count": count, "group": group})
+        self.say({"job": job, "batch": batch, "count": count, "group": group})
         for _ in range(count):
-            self._say("go")
-            yield float(self._read())
-        assert self._read() == "end"
-
-    def _say(self, what: object) -> None:
-        self._child.stdin.write(json.dumps(what) + "\n")
-        self._child.stdin.flush()
-
-    def _read(self) -> object:
-        line = self._child.stdout.readline()
-        if not line:
-            raise RuntimeError(f"TRL's process ended with exit code {self._child.wait()}; its error stands above")
-        return json.loads(line)
+            self.say("go")
+            yield self.read()
+        assert self.read() == "end"
 
 
 def serve(opening: dict[str, Any]) -> None:

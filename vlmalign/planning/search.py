@@ -1,9 +1,10 @@
 """Which rows of a micro-batch and which rematerialisation to take: the fastest that fits.
 
 Keeping activations is faster than making them again, and more rows at once are never slower, so the candidates have an
-order, and the first that fits is taken. For a GPU that is not here a candidate is compiled at two small depths and drawn
-out to the whole (`depth`); for a GPU that is here, what is tried is compiled as it will run. After one candidate of a policy was
-compiled, arithmetic scaled to it says of the others which fit with room to spare, and which are not worth compiling.
+order, and the first that fits is taken. For a GPU that is not here a candidate is compiled at two small depths and
+drawn out to the whole (`depth`); for a GPU that is here, what is tried is compiled as it will run. After one candidate of
+a policy was compiled, arithmetic scaled to it says of the others which fit with room to spare, and which are not worth
+compiling.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Choice:
     stage: str
     taken: Candidate | None
     tried: tuple[Tried, ...]
-    program: Program | None = None  #: of the gradients with what was taken, where it was compiled
+    program: Program | None = None  #: of the gradients with what was taken; where `how` is `SCALED`, its memory alone
 
 
 def candidates(update: Update, count: int, policies: tuple[str, ...], rows: int | None = None) -> Iterator[Candidate]:
