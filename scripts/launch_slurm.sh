@@ -36,6 +36,9 @@ code=0 told=no
 if ((code)) && [[ $told == yes ]]; then
     echo "launch_slurm: process ${SLURM_PROCID-?} on $(hostname) was told to end, and has" >&2
     code=1  # srun returns the highest of all: that of the process that failed by itself
+elif ((code == 75)); then
+    echo "launch_slurm: process ${SLURM_PROCID-?} on $(hostname) ended since another one had, or could not be reached" >&2
+    code=1  # as above
 elif ((code)); then
     how="ended with exit code $code"
     if ((code > 128)); then how="was ended by SIG$(kill -l $((code - 128)))"; fi

@@ -12,7 +12,9 @@ The processes meet at a free port of the first host, at the address that ssh rea
 others, for a faster network or a firewall.
 
 Lines of output come with the number of their process. Ctrl-C reaches all processes; a second one kills them. The exit
-code is 0, that of the first process that failed (128 + the number of the signal that ended it), or 130.
+code is 0, that of the process that failed first (128 + the number of the signal that ended it), or 130. The others often
+end before it is known that it has: those that say that they end for the sake of another (exit code 75, or SIGABRT by
+JAX) count as the first only where there is no other.
 
 Standard library only, so that any Python 3 starts it.
 """
@@ -46,6 +48,8 @@ SSH = ("ssh", "-T", *(f"-o{limit}" for limit in LIMITS))
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 #: how a host's side is told to pass a signal on, and which one
 SIGNALS = {"INT": signal.SIGINT, "TERM": signal.SIGTERM, "KILL": signal.SIGKILL}
+#: how processes end whose only fault is that another has ended: `vlmalign.distributed.LOST_ANOTHER`, and 128 + SIGABRT
+FOLLOWING = (75, 134)
 #: what usually stands behind a signal that nobody sent by hand
 OFTEN = {
     "SIGKILL": " (often: out of memory)",
@@ -131,40 +135,53 @@ def launch(arguments: argparse.Namespace) -> int:
 
 def _watch(processes: list[Process], ended: queue.Queue[Ended], pressed: queue.Queue[int], grace: float) -> int:
     """Waits until all have ended; after a death or Ctrl-C, ever less kindly."""
-    left, code, cause = {process.number: process for process in processes}, 0, ""
+    left, interrupted = {process.number: process for process in processes}, 0
+    failed: list[Ended] = []  # by themselves: before they were told to end
+    told = False
     plan: list[tuple[float, str]] = []  # (when, signal) still to come
     while left:
         while not pressed.empty():
             found = pressed.get()
             kind = "INT" if found == signal.SIGINT else "TERM"
-            if code == 128 + found:  # the second time
+            if interrupted == 128 + found:  # the second time
                 kind, plan = "KILL", [(time.monotonic() + grace, "give up")]
             else:
-                code = code or 128 + found
+                interrupted = interrupted or 128 + found
                 plan = _schedule(INTERRUPTED, grace)
             _say(f"interrupted: sending SIG{kind} to {len(left)} processes")
             _send(left, kind)
+            told = True
         while plan and time.monotonic() >= plan[0][0]:
             _, kind = plan.pop(0)
             _say(f"{_names(left)} still there: {'giving up' if kind == 'give up' else 'SIG' + kind}")
             _send(left, kind)
+            told = True
         try:
-            number, found = ended.get(timeout=0.1)
+            end = ended.get(timeout=0.1)
         except queue.Empty:
             continue
-        process = left.pop(number)
-        if found and not code:
-            code, plan = _positive(found), _schedule(grace, grace)
-            cause = f"process {number} on {process.host} {_how(found)}"
-            _say(f"{cause}; a run cannot go on without it, the others ({len(left)}) are ended. What it said is above")
-        elif found:
-            _say(f"process {number} on {process.host} {_how(found)}")
-    if cause:  # again, below what the others said as they ended
+        del left[end.process]
+        if not end.code:
+            continue
+        more = ""
+        if not told:
+            if not failed:
+                plan = _schedule(grace, grace)
+                more = f"; a run cannot go on without it, the others ({len(left)}) are ended. What it said is above"
+            failed.append(end)
+        _say(f"{_told(processes, end)}{more}")
+    if failed:  # again, below what the others said as they ended
+        cause = next((end for end in failed if _positive(end.code) not in FOLLOWING), failed[0])
         _say(
-            f"the run ended because {cause}. "
+            f"the run ended because {_told(processes, cause)}. "
             "It goes on from its last checkpoint when it is started again, also with another number of processes"
         )
-    return code
+        return _positive(cause.code)
+    return interrupted
+
+
+def _told(processes: list[Process], end: Ended) -> str:
+    return f"process {end.process} on {processes[end.process].host} {_how(end.code)}"
 
 
 def _schedule(first: float, grace: float) -> list[tuple[float, str]]:
@@ -193,6 +210,8 @@ def _how(code: int) -> str:
     code = _positive(code)
     if code == 255:
         return "ended with exit code 255 (ssh: the host could not be reached, or the connection broke)"
+    if code == FOLLOWING[0]:
+        return f"ended with exit code {code} (another process of the run had ended, or could not be reached any more)"
     if code <= 128:
         return f"ended with exit code {code}"
     name = signal.Signals(code - 128).name if code - 128 in set(signal.Signals) else f"signal {code - 128}"

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from vlmalign import exchange
-from vlmalign.distributed import Processes, is_writer, leave, lost_another, own_share, process_count, resolve, share_of
+from vlmalign.distributed import LOST_ANOTHER, Processes, is_writer, leave, lost_another, own_share, process_count, resolve, share_of
 from vlmalign.rewards.crew import Crew
 
 EXPLICIT = {"VLMALIGN_COORDINATOR": "node1:29400", "VLMALIGN_PROCESSES": "4", "VLMALIGN_PROCESS": "2"}
@@ -217,6 +217,32 @@ def test_one_that_dies_ends_all(repository, how, code, said):
     assert_gone(out)
 
 
+#: process 2 ends for the sake of 1, whose own end is known only half a second later; the others hear of both
+FOLLOWS = """
+import os, signal, sys, time
+me = int(os.environ["VLMALIGN_PROCESS"])
+if me == 1:
+    time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGKILL) if sys.argv[1] == "killed" else sys.exit(3)
+if me == 2:
+    sys.exit(75)
+time.sleep(1)
+sys.exit(75) if me == 0 else os.abort()
+"""
+
+
+@pytest.mark.parametrize(("how", "code", "said"), [("killed", 137, "SIGKILL"), ("failed", 3, "exit code 3")])
+def test_the_cause_is_not_one_that_ended_for_the_sake_of_another(repository, how, code, said):
+    assert LOST_ANOTHER == 75
+    started = launch(repository, "--hosts", "a,b,c,d", "--", sys.executable, "-c", FOLLOWS, how)
+    _, err = started.communicate(timeout=60)
+    assert started.returncode == code
+    lines = err.splitlines()
+    assert lines[0].startswith("launch_ssh: process 2 on c ended with exit code 75 (another process of the run had ended")
+    assert lines[-1].startswith("launch_ssh: the run ended because process 1 on b ")
+    assert said in lines[-1]
+
+
 def test_a_command_that_is_not_there_is_named(repository, tmp_path):
     started = launch(repository, "--hosts", "a", "--directory", str(tmp_path), "--", "no-such-command")
     out, err = started.communicate(timeout=60)
@@ -316,10 +342,14 @@ def test_the_slurm_script(repository, tmp_path):
         (["bash", "-c", "exit 2"], 2, ""),
         # Told to end, as srun tells all when one fails: not the cause, which has the higher code of the two.
         (["bash", "-c", "kill $PPID $$"], 1, ""),
+        # Ended for the sake of another: not the cause either.
+        (["bash", "-c", "exit 75"], 1, ""),
     ):
         done = subprocess.run([script, *command], capture_output=True, text=True, env=environment, check=False)
         assert (done.returncode, done.stdout) == (code, out)
-        how = {0: "", 137: "was ended by SIGKILL (often: out of memory)", 2: "ended with exit code 2"}.get(code, "told")
+        how = {0: "", 137: "was ended by SIGKILL (often: out of memory)", 2: "ended with exit code 2"}.get(code)
+        if how is None:
+            how = "since another one had" if "75" in command[2] else "was told to end"
         assert how in done.stderr
         assert ("launch_slurm: process 3 on " in done.stderr) == (code != 0)
     shown = subprocess.run(
@@ -446,9 +476,9 @@ def test_a_defect_in_one_process_ends_it_at_once_and_the_others_learn_of_it(repo
         errors.append(process.communicate(timeout=100)[1])
         ends.append(time.monotonic() - begun)
     assert processes[0].returncode == 1
-    assert processes[1].returncode != 0
+    assert processes[1].returncode in (LOST_ANOTHER, -signal.SIGABRT)
     assert "RuntimeError: a defect" in errors[0]
     assert "another process of this run has ended" not in errors[0]
-    if processes[1].returncode == 1:  # else JAX ended it in its own words, before Python saw the error
+    if processes[1].returncode == LOST_ANOTHER:  # else JAX ended it in its own words, before Python saw the error
         assert "process 1 cannot go on: another process of this run has ended" in errors[1]
     assert ends[1] - ends[0] < 60

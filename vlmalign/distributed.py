@@ -52,6 +52,9 @@ LOST = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 
+#: exit code of a process that ends because another one has: launchers look for the cause among the others
+LOST_ANOTHER = 75
+
 _started = False
 
 
@@ -136,7 +139,8 @@ def start(given: Processes = Processes()) -> None:
 
 
 def leave(code: int, error: BaseException | None = None) -> int:
-    """`code`; but a process of several that fails ends here and now, saying so if it is for the end of another one.
+    """`code`; but a process of several that fails ends here and now: with `LOST_ANOTHER`, and saying so, if it is for the
+    end of another one.
 
     `error` is by default the exception that is being handled.
 
@@ -151,6 +155,7 @@ def leave(code: int, error: BaseException | None = None) -> int:
                 "again, also in another number",
                 file=sys.stderr,
             )
+            code = LOST_ANOTHER
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

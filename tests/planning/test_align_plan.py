@@ -52,7 +52,7 @@ stages:
 
 @pytest.fixture
 def read(tmp_path, monkeypatch):
-    monkeypatch.setattr("vlmalign.planning.target.PLUG_IN", ("no-such-wheel",))
+    monkeypatch.setattr("vlmalign.planning.target.PLUG_INS", (("no-such-wheel",),))
     (tmp_path / "config.json").write_text(json.dumps(TEXT))
 
     def run(lora: str = "null", beta: float = 0.0, count: int = 8, kind: str = "grpo", overrides: Sequence[str] = ()):

@@ -18,7 +18,7 @@ def model_config(tmp_path):
 
 @pytest.fixture
 def no_plug_in(monkeypatch):
-    monkeypatch.setattr("vlmalign.planning.target.PLUG_IN", ("no-such-wheel",))
+    monkeypatch.setattr("vlmalign.planning.target.PLUG_INS", (("no-such-wheel",),))
 
 
 def plan(*arguments: str) -> int:

@@ -101,7 +101,7 @@ def test_what_was_compiled_runs(workload, compiled):
 
 
 def test_without_the_plug_in_arithmetic_says_so(workload, monkeypatch):
-    monkeypatch.setattr("vlmalign.planning.target.PLUG_IN", ("no-such-wheel",))
+    monkeypatch.setattr("vlmalign.planning.target.PLUG_INS", (("no-such-wheel",),))
     target = open_target(find_device("h100"), 2)
     assert not target.devices
     said = []

@@ -20,7 +20,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from vlmalign.mesh import AXES, MeshSettings, build_mesh
 from vlmalign.planning.devices import THIS, Device, description
 
-PLUG_IN = ("jax-cuda12-plugin", "jax-cuda12-pjrt")
+#: either pair compiles; the first is what the extra `plan` installs
+PLUG_INS = (("jax-cuda12-plugin", "jax-cuda12-pjrt"), ("jax-cuda13-plugin", "jax-cuda13-pjrt"))
 
 #: What is compiled differs in these from what a GPU compiles for itself, where it tries kernels out:
 #: - Products go to cuBLAS. The Triton kernels that a GPU chooses by trying need sizes that nothing has tried here; with
@@ -81,15 +82,22 @@ class Target:
 def plug_in_problem() -> str | None:
     """Why nothing can be compiled for a GPU that is not here, and what to do; None when it can be."""
     wanted = version("jax")
-    install = f"pip install {' '.join(f'{name}=={wanted}' for name in PLUG_IN)}"
-    for name in PLUG_IN:
-        try:
-            found = version(name)
-        except PackageNotFoundError:
-            return f"JAX's CUDA plug-in is not installed (no driver and no GPU are needed): {install}"
-        if found != wanted:
-            return f"{name} {found} does not belong to jax {wanted}: {install}"
+    install = f"pip install {' '.join(f'{name}=={wanted}' for name in PLUG_INS[0])}"
+    found = [installed for names in PLUG_INS if (installed := _versions(names)) is not None]
+    if not found:
+        return f"JAX's CUDA plug-in is not installed (no driver and no GPU are needed): {install}"
+    if not any(set(versions.values()) == {wanted} for versions in found):
+        said = ", ".join(f"{name} {each}" for name, each in found[0].items())
+        return f"{said} do not belong to jax {wanted}: {install}"
     return None
+
+
+def _versions(names: tuple[str, ...]) -> dict[str, str] | None:
+    """Of these packages; None where one is missing."""
+    try:
+        return {name: version(name) for name in names}
+    except PackageNotFoundError:
+        return None
 
 
 def build_sizes(axes: MeshSettings, count: int) -> tuple[int, ...]:
