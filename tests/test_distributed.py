@@ -15,7 +15,17 @@ import numpy as np
 import pytest
 
 from vlmalign import exchange
-from vlmalign.distributed import LOST_ANOTHER, Processes, is_writer, leave, lost_another, own_share, process_count, resolve, share_of
+from vlmalign.distributed import (
+    LOST_ANOTHER,
+    Processes,
+    is_writer,
+    leave,
+    lost_another,
+    own_share,
+    process_count,
+    resolve,
+    share_of,
+)
 from vlmalign.rewards.crew import Crew
 
 EXPLICIT = {"VLMALIGN_COORDINATOR": "node1:29400", "VLMALIGN_PROCESSES": "4", "VLMALIGN_PROCESS": "2"}
@@ -238,7 +248,9 @@ def test_the_cause_is_not_one_that_ended_for_the_sake_of_another(repository, how
     _, err = started.communicate(timeout=60)
     assert started.returncode == code
     lines = err.splitlines()
-    assert lines[0].startswith("launch_ssh: process 2 on c ended with exit code 75 (another process of the run had ended")
+    assert lines[0].startswith(
+        "launch_ssh: process 2 on c ended with exit code 75 (another process of the run had ended"
+    )
     assert lines[-1].startswith("launch_ssh: the run ended because process 1 on b ")
     assert said in lines[-1]
 
