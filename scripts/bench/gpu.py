@@ -3,9 +3,13 @@
     python scripts/bench/gpu.py --model medgemma-4b --out scripts/bench/results/gpu_medgemma_4b.json
     python scripts/bench/gpu.py --model llama-3-8b --parts decode,update
 
-Prints one JSON line per part. Decoding is given as a share of the rate at which this GPU copies memory, training as a
-share of the rate at which it multiplies 8192 x 8192 bfloat16 matrices of random numbers, both measured here first.
-`gpu_peer.py` does the same work with transformers and torch.
+Prints one JSON line per part. Every program is compiled before the first one is timed, all of them side by side.
+Decoding is given as a share of the rate at which this GPU copies memory, training as a share of the rate at which it
+multiplies 8192 x 8192 bfloat16 matrices of random numbers, both measured here first. `gpu_peer.py` does the same work
+with transformers and torch.
+
+`peak_gib` is the highest point of the process so far: the parts run in the order of what they need, so that it is that
+of the part itself for the first update, for the whole step, and for whatever raises it after them.
 
 Bytes of a decoded token: the decoder's weights and the output matrix once, the prompts' keys and values once each, the
 completions' own caches as allocated. Operations of an update: 4 per number of the layers' matrices and token, 6 of the
@@ -18,22 +22,28 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import platform
+import sys
 import tempfile
 import time
-from importlib.metadata import version
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from importlib.metadata import distributions, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from gpu_shapes import MODELS, Record, Shape, read_sizes, seconds
 
-from vlmalign.models.lora import LoraSpec, init_adapter
-from vlmalign.models.model import Model
+from vlmalign.models.lora import LoraSpec, init_adapter, is_adapter
+from vlmalign.models.model import Model, Params
+from vlmalign.models.sizes import cache_bytes, head_weights, layer_weights, siglip_flops
 from vlmalign.objectives.grpo import GrpoSettings, grpo_counts, grpo_loss
-from vlmalign.planning.cost import adapter_weights, cache_bytes, head_weights, layer_weights
 from vlmalign.planning.this_device import this_device
 from vlmalign.rewards.runner import ScoredBatch
 from vlmalign.rollout.compaction import DecodeShape
@@ -48,23 +58,53 @@ from vlmalign.training.optimiser import OptimiserSettings, build_optimiser
 from vlmalign.training.policy import PolicySource
 from vlmalign.training.rollout_settings import RolloutSettings
 from vlmalign.training.rollouts import Task
-from vlmalign.training.step import MicroBatch, Objective, Trainer
+from vlmalign.training.step import MicroBatch, Objective, Trainer, TrainState
 from vlmalign.training.supervised import Shapes, micro_batches
 from vlmalign.types import Grid, Group, Segment
 from vlmalign.weights.checkpoint import load_config
 
-PARTS = ("rates", "encode", "decode", "update", "step")
-#: rows and completions per row, and top_p, of the decode programs that are timed
-DECODES = ((1, 1, 1.0), (8, 4, 1.0), (8, 4, 0.95), (32, 4, 1.0))
-#: remat policy, attention, and groups per micro-batch, of the updates that are timed
-UPDATES = (
-    ("full", "auto", 8),
-    ("attention", "auto", 8),
-    ("dots", "auto", 8),
-    ("none", "auto", 8),
-    ("none", "auto", 2),
-    ("none", "cudnn", 8),
-)
+PARTS = ("encode", "update", "step", "decode", "more")
+#: rows, completions per row and top_p of the decode programs that are timed
+DECODES = ((8, 4, 0.95), (8, 4, 1.0), (1, 1, 1.0), (32, 4, 0.95))
+#: remat policy, attention, and groups per micro-batch: of the update whose memory is measured, and of the others
+UPDATE = ("full", "auto", 8)
+MORE = (("none", "auto", 2), ("none", "cudnn", 2), ("attention", "auto", 8), ("attention", "cudnn", 8))
+
+
+class Ahead:
+    """Programs compiled side by side, each traced as it is added."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0)))
+        self._began, self._waiting, self._failed = time.perf_counter(), {}, {}
+
+    def add(self, name: str, lower: Callable[[], jax.stages.Lowered]) -> None:
+        try:
+            self._waiting[name] = self._pool.submit(self._compile, lower())
+        except ValueError as error:  # what cannot run here is a result
+            self._failed[name] = str(error)[:300]
+
+    @staticmethod
+    def _compile(lowered: jax.stages.Lowered) -> tuple[float, jax.stages.Compiled]:
+        began = time.perf_counter()
+        compiled = lowered.compile()
+        return time.perf_counter() - began, compiled
+
+    def wait(self) -> dict[str, Any]:
+        """Seconds in all and of each program; what did not compile, and why; its memory as the compiler planned it."""
+        took, memory = {}, {}
+        for name, future in self._waiting.items():
+            try:
+                took[name], compiled = future.result()
+                memory[name] = _memory(compiled)
+            except jax.errors.JaxRuntimeError as error:
+                self._failed[name] = str(error)[:300]
+        return {
+            "seconds": round(time.perf_counter() - self._began, 1),
+            "each": {name: round(t, 1) for name, t in took.items()},
+            "failed": self._failed,
+            "gib": memory,
+        }
 
 
 class Pictures:
@@ -108,7 +148,9 @@ class Bench:
         self.vision = model.config.vision
         self.features = self._store()
         self._rng, self._number = np.random.default_rng(0), 0
-        self.device = None
+        self._updates: dict[tuple[str, str, int], tuple[Trainer, list[MicroBatch]]] = {}
+        self._step: Step | None = None
+        self.device = this_device("bfloat16")
 
     def _store(self) -> FeatureStore | None:
         if self.vision is None:
@@ -138,7 +180,6 @@ class Bench:
         return round(stats["peak_bytes_in_use"] / 2**30, 2) if "peak_bytes_in_use" in stats else None
 
     def rates(self) -> None:
-        self.device = this_device("bfloat16")
         self._record.add(
             "rates", device=self.device.title, copy_tb_s=self.device.bandwidth / 1e12,
             matmul_tflop_s=self.device.flops["bfloat16"] / 1e12, weights_gib=self._bytes() / 2**30,
@@ -147,8 +188,40 @@ class Bench:
     def _bytes(self) -> int:
         return sum(value.nbytes for value in self.base.values())
 
+    def compile(self, parts: Sequence[str]) -> None:
+        """Everything that `parts` will run, side by side."""
+        ahead = Ahead()
+        if "step" in parts:
+            self.prepare_step()
+            ahead.add("step reference", lambda: self._lower_reference(self._step.trainer, self._step.batch))
+            ahead.add("step gradients", lambda: self._lower_gradients(self._step.trainer, self._step.batch))
+            ahead.add("step optimiser", lambda: self._lower_optimiser(self._step.trainer))
+        wanted = [*((UPDATE,) if "update" in parts else ()), *(MORE if "more" in parts else ())]
+        for how in wanted:
+            trainer, held = self._updates[how] = self.prepare_update(*how)
+            ahead.add(f"update {how}", partial(self._lower_gradients, trainer, held[0]))
+            ahead.add(f"optimiser {how}", partial(self._lower_optimiser, trainer))
+        if "decode" in parts:
+            for how in DECODES:
+                device, slots = self._rows(*how)
+                ahead.add(f"decode {how}", partial(device.lower_block, slots))
+                del device
+        if self.features is not None and {"encode", "step"} & set(parts):
+            ahead.add("encode", lambda: self.features._program.lower(self.base, self._films()))
+        if "step" in parts:  # compiles side by side what it samples with, beside all of the above
+            began = time.perf_counter()
+            self._step.generator.warm_up(self._step.source._merge(self.base, self._step.state.params))
+            self._record.add(
+                "warm_up", seconds=round(time.perf_counter() - began, 1), programs=len(self._step.generator.shapes)
+            )
+        self._record.add("compile", **ahead.wait(), peak_gib=self._peak())
+
+    def _films(self) -> np.ndarray:
+        keys = ["1"] * self.shape.prompts
+        return np.stack(Pictures(self.vision.image_size, self.vision.tokens).read(keys))
+
     def encode(self) -> None:
-        """New films through the tower, as a rollout asks for them."""
+        """New films through the tower, as a rollout asks for them, and the tower alone."""
         if self.features is None:
             return
         images = self.shape.prompts
@@ -158,26 +231,33 @@ class Bench:
             self._number += images
             self.features.features(keys)
 
-        took = seconds(run, warm=2, repeats=self._repeats)
-        pixels = np.stack(Pictures(self.vision.image_size, self.vision.tokens).read(["1"] * images))
-        program, held = jax.jit(self.model.without_lora().encode), jax.device_put(pixels)
+        took = seconds(run, warm=1, repeats=self._repeats)
+        held = jax.device_put(self._films())
         tower = seconds(
-            lambda: jax.block_until_ready(program(self.base, held)), warm=2, repeats=self._repeats
-        )  # without drawing the films and moving them
-        self._record.add("encode", images=images, **took, tower_s=tower["seconds"], peak_gib=self._peak())
+            lambda: jax.block_until_ready(self.features._program(self.base, held)), warm=1, repeats=self._repeats
+        )["seconds"]  # without drawing the films and moving them
+        flops = images * siglip_flops(self.model.config)
+        self._record.add(
+            "encode", images=images, **took, tower_s=tower, tflop=flops / 1e12,
+            tower_share_of_matmul=flops / tower / self.device.flops["bfloat16"], peak_gib=self._peak(),
+        )  # fmt: skip
+
+    def _rows(self, rows: int, group: int, top_p: float) -> tuple[DeviceRows, Slots]:
+        """Rows as they are decoded at the end of a rollout: caches of the full length."""
+        device = DeviceRows(
+            self.model.without_lora(), self.base, decode_weights(self.model.without_lora(), self.base),
+            jax.random.key(0), prompt=self.shape.prompt, steps=BLOCK,
+            sampling=Sampling(self.shape.temperature, top_p), mesh=None,
+        )  # fmt: skip
+        device.open(DecodeShape(rows, group, self.shape.completion))
+        slots = Slots(rows, group, Ending(self.shape.completion, ()))
+        for row in range(rows):
+            slots.put(row, row, group_id=row, length=self.shape.prompt, next_position=self.shape.prompt)
+        return device, slots
 
     def decode(self) -> None:
         for rows, group, top_p in DECODES:
-            shape = DecodeShape(rows, group, self.shape.completion)
-            sampling = Sampling(self.shape.temperature, top_p)
-            device = DeviceRows(
-                self.model.without_lora(), self.base, decode_weights(self.model.without_lora(), self.base),
-                jax.random.key(0), prompt=self.shape.prompt, steps=BLOCK, sampling=sampling, mesh=None,
-            )  # fmt: skip
-            device.open(shape)
-            slots = Slots(rows, group, Ending(self.shape.completion, ()))
-            for row in range(rows):
-                slots.put(row, row, group_id=row, length=self.shape.prompt, next_position=self.shape.prompt)
+            device, slots = self._rows(rows, group, top_p)
             took = seconds(lambda: device.block(slots), warm=2, repeats=4 * self._repeats)  # noqa: B023
             config, kv = self.model.config.decoder, cache_bytes(self.model)
             weights = 2 * (layer_weights(config) + head_weights(config))
@@ -197,10 +277,11 @@ class Bench:
         length = shape.prompt + shape.group * shape.completion
         pairs = shape.prompt**2 / 2 + shape.group * shape.completion * (shape.prompt + shape.completion / 2)
         attention = 12 * len(config.layers) * config.heads * config.head_dim * pairs
-        dense = length * (4 * layer_weights(config) + 6 * adapter_weights(self.model))
+        adapter = sum(slot.size for name, slot in self.model.shapes.items() if is_adapter(name))
+        dense = length * (4 * layer_weights(config) + 6 * adapter)
         return rows * (dense + attention + 4 * head_weights(config) * shape.group * shape.completion)
 
-    def _trainer(self, model: Model, beta: float) -> Trainer:
+    def _trainer(self, model: Model, beta: float, reference: Params | None = None) -> Trainer:
         settings = GrpoSettings(beta=beta, max_completion=self.shape.completion)
         objective = Objective(
             "grpo",
@@ -210,32 +291,52 @@ class Bench:
             needs_reference=beta > 0,
         )
         optimiser = build_optimiser(OptimiserSettings(1e-6, warmup=0.0, schedule="constant"), 10**6)
-        return Trainer(model, objective, optimiser, reference=(model.without_lora(), {}))
+        return Trainer(model, objective, optimiser, reference=None if reference is None else (model, reference))
 
-    def _state(self, trainer: Trainer) -> Any:
+    def _state(self, trainer: Trainer) -> TrainState:
         return trainer.init(init_adapter(self.model.shapes, self.base, key=jax.random.key(0)))
 
-    def update(self) -> None:
-        groups = [self._group(self.shape.group) for _ in range(self.shape.prompts)]
-        for remat, attention, rows in UPDATES:
-            model = Model(self.model.config, self.model.lora, self.model.dtype, attention, remat)
-            try:
-                self._update(model, groups, rows, {"remat": remat, "attention": attention, "rows": rows})
-            except (jax.errors.JaxRuntimeError, ValueError) as error:  # what does not fit or run here is a result
-                self._record.add("update", remat=remat, attention=attention, rows=rows, error=str(error)[:300])
-            gc.collect()
+    def _lower_gradients(self, trainer: Trainer, batch: MicroBatch) -> jax.stages.Lowered:
+        """As `Trainer.step` calls it."""
+        state = jax.eval_shape(lambda: self._state(trainer))
+        counts = trainer.objective.counts([batch.groups])
+        known = dict(batch.recorded)
+        if trainer.objective.needs_reference:
+            known["ref_logp"] = jax.ShapeDtypeStruct(batch.groups.weight.shape, jnp.float32)
+        return trainer._accumulate.lower(state.params, state.params, self.base, batch.groups, known, counts, state.step)
 
-    def _update(self, model: Model, groups: list[Group], rows: int, how: dict[str, Any]) -> None:
+    def _lower_optimiser(self, trainer: Trainer) -> jax.stages.Lowered:
+        state = jax.eval_shape(lambda: self._state(trainer))
+        return trainer._apply.lower(state, state.params, jax.ShapeDtypeStruct((), jnp.float32))
+
+    def _lower_reference(self, trainer: Trainer, batch: MicroBatch) -> jax.stages.Lowered:
+        return trainer._reference_logp.lower(self.base, trainer.reference[1], batch.groups)
+
+    def prepare_update(self, remat: str, attention: str, rows: int) -> tuple[Trainer, list[MicroBatch]]:
+        """A trainer, and `prompts` groups in micro-batches of `rows`."""
+        groups = [self._group(self.shape.group) for _ in range(self.shape.prompts)]
+        model = Model(self.model.config, self.model.lora, self.model.dtype, attention, remat)
         shapes = Shapes(rows=rows, prompt_multiple=8, completion_multiple=8)
-        batches = micro_batches(groups, shapes, self.features)
         size = (rows, self.shape.group, self.shape.completion)
         advantage = np.linspace(-1, 1, rows * self.shape.group, dtype=np.float32).reshape(size[:2])
         known = {name: np.full(size, -12.0, np.float32) for name in ("rollout_logp", "kept_logp")}
-        held = jax.device_put([MicroBatch(b._replace(advantage=advantage), known) for b in batches])
-        trainer = self._trainer(model, 0.0)
+        batches = micro_batches(groups, shapes, self.features)
+        return self._trainer(model, 0.0), [MicroBatch(b._replace(advantage=advantage), known) for b in batches]
+
+    def update(self) -> None:
+        self._update(UPDATE)
+
+    def more(self) -> None:
+        for how in MORE:
+            try:
+                self._update(how)
+            except (jax.errors.JaxRuntimeError, ValueError) as error:  # what does not fit or run here is a result
+                self._record.add("update", **_named(how), error=str(error)[:300])
+            gc.collect()
+
+    def _update(self, how: tuple[str, str, int]) -> None:
+        trainer, held = self._updates.pop(how)
         state = self._state(trainer)
-        layout = held[0].groups.layout
-        memory = _memory(trainer, state, self.base, held[0])
 
         def run() -> None:
             nonlocal state
@@ -245,32 +346,44 @@ class Bench:
         took = seconds(run, warm=2, repeats=self._repeats)
         flops = self.useful_flops(self.shape.prompts)
         self._record.add(
-            "update", **how, layout=list(layout), micro_batches=len(held), **took, tflop=flops / 1e12,
-            tflop_s=flops / took["seconds"] / 1e12,
-            mfu=flops / took["seconds"] / self.device.flops["bfloat16"],
-            compiler_gib=memory, peak_gib=self._peak(),
+            "update", **_named(how), layout=list(held[0].groups.layout), micro_batches=len(held), **took,
+            tflop=flops / 1e12, tflop_s=flops / took["seconds"] / 1e12,
+            mfu=flops / took["seconds"] / self.device.flops["bfloat16"], peak_gib=self._peak(),
         )  # fmt: skip
 
-    def step(self) -> None:
-        """Whole GRPO steps on new films: merge, encode, sample, score, reference, update."""
+    def prepare_step(self) -> None:
+        """What whole GRPO steps are made of: the policy begins as the reference, an adapter of its own."""
         shape = self.shape
-        trainer = self._trainer(self.model, 0.15)
+        start = init_adapter(self.model.shapes, self.base, key=jax.random.key(0))
+        trainer = self._trainer(self.model, 0.15, reference=jax.tree.map(jnp.copy, start))
         generator = Generator(
             model=self.model.without_lora(), features=self.features, stop_ids=(), rows=shape.prompts, group=shape.group,
             completion=shape.completion, sampling=Sampling(shape.temperature, shape.top_p), multiple=8,
+            prompt_lengths=(shape.prompt,),
         )  # fmt: skip
 
         def score(number, keys, texts, completions, columns) -> ScoredBatch:
             del number, keys, texts, columns
             return ScoredBatch([float(len(set(text)) % 7) for text in completions], {}, ())
 
+        shapes = Shapes(rows=shape.prompts, prompt_multiple=8, completion_multiple=8)
         source = PolicySource(
             [Task(self._group(0), "", {}) for _ in range(shape.prompts * 16)], generator=generator, trainer=trainer,
             base=self.base, decode=lambda tokens: " ".join(map(str, tokens.tolist())), score=score,
-            shapes=Shapes(rows=shape.prompts, prompt_multiple=8, completion_multiple=8),
-            settings=RolloutSettings(shape.prompts, scale="group"),
+            shapes=shapes, settings=RolloutSettings(shape.prompts, scale="group"),
         )  # fmt: skip
-        state, rollouts, references = self._state(trainer), [], []
+        size = (shape.prompts, shape.group, shape.completion)
+        known = {name: np.zeros(size, np.float32) for name in ("rollout_logp", "kept_logp")}
+        groups = [self._group(shape.group) for _ in range(shape.prompts)]
+        (batch,) = micro_batches(groups, shapes, self.features)
+        batch = batch._replace(advantage=np.zeros(size[:2], np.float32), truncated=np.zeros(size[:2], bool))
+        self._step = Step(source, generator, trainer, trainer.init(start), MicroBatch(batch, known))
+
+    def step(self) -> None:
+        """Whole GRPO steps on new films: merge, encode, sample, score, reference, update."""
+        (source, _, trainer, state, _), shape = self._step, self.shape
+        self._step = None
+        rollouts, references = [], []
 
         def run() -> None:
             nonlocal state
@@ -285,19 +398,34 @@ class Bench:
             state, found = trainer.step(state, self.base, batches, work.options)
             jax.block_until_ready((state.params, found))
 
-        took = seconds(run, warm=2, repeats=self._repeats)
+        took = seconds(run, warm=1, repeats=self._repeats)
         self._record.add(
             "step", prompts=shape.prompts, group=shape.group, remat=self.model.remat, **took,
-            rollout_s=float(np.median(rollouts[2:])), reference_s=float(np.median(references[2:])), peak_gib=self._peak(),
+            rollout_s=float(np.median(rollouts[1:])), reference_s=float(np.median(references[1:])), peak_gib=self._peak(),
         )  # fmt: skip
 
 
-def _memory(trainer: Trainer, state: Any, base: Any, batch: MicroBatch) -> dict[str, float]:
-    """GiB that the compiler set aside for the gradients of one micro-batch."""
-    grads = jax.tree.map(jnp.zeros_like, state.params)
-    counts = trainer.objective.counts([batch.groups])
-    found = trainer._accumulate.lower(grads, state.params, base, batch.groups, batch.recorded, counts, state.step)
-    stats = found.compile().memory_analysis()
+class Step(NamedTuple):
+    """What a GRPO step is made of, and a batch of its shape."""
+
+    source: PolicySource
+    generator: Generator
+    trainer: Trainer
+    state: TrainState
+    batch: MicroBatch
+
+
+def _installed(name: str) -> bool:
+    return any(True for _ in distributions(name=name))
+
+
+def _named(how: tuple[str, str, int]) -> dict[str, Any]:
+    return dict(zip(("remat", "attention", "rows"), how, strict=True))
+
+
+def _memory(compiled: jax.stages.Compiled) -> dict[str, float]:
+    """GiB that the compiler set aside."""
+    stats = compiled.memory_analysis()
     names = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes", "alias_size_in_bytes")
     return {name.removesuffix("_size_in_bytes"): round(getattr(stats, name) / 2**30, 3) for name in names}
 
@@ -311,13 +439,17 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=Shape.prompt)
     parser.add_argument("--completion", type=int, default=Shape.completion)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--compile-only", action="store_true", help="to fill JAX_COMPILATION_CACHE_DIR, several at once"
+    )
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(read_sizes(asked.model, asked.layers)), encoding="utf-8")
         config = load_config(Path(folder))
     shape = Shape(prompt=asked.prompt, completion=asked.completion)
-    versions = {name: version(name) for name in ("jax", "jaxlib", "flax")} | {"python": platform.python_version()}
+    names = [name for name in ("jax", "jaxlib", "flax", "jax-cuda13-plugin", "jax-cuda12-plugin") if _installed(name)]
+    versions = {name: version(name) for name in names} | {"python": platform.python_version()}
     record = Record(
         asked.out,
         {"model": asked.model, "layers": asked.layers, "dtype": "bfloat16", "shape": vars(shape), "versions": versions},
@@ -325,9 +457,18 @@ def main() -> None:
     model = Model(config, LoraSpec(shape.rank, 2.0 * shape.rank), dtype="bfloat16", remat=asked.remat)
     bench = Bench(model, shape, record, asked.repeats)
     bench.rates()
-    for part in asked.parts.split(","):
-        if part != "rates":
+    parts = asked.parts.split(",")
+    bench.compile(parts)
+    if asked.compile_only:
+        return
+    failed = False
+    for part in parts:
+        try:
             getattr(bench, part)()
+        except Exception:  # on a machine that is paid by the second, the other parts are still worth their time
+            failed = True
+            record.add(part, error=traceback.format_exc())
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

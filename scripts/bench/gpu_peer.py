@@ -24,7 +24,9 @@ from gpu_shapes import MODELS, Record, Shape, read_sizes, seconds
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-PARTS = ("rates", "decode", "update", "step")
+PARTS = ("rates", "step", "decode", "update")
+#: tokens generated to warm up
+WARM = 8
 TARGETS = r"^(?!.*vision_tower).*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)$"
 
 
@@ -80,14 +82,15 @@ class Peer:
             found["token_type_ids"] = kinds
         return {name: value.to(self.device) for name, value in (found | {"input_ids": tokens}).items()}
 
-    def generate(self, prompts: dict[str, torch.Tensor], top_p: float) -> torch.Tensor:
+    def generate(self, prompts: dict[str, torch.Tensor], top_p: float, length: int | None = None) -> torch.Tensor:
+        """Prompts and `length` new tokens of each completion; by default those of the benchmark."""
         shape = self.shape
+        length = shape.completion if length is None else length
         self.model.eval()
         with torch.no_grad():
             found = self.model.generate(
                 **prompts, do_sample=True, temperature=shape.temperature, top_p=top_p, top_k=0,
-                num_return_sequences=shape.group, max_new_tokens=shape.completion, min_new_tokens=shape.completion,
-                pad_token_id=0,
+                num_return_sequences=shape.group, max_new_tokens=length, min_new_tokens=length, pad_token_id=0,
             )  # fmt: skip
         self._wait()
         return found
@@ -96,7 +99,8 @@ class Peer:
         """Prefill and decoding; the prefill is what one new token takes."""
         prompts = self.prompts(self.shape.prompts)
         for top_p in (1.0, self.shape.top_p):
-            took = seconds(lambda: self.generate(prompts, top_p), warm=1, repeats=max(1, self._repeats // 2))  # noqa: B023
+            self.generate(prompts, top_p, WARM)
+            took = seconds(lambda: self.generate(prompts, top_p), warm=0, repeats=self._repeats)  # noqa: B023
             tokens = self.shape.prompts * self.shape.group * self.shape.completion
             self._record.add(
                 "decode", rows=self.shape.prompts, group=self.shape.group, top_p=top_p, **took,
@@ -147,6 +151,14 @@ class Peer:
         took = seconds(lambda: self.train(rows, [None] * len(rows)), warm=2, repeats=self._repeats)
         self._record.add("update", micro=self._micro, **took, peak_gib=self._peak())
 
+    def _warm_up(self) -> None:
+        """A few tokens, and an update of the benchmark's shape."""
+        prompts = self.prompts(self.shape.prompts)
+        self.generate(prompts, self.shape.top_p, WARM)
+        size = (self.shape.prompts * self.shape.group, self.shape.completion)
+        rows = self._rows(prompts, torch.randint(16, self.vocab - 64, size, device=self.device))
+        self.train(rows, [None] * len(rows))
+
     def step(self) -> None:
         """Whole GRPO steps on new films: sample, reference, update."""
         shape, parts = self.shape, []
@@ -155,6 +167,8 @@ class Peer:
             began = time.perf_counter()
             prompts = self.prompts(shape.prompts)
             answers = self.generate(prompts, shape.top_p)[:, shape.prompt :]
+            if self.vision is not None:  # random weights may draw the token that stands for an image
+                answers = torch.where(answers == self.config.image_token_id, 16, answers)
             sampled = time.perf_counter()
             rows = self._rows(prompts, answers)
             with torch.no_grad(), self.model.disable_adapter():
@@ -164,8 +178,9 @@ class Peer:
             self.train(rows, reference)
             parts.append((sampled - began, scored - sampled, time.perf_counter() - scored))
 
-        took = seconds(run, warm=1, repeats=self._repeats)
-        rollout, reference, update = np.median(parts[1:], axis=0).tolist()
+        self._warm_up()
+        took = seconds(run, warm=0, repeats=self._repeats)
+        rollout, reference, update = np.median(parts, axis=0).tolist()
         self._record.add(
             "step", prompts=shape.prompts, group=shape.group, micro=self._micro, **took, rollout_s=rollout,
             reference_s=reference, update_s=update, peak_gib=self._peak(),

@@ -46,18 +46,17 @@ def read_sizes(model: str, layers: int | None) -> dict[str, Any]:
 
 
 def seconds(run: Callable[[], Any], *, warm: int, repeats: int) -> dict[str, Any]:
-    """`run` must wait for the device. The first call, which compiles, is reported apart."""
-    began = time.perf_counter()
-    run()
-    first = time.perf_counter() - began
-    for _ in range(warm - 1):
+    """`run` must wait for the device. Of `warm` calls that are not timed, the first one is reported apart."""
+    first, taken = None, []
+    for number in range(warm):
+        began = time.perf_counter()
         run()
-    taken = []
+        first = round(time.perf_counter() - began, 1) if number == 0 else first
     for _ in range(repeats):
         began = time.perf_counter()
         run()
         taken.append(time.perf_counter() - began)
-    return {"seconds": statistics.median(taken), "all": [round(t, 4) for t in taken], "first_call": round(first, 1)}
+    return {"seconds": statistics.median(taken), "all": [round(t, 4) for t in taken], "first_call": first}
 
 
 class Record:

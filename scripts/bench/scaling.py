@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmalign.models.config import DecoderConfig
-from vlmalign.planning.cost import head_weights, layer_weights
+from vlmalign.models.sizes import head_weights, layer_weights
 from vlmalign.weights.checkpoint import parse_config, read_json
 
 ROOT = Path(__file__).resolve().parents[2]

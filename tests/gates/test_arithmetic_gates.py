@@ -10,7 +10,8 @@ import re
 import pytest
 from small_gates import LARGE_ENOUGH, compiled_job, workload_of
 
-from vlmalign.planning.cost import adapter_weights, head_weights, layer_weights
+from vlmalign.models.sizes import head_weights, layer_weights
+from vlmalign.planning.cost import adapter_weights
 from vlmalign.planning.jobs import micro_job, rollout_jobs
 from vlmalign.rollout.engine import block_length
 

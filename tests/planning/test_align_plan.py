@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import pytest
 
 from vlmalign.cli import main
+from vlmalign.models import sizes
 from vlmalign.objectives.ppo import RECORDED
 from vlmalign.planning import cost
 from vlmalign.planning.batches import places, size, split, update_batch, whole
@@ -99,8 +100,8 @@ def test_full_fine_tuning_takes_eight_operations_with_rematerialisation(read):
     workload, _ = read()
     config, update = workload.model.config.decoder, workload.grpo
     attention = cost._attention(config, update.layout)
-    expected = 8 * cost.layer_weights(config) * update.layout.row + 4 * attention
-    expected += 8 * cost.head_weights(config) * 4 * 32
+    expected = 8 * sizes.layer_weights(config) * update.layout.row + 4 * attention
+    expected += 8 * sizes.head_weights(config) * 4 * 32
     assert cost.gradients(workload.model, update, 1).flops == pytest.approx(expected)
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 from small_plan import medgemma, small_workload
 
+from vlmalign.models import sizes
 from vlmalign.models.decoder import REMAT
 from vlmalign.planning import cost
 from vlmalign.planning.batches import base_of, split
@@ -34,9 +35,9 @@ def test_published_sizes_of_medgemma(real):
     """3.880 B text parameters of which 0.671 B are the table; 139 kB of cache and 7.8 GB of weights a token; 5.46 TFLOP."""
     model = real.model
     config = model.config.decoder
-    assert cost.head_weights(config) == 262_208 * 2560
-    assert cost.layer_weights(config) + cost.head_weights(config) == pytest.approx(3.880e9, rel=1e-3)
-    assert cost.cache_bytes(model) == 2 * 34 * 4 * 256 * 2
+    assert sizes.head_weights(config) == 262_208 * 2560
+    assert sizes.layer_weights(config) + sizes.head_weights(config) == pytest.approx(3.880e9, rel=1e-3)
+    assert sizes.cache_bytes(model) == 2 * 34 * 4 * 256 * 2
     assert cost.encode(model, 1).flops == pytest.approx(5.46e12, rel=0.01)
     # Rank 16 on seven projections: 16 x (in + out) each.
     per_layer = 2 * (2560 + 2048) + 2 * (2560 + 1024) + 3 * (2560 + 10_240)
@@ -49,8 +50,8 @@ def test_forward_is_two_operations_per_weight_and_token():
     base = base_of(workload.model)
     config = base.config.decoder
     found = cost.forward(base, layout, 3, head=False)
-    assert found.flops == 3 * (2 * cost.layer_weights(config) + 4 * 34 * 8 * 256)
-    assert found.bytes == 2 * cost.layer_weights(config)
+    assert found.flops == 3 * (2 * sizes.layer_weights(config) + 4 * 34 * 8 * 256)
+    assert found.bytes == 2 * sizes.layer_weights(config)
 
 
 def test_lora_trains_in_four_operations_per_weight_or_six_with_rematerialisation(real):
@@ -60,11 +61,11 @@ def test_lora_trains_in_four_operations_per_weight_or_six_with_rematerialisation
     full = cost.gradients(changed(real, "grpo", Candidate("full", 8)).model, update, 1)
     config = real.model.config.decoder
     attention = cost._attention(config, update.layout)
-    layers = 2 * (cost.layer_weights(config) + cost.adapter_weights(real.model)) * update.layout.row
+    layers = 2 * (sizes.layer_weights(config) + cost.adapter_weights(real.model)) * update.layout.row
     assert full.flops - none.flops == pytest.approx(layers + attention)
-    frozen = 2 * cost.layer_weights(config) * update.layout.row
+    frozen = 2 * sizes.layer_weights(config) * update.layout.row
     rest = 6 * cost.adapter_weights(real.model) * update.layout.row + 3 * attention
-    rest += 4 * cost.head_weights(config) * 4 * 512  # forward, and the gradient of its input
+    rest += 4 * sizes.head_weights(config) * 4 * 512  # forward, and the gradient of its input
     assert none.flops == pytest.approx(2 * frozen + rest)
     dots, attended = (cost.gradients(changed(real, "grpo", Candidate(n, 8)).model, update, 1) for n in list(REMAT)[1:3])
     assert dots.flops - none.flops == pytest.approx(attention)
@@ -79,8 +80,8 @@ def test_decoding_is_bound_by_weights_and_caches(real):
     made = Generator(model, None, (), work.rows, work.group, work.completion, work.sampling)
     assert [s.length for s in made.shapes[:4]] == [64, 128, 256, 512]
     _, decode = cost.rollout(real.model, work, made, rows=8, length=512)
-    kv = cost.cache_bytes(model)
-    weights = 2 * (cost.layer_weights(model.config.decoder) + cost.head_weights(model.config.decoder))
+    kv = sizes.cache_bytes(model)
+    weights = 2 * (sizes.layer_weights(model.config.decoder) + sizes.head_weights(model.config.decoder))
     own = 64 * 64 + 64 * 128 + 128 * 256 + 256 * 512
     logits = 2 * 4 * 262_208 * 32
     assert decode.bytes == pytest.approx(512 * (weights + logits + 8 * 480 * kv) + 32 * own * kv)
@@ -113,7 +114,7 @@ def test_phases_hold_what_stays(tmp_path):
     decode = found["rollout decode"]
     changed = sum(v.size * v.dtype.itemsize for n, v in model.shapes.items() if n in changed_names(model))
     assert decode.parameters == base + changed  # the merged copies
-    assert decode.cache == 2 * (16 + 4 * 16) * cost.cache_bytes(model)  # prompts of 12 tokens, padded to 16
+    assert decode.cache == 2 * (16 + 4 * 16) * sizes.cache_bytes(model)  # prompts of 12 tokens, padded to 16
     assert decode.peak == sum(decode[1:6])
 
 

@@ -99,7 +99,9 @@ def sampled(settings: MeshSettings) -> dict:
     found = {"cut": sum(any(x.sharding.spec) for x in params.values())}
     for name, sampling in SAMPLINGS.items():
         made, stats = generator(own.model, sampling, mesh), []
+        before = len(SEEN.names)
         programs_made = made.warm_up(params)
+        decoding = sum("decode_block" in name for name in SEEN.names[before:])
         before = len(SEEN.names)
         answers = made.run(params, prompts(), KEY, report=stats.append)
         made.run(params, prompts()[:5], KEY)
@@ -108,6 +110,7 @@ def sampled(settings: MeshSettings) -> dict:
             **compared(answers, alone(name)),
             "programs": programs_made,
             "compiled": compiled,
+            "decode_programs": decoding,
             "moves": stats[0].moves,
         }
     return found

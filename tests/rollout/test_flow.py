@@ -167,10 +167,13 @@ def test_nothing_compiles_after_warm_up():
         rows=4, group=2, completion=70, prompt_lengths=(8, 24), prefill_rows=2, smaller=1,
         sampling=Sampling(top_k=20, top_p=0.9),
     )  # fmt: skip
+    seen = Compilations()
     assert made.warm_up(text().params) == 2 * len(made.shapes) == 4
+    assert sum("decode_block" in name for name in seen.names) == 4, "compiled side by side, and found where they run"
     key, rng = jax.random.key(0), np.random.default_rng(0)
     keys = list(jax.random.split(key, 50))
-    seen, lengths, moves = Compilations(), set(), 0
+    seen.names.clear()
+    lengths, moves = set(), 0
     for number in range(50):
         prompts = []
         for i in range(int(rng.integers(1, 7))):

@@ -32,6 +32,8 @@ def test_nothing_compiles_after_warm_up(found, mesh):
     for sampling in ("greedy", "sampled"):
         assert found["rollouts"][mesh][sampling]["compiled"] == 0
         assert 2 <= found["rollouts"][mesh][sampling]["programs"] <= 8
+        # Compiled side by side, and found where they run.
+        assert found["rollouts"][mesh][sampling]["decode_programs"] == found["rollouts"][mesh][sampling]["programs"]
 
 
 def test_weights_are_whole_or_cut_by_tensor(found):

@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from vlmalign.models.config import DecoderConfig, SiglipConfig
+from vlmalign.models.config import DecoderConfig
 from vlmalign.models.model import Model
+from vlmalign.models.sizes import cache_bytes, head_weights, layer_weights, siglip_flops
 from vlmalign.planning.batches import base_of, split
 from vlmalign.planning.devices import Device
 from vlmalign.planning.workload import Sampled, Update
@@ -44,36 +45,14 @@ def roofline(cost: Cost, device: Device, dtype: str) -> float:
     return max(cost.flops / device.flops[dtype], cost.bytes / device.bandwidth)
 
 
-def layer_weights(config: DecoderConfig) -> int:
-    """Numbers in the matrices of all layers."""
-    attention = 2 * config.embed * config.head_dim * (config.heads + config.kv_heads)
-    return len(config.layers) * (attention + 3 * config.embed * config.ffn)
-
-
-def head_weights(config: DecoderConfig) -> int:
-    """Numbers in the output matrix."""
-    return config.vocab * config.embed
-
-
 def adapter_weights(model: Model) -> int:
     """Numbers of what is trained: the adapter, or the whole decoder."""
     return sum(value.size for value in split(model).trained.values())
 
 
-def cache_bytes(model: Model) -> int:
-    """Keys and values of one token in all layers."""
-    config = model.config.decoder
-    return 2 * len(config.layers) * config.kv_heads * config.head_dim * _item(model)
-
-
 def encode(model: Model, images: float) -> Cost:
     """Images through the SigLIP tower and its projector."""
-    vision: SiglipConfig = model.config.vision
-    patches, width = vision.grid**2, vision.embed
-    weights = vision.layers * (4 * width**2 + 2 * width * vision.ffn) + vision.channels * vision.patch**2 * width
-    attention = 4 * vision.layers * patches**2 * width
-    projector = 2 * vision.tokens * width * model.config.decoder.embed
-    return Cost(images * (2 * patches * weights + attention + projector), 0.0)
+    return Cost(float(images * siglip_flops(model.config)), 0.0)
 
 
 def forward(model: Model, layout: Layout, rows: float, *, head: bool) -> Cost:

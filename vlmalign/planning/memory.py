@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from vlmalign.models.model import Model
+from vlmalign.models.sizes import cache_bytes
 from vlmalign.planning.batches import (
     Where,
     base_of,
@@ -24,7 +25,6 @@ from vlmalign.planning.batches import (
     used,
     whole,
 )
-from vlmalign.planning.cost import cache_bytes
 from vlmalign.planning.jobs import changed_names, moments, turned_names
 from vlmalign.planning.programs import Program
 from vlmalign.planning.target import Target

@@ -6,8 +6,10 @@ one of a few shapes (`compaction.decode_shapes`), which `Generator.warm_up` comp
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations, islice, permutations
@@ -178,6 +180,23 @@ class _Stream:
         empty = np.zeros(1, np.int32)
         dummy = Group(0, Segment(empty, empty - 1, empty.astype(np.float32)), (), ())
         whole = [shape for shape in g.shapes if shape[:2] == g.shapes[0][:2]]
+        # Decode programs take the longest by far: they compile side by side, and beside all that follows.
+        with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
+            decoding = [pool.submit(lowered.compile) for lowered in map(self._lower, g.shapes)]
+            self._warm_up_moves(dummy, whole)
+            for program in decoding:
+                program.result()
+        for shape in g.shapes:
+            self._open(shape)
+            self._device.block(self._slots)
+
+    def _lower(self, shape: DecodeShape) -> jax.stages.Lowered:
+        self._open(shape)
+        return self._device.lower_block(self._slots)
+
+    def _warm_up_moves(self, dummy: Group, whole: Sequence[DecodeShape]) -> None:
+        """What brings prompts into rows, and caches from one shape into another; `whole` are the shapes of all rows."""
+        g = self._g
         self._open(whole[0])
         self._refill(deque([(0, dummy)]))
         for one, other in permutations(whole, 2):
@@ -186,9 +205,6 @@ class _Stream:
         for one, other in combinations(g.shapes[len(whole) - 1 :], 2):
             self._open(one)
             self._device.move(packed(self._slots.live, rows=other.rows, group=other.group))
-        for shape in g.shapes:
-            self._open(shape)
-            self._device.block(self._slots)
 
     def _open(self, shape: DecodeShape) -> None:
         self._slots = Slots(shape.rows, shape.group, self._ending)

@@ -82,13 +82,21 @@ class DeviceRows:
 
     def block(self, slots: Slots) -> Drawn:
         """One more block of every completion, as NumPy arrays."""
+        self._cache, drawn = self._call(programs.decode_program, *self._of_block(slots), **self._static)
+        return jax.device_get(drawn)
+
+    def lower_block(self, slots: Slots) -> jax.stages.Lowered:
+        """The program of `block` in the present shape: once compiled, on whatever thread, `block` finds it there."""
+        return self._call(programs.decode_program.lower, *self._of_block(slots), **self._static)
+
+    def _of_block(self, slots: Slots) -> tuple[Any, ...]:
         rows = Rows(slots.prompt_length, slots.next_position, slots.group_id, slots.sample, slots.step)
         rows = self._commit(put_rows(rows, self._mesh))
-        self._cache, drawn = self._call(
-            programs.decode_program, self._model, self._weights, self._cache, self._shared, rows, self._key,
-            steps=self._steps, sampling=self._sampling,
-        )  # fmt: skip
-        return jax.device_get(drawn)
+        return self._model, self._weights, self._cache, self._shared, rows, self._key
+
+    @property
+    def _static(self) -> dict[str, Any]:
+        return {"steps": self._steps, "sampling": self._sampling}
 
     def _commit(self, tree: Any) -> Any:
         """The arrays bound to their device: JAX compiles anew for arguments that may be anywhere and for those that
