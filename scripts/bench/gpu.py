@@ -65,10 +65,9 @@ from vlmalign.weights.checkpoint import load_config
 
 PARTS = ("encode", "update", "step", "decode", "more")
 #: rows, completions per row and top_p of the decode programs that are timed
-DECODES = ((8, 4, 0.95), (8, 4, 1.0), (1, 1, 1.0), (32, 4, 0.95))
-#: remat policy, attention, and groups per micro-batch: of the update whose memory is measured, and of the others
-UPDATE = ("full", "auto", 8)
-MORE = (("none", "auto", 2), ("none", "cudnn", 2), ("attention", "auto", 8), ("attention", "cudnn", 8))
+DECODES = "8:4:0.95,8:4:1,1:1:1,32:4:0.95"
+#: remat policy, attention, and groups per micro-batch: first of the update whose memory is measured, then of the others
+UPDATES = "full:auto:8,none:auto:2,none:cudnn:2,attention:auto:8"
 
 
 class Ahead:
@@ -142,8 +141,10 @@ def random_params(model: Model) -> dict[str, jax.Array]:
 class Bench:
     """One model with random weights on the GPU, and its parts."""
 
-    def __init__(self, model: Model, shape: Shape, record: Record, repeats: int):
-        self.model, self.shape, self._record, self._repeats = model, shape, record, repeats
+    def __init__(self, model: Model, shape: Shape, record: Record, asked: argparse.Namespace):
+        self.model, self.shape, self._record, self._repeats = model, shape, record, asked.repeats
+        self._how = [(name, attention, int(rows)) for name, attention, rows in _fields(asked.updates)]
+        self._decodes = [(int(rows), int(group), float(top_p)) for rows, group, top_p in _fields(asked.decodes)]
         self.base = random_params(model)
         self.vision = model.config.vision
         self.features = self._store()
@@ -196,13 +197,13 @@ class Bench:
             ahead.add("step reference", lambda: self._lower_reference(self._step.trainer, self._step.batch))
             ahead.add("step gradients", lambda: self._lower_gradients(self._step.trainer, self._step.batch))
             ahead.add("step optimiser", lambda: self._lower_optimiser(self._step.trainer))
-        wanted = [*((UPDATE,) if "update" in parts else ()), *(MORE if "more" in parts else ())]
-        for how in wanted:
+        first, *others = self._how
+        for how in [*([first] if "update" in parts else []), *(others if "more" in parts else [])]:
             trainer, held = self._updates[how] = self.prepare_update(*how)
             ahead.add(f"update {how}", partial(self._lower_gradients, trainer, held[0]))
             ahead.add(f"optimiser {how}", partial(self._lower_optimiser, trainer))
         if "decode" in parts:
-            for how in DECODES:
+            for how in self._decodes:
                 device, slots = self._rows(*how)
                 ahead.add(f"decode {how}", partial(device.lower_block, slots))
                 del device
@@ -256,7 +257,7 @@ class Bench:
         return device, slots
 
     def decode(self) -> None:
-        for rows, group, top_p in DECODES:
+        for rows, group, top_p in self._decodes:
             device, slots = self._rows(rows, group, top_p)
             took = seconds(lambda: device.block(slots), warm=2, repeats=4 * self._repeats)  # noqa: B023
             config, kv = self.model.config.decoder, cache_bytes(self.model)
@@ -324,10 +325,10 @@ class Bench:
         return self._trainer(model, 0.0), [MicroBatch(b._replace(advantage=advantage), known) for b in batches]
 
     def update(self) -> None:
-        self._update(UPDATE)
+        self._update(self._how[0])
 
     def more(self) -> None:
-        for how in MORE:
+        for how in self._how[1:]:
             try:
                 self._update(how)
             except (jax.errors.JaxRuntimeError, ValueError) as error:  # what does not fit or run here is a result
@@ -359,7 +360,7 @@ class Bench:
         generator = Generator(
             model=self.model.without_lora(), features=self.features, stop_ids=(), rows=shape.prompts, group=shape.group,
             completion=shape.completion, sampling=Sampling(shape.temperature, shape.top_p), multiple=8,
-            prompt_lengths=(shape.prompt,),
+            prompt_lengths=(shape.prompt,), smaller=0,  # every completion runs to its end here
         )  # fmt: skip
 
         def score(number, keys, texts, completions, columns) -> ScoredBatch:
@@ -415,6 +416,10 @@ class Step(NamedTuple):
     batch: MicroBatch
 
 
+def _fields(text: str) -> list[list[str]]:
+    return [part.split(":") for part in text.split(",")]
+
+
 def _installed(name: str) -> bool:
     return any(True for _ in distributions(name=name))
 
@@ -435,6 +440,8 @@ def main() -> None:
     parser.add_argument("--model", default="medgemma-4b", help=f"{', '.join(MODELS)}, or a config.json")
     parser.add_argument("--layers", type=int, help="cut the model to so many layers, for a trial")
     parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--decodes", default=DECODES, help="rows:completions:top_p,...")
+    parser.add_argument("--updates", default=UPDATES, help="remat:attention:groups per micro-batch,...")
     parser.add_argument("--remat", default="full", help="of the whole step")
     parser.add_argument("--prompt", type=int, default=Shape.prompt)
     parser.add_argument("--completion", type=int, default=Shape.completion)
@@ -455,7 +462,7 @@ def main() -> None:
         {"model": asked.model, "layers": asked.layers, "dtype": "bfloat16", "shape": vars(shape), "versions": versions},
     )
     model = Model(config, LoraSpec(shape.rank, 2.0 * shape.rank), dtype="bfloat16", remat=asked.remat)
-    bench = Bench(model, shape, record, asked.repeats)
+    bench = Bench(model, shape, record, asked)
     bench.rates()
     parts = asked.parts.split(",")
     bench.compile(parts)
