@@ -122,7 +122,7 @@ def run_phases(planned: Planned) -> tuple[dict[str, int], int]:
     import jax.numpy as jnp
 
     from vlmalign.planning.batches import base_of
-    from vlmalign.rollout.decode_weights import decode_weights
+    from vlmalign.rollout.decode_weights import with_made
     from vlmalign.training.step import TrainState
 
     found: dict[str, int] = {}
@@ -146,11 +146,10 @@ def run_phases(planned: Planned) -> tuple[dict[str, int], int]:
     del sums, _
     reference = {name: value.copy() for name, value in state.params.items()}
     # The program makes the matrices that change; the others are the base's own.
-    policy = {**base, **run("rollout merge", base, state.params, program="merge")}
+    policy = with_made(base_of(planned.model), base, run("rollout merge", base, state.params, program="merge"))
     run("rollout prefill", policy, *inputs("rollout prefill", 1))
-    weights = decode_weights(base_of(planned.model), policy)
-    run("rollout decode", weights, *inputs("rollout decode", 1))
-    del weights, policy
+    run("rollout decode", policy, *inputs("rollout decode", 1))
+    del policy
     run("grpo reference", base, reference, *inputs("grpo reference", 2))
     (sums,) = inputs("grpo gradients", 0, 1)
     sums, _ = run("grpo gradients", sums, state.params, base, *inputs("grpo gradients", 3))

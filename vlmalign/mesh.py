@@ -194,6 +194,11 @@ def placement(
     return Placement(mesh, found)
 
 
+def cuts_weights(mesh: Mesh | AbstractMesh | None) -> bool:
+    """Whether devices of this mesh hold but a part of some matrices."""
+    return mesh is not None and mesh.shape[FSDP] * mesh.shape[TENSOR] > 1
+
+
 def reshard(params: Mapping[str, Array], where: Placement) -> dict[str, Array]:
     """The parameters, each where `where` says; those that are there already are not copied."""
     return jax.device_put(dict(params), {name: where(name) for name in params})

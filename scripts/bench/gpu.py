@@ -40,6 +40,7 @@ import jax.numpy as jnp
 import numpy as np
 from gpu_shapes import MODELS, Record, Shape, read_sizes, seconds
 
+from vlmalign.models.linear import is_projection
 from vlmalign.models.lora import LoraSpec, init_adapter, is_adapter
 from vlmalign.models.model import Model, Params
 from vlmalign.models.sizes import cache_bytes, head_weights, layer_weights, siglip_flops
@@ -48,7 +49,7 @@ from vlmalign.planning.this_device import this_device
 from vlmalign.rewards.runner import ScoredBatch
 from vlmalign.rollout.compaction import DecodeShape
 from vlmalign.rollout.completions import Generator
-from vlmalign.rollout.decode_weights import decode_weights
+from vlmalign.rollout.decode_weights import joined, with_made
 from vlmalign.rollout.device_rows import DeviceRows
 from vlmalign.rollout.engine import BLOCK
 from vlmalign.rollout.features import FeatureStore
@@ -143,6 +144,7 @@ class Bench:
 
     def __init__(self, model: Model, shape: Shape, record: Record, asked: argparse.Namespace):
         self.model, self.shape, self._record, self._repeats = model, shape, record, asked.repeats
+        self._rows_of_step = asked.rows
         self._how = [(name, attention, int(rows)) for name, attention, rows in _fields(asked.updates)]
         self._decodes = [(int(rows), int(group), float(top_p)) for rows, group, top_p in _fields(asked.decodes)]
         self.base = random_params(model)
@@ -243,10 +245,15 @@ class Bench:
             tower_share_of_matmul=flops / tower / self.device.flops["bfloat16"], peak_gib=self._peak(),
         )  # fmt: skip
 
+    def _policy(self) -> dict[str, jax.Array]:
+        """The base as rollouts have a merged policy: a copy of the decoder's matrices, joined."""
+        matrices = {name: value for name, value in self.base.items() if is_projection(name)}
+        return with_made(self.model, self.base, jax.jit(partial(joined, self.model))(matrices))
+
     def _rows(self, rows: int, group: int, top_p: float) -> tuple[DeviceRows, Slots]:
         """Rows as they are decoded at the end of a rollout: caches of the full length."""
         device = DeviceRows(
-            self.model.without_lora(), self.base, decode_weights(self.model.without_lora(), self.base),
+            self.model.without_lora(), self._policy(),
             jax.random.key(0), prompt=self.shape.prompt, steps=BLOCK,
             sampling=Sampling(self.shape.temperature, top_p), mesh=None,
         )  # fmt: skip
@@ -367,15 +374,15 @@ class Bench:
             del number, keys, texts, columns
             return ScoredBatch([float(len(set(text)) % 7) for text in completions], {}, ())
 
-        shapes = Shapes(rows=shape.prompts, prompt_multiple=8, completion_multiple=8)
+        shapes = Shapes(rows=self._rows_of_step, prompt_multiple=8, completion_multiple=8)
         source = PolicySource(
             [Task(self._group(0), "", {}) for _ in range(shape.prompts * 16)], generator=generator, trainer=trainer,
             base=self.base, decode=lambda tokens: " ".join(map(str, tokens.tolist())), score=score,
             shapes=shapes, settings=RolloutSettings(shape.prompts, scale="group"),
         )  # fmt: skip
-        size = (shape.prompts, shape.group, shape.completion)
+        size = (self._rows_of_step, shape.group, shape.completion)
         known = {name: np.zeros(size, np.float32) for name in ("rollout_logp", "kept_logp")}
-        groups = [self._group(shape.group) for _ in range(shape.prompts)]
+        groups = [self._group(shape.group) for _ in range(self._rows_of_step)]
         (batch,) = micro_batches(groups, shapes, self.features)
         batch = batch._replace(advantage=np.zeros(size[:2], np.float32), truncated=np.zeros(size[:2], bool))
         self._step = Step(source, generator, trainer, trainer.init(start), MicroBatch(batch, known))
@@ -401,7 +408,7 @@ class Bench:
 
         took = seconds(run, warm=1, repeats=self._repeats)
         self._record.add(
-            "step", prompts=shape.prompts, group=shape.group, remat=self.model.remat, **took,
+            "step", prompts=shape.prompts, group=shape.group, remat=self.model.remat, rows=self._rows_of_step, **took,
             rollout_s=float(np.median(rollouts[1:])), reference_s=float(np.median(references[1:])), peak_gib=self._peak(),
         )  # fmt: skip
 
@@ -443,6 +450,7 @@ def main() -> None:
     parser.add_argument("--decodes", default=DECODES, help="rows:completions:top_p,...")
     parser.add_argument("--updates", default=UPDATES, help="remat:attention:groups per micro-batch,...")
     parser.add_argument("--remat", default="full", help="of the whole step")
+    parser.add_argument("--rows", type=int, default=Shape.prompts, help="groups per micro-batch of the whole step")
     parser.add_argument("--prompt", type=int, default=Shape.prompt)
     parser.add_argument("--completion", type=int, default=Shape.completion)
     parser.add_argument("--repeats", type=int, default=5)

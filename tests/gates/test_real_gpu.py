@@ -52,7 +52,7 @@ def relative(found, wanted) -> float:
 @pytest.mark.parametrize("name", ["joint", "chunked", "cudnn"])
 def test_attention_in_bfloat16_equals_float32(name, window, head_dim):
     """Values and gradients of real tokens, by relative norm: bfloat16 rounds at 2^-9."""
-    if refusal := (cudnn_refusal(head_dim, jnp.bfloat16) if name == "cudnn" else None):
+    if refusal := (cudnn_refusal(head_dim, jnp.dtype("bfloat16")) if name == "cudnn" else None):
         pytest.skip(refusal)
     where = places()
     keys = jax.random.split(jax.random.key(head_dim), 4)
@@ -79,7 +79,7 @@ def test_attention_in_bfloat16_equals_float32(name, window, head_dim):
 
 
 def test_the_tower_takes_cudnn_with_its_heads_of_72():
-    assert cudnn_refusal(72, jnp.bfloat16) is None
+    assert cudnn_refusal(72, jnp.dtype("bfloat16")) is None
     q, k, v = (
         jax.random.normal(key, (2, 96, 4, 72)).astype(jnp.bfloat16) for key in jax.random.split(jax.random.key(0), 3)
     )

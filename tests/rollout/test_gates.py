@@ -1,6 +1,7 @@
 """What the compiled programs of a rollout hold, and what they do not. No clock."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,11 @@ from tiny_checkpoints import SOFT_TOKENS, VOCAB, group, put, text, vlm
 
 from vlmalign.rollout import cache as programs
 from vlmalign.rollout.compaction import DecodeShape
-from vlmalign.rollout.decode_weights import TURNED, decode_weights
-from vlmalign.rollout.engine import Rows
+from vlmalign.rollout.decode_weights import joined, with_made
+from vlmalign.rollout.engine import Rows, prefill
+from vlmalign.rollout.features import assemble
 from vlmalign.rollout.sampling import Sampling
-from vlmalign.types import Layout
+from vlmalign.types import Group, Layout, Segment
 
 ROWS, GROUP, LENGTH, STEPS, PROMPT = 3, 5, 40, 4, 24
 EVERYTHING = Sampling(temperature=0.7, top_p=0.8, top_k=9, min_p=0.02)
@@ -39,8 +41,8 @@ def lower(checkpoint, weights, sampling=EVERYTHING):
 
 @pytest.fixture(scope="module")
 def decode():
-    """The decode program as it is run: on turned weights."""
-    lowered, cache = lower(text(), decode_weights(text().model, text().params))
+    """The decode program as it is run after a merge: on joined weights."""
+    lowered, cache = lower(text(), joined(text().model, text().params))
     return lowered.compile(), cache
 
 
@@ -106,16 +108,24 @@ def test_drawing_sorts_nothing_and_needs_one_random_number_per_row(decode):
     assert random_bits(naive.as_text())
 
 
-def test_turned_weights_are_the_same_model_and_live_as_long_as_theirs():
-    params = {name: jnp.array(value) for name, value in text().params.items()}
-    turned = decode_weights(text().model, params)
-    names = [name for name in turned if name.endswith(TURNED)]
-    assert len(names) == 3 * 7 + 1, "seven matrices per layer, and the head"
-    for name in names:
-        assert np.array_equal(turned[name].T, params[name.removesuffix(TURNED)])
-    again = decode_weights(text().model, params)
-    assert all(again[name] is turned[name] for name in names), "what did not change is not turned again"
-    params[names[0].removesuffix(TURNED)] = params[names[0].removesuffix(TURNED)] + 1
-    later = decode_weights(text().model, params)
-    assert later[names[0]] is not turned[names[0]]
-    assert later[names[1]] is turned[names[1]]
+def test_states_do_not_depend_on_the_form_of_the_weights():
+    """Prompts through joined matrices in one layer and plain ones in the others; the forms stand for all parameters."""
+    own = text()
+    first = "language_model.layers.0."
+    formed = with_made(own.model, own.params, joined(own.model, {n: v for n, v in own.params.items() if first in n}))
+    for name, parts in {
+        "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+    }.items():
+        wanted = np.concatenate([own.params[f"{first}{part}.weight"] for part in parts])
+        assert np.array_equal(formed[f"{first}{name}.weight"], wanted)
+        assert not any(f"{first}{part}.weight" in formed for part in parts)
+    assert len(formed) == len(own.params) - 5 + 2
+    batch = assemble([Group(0, Segment(*_blank(9)), (), ())], Layout(12, 0, 0), rows=1, images=1, features=None)
+    found, plain = (jax.jit(partial(prefill, own.model))(params, batch) for params in (formed, own.params))
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(plain), strict=True):
+        assert np.allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def _blank(length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return np.arange(3, 3 + length, dtype=np.int32), np.full(length, -1, np.int32), np.ones(length, np.float32)

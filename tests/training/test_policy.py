@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
+from vlmalign.mesh import AXES
 from vlmalign.models.config import DecoderConfig, LayerSpec, ModelConfig, Rope
-from vlmalign.models.lora import LoraSpec
+from vlmalign.models.lora import ATTENTION_AND_FEED_FORWARD, LoraSpec
 from vlmalign.models.model import Model
 from vlmalign.objectives.advantages import combined_advantages, group_advantages, leave_one_out_advantages
 from vlmalign.objectives.entropy import AdaptiveEntropy
@@ -25,7 +27,7 @@ from vlmalign.objectives.grpo import grpo_counts, grpo_loss
 from vlmalign.objectives.grpo_settings import GrpoSettings
 from vlmalign.rewards.runner import RowFault, ScoredBatch
 from vlmalign.rollout.completions import Completion, Generator
-from vlmalign.rollout.decode_weights import TURNED, decode_weights
+from vlmalign.rollout.decode_weights import joined, joins_here
 from vlmalign.rollout.sampling import Sampling
 from vlmalign.training.best import Best
 from vlmalign.training.completion_log import CompletionLog
@@ -633,22 +635,32 @@ def test_the_policy_is_what_is_trained_in_the_models_dtypes():
     assert (both[name] == 0.25 + 2.0 * 0.5 * 0.5).all()
 
 
-def test_merged_matrices_come_turned_where_rollouts_read_them_so():
-    adapted = model(lora=LoraSpec(rank=1, alpha=2.0, targets=("up_proj", "q_proj")))
+@pytest.mark.parametrize("targets", [("up_proj", "q_proj"), ATTENTION_AND_FEED_FORWARD])
+def test_merged_matrices_come_as_rollouts_read_them(targets):
+    """Joined where all that is joined was merged. Nothing is lost, nothing stands twice, the base's own stay its own."""
+    adapted = model(lora=LoraSpec(rank=1, alpha=2.0, targets=targets))
     base = adapted.without_lora().init(jax.random.key(0))
     adapter = {n: jnp.full(s.shape, 0.5) for n, s in adapted.shapes.items() if n not in base}
     for frozen, trained in ((base, adapter), ({}, {name: value + 0.5 for name, value in base.items()})):
         trainee = adapted if frozen else adapted.without_lora()
-        found = merge_program(trainee, None)(frozen, trained)
-        assert any(name.endswith(TURNED) for name in found)
-        straight = {n.removesuffix(TURNED): v.T if n.endswith(TURNED) else v for n, v in found.items()}
+        found = merge_program(trainee, None, None)(frozen, trained)
         wanted = merged_policy(trainee, frozen, trained)
-        assert straight.keys() == wanted.keys()
+        if targets == ATTENTION_AND_FEED_FORWARD or not frozen:
+            wanted = joined(trainee, wanted)
+            assert len(wanted) == len(base) - 5 + 2
+        assert found.keys() == wanted.keys()
         for name, value in wanted.items():
-            assert np.allclose(straight[name], value, rtol=1e-6, atol=1e-6), name
-        read = decode_weights(trainee.without_lora(), found)
-        assert all(read[name] is value for name, value in found.items() if name.endswith(TURNED)), "not turned again"
-        assert sum(name.endswith(TURNED) for name in read) == 7 + 1, "a layer's matrices, and the head"
+            assert np.allclose(found[name], value, rtol=1e-6, atol=1e-6), name
+        assert all(found[name] is frozen[name] for name in found if name in frozen and "norm" in name)
+
+
+@pytest.mark.parametrize("cut", ["training", "sampling"])
+def test_matrices_that_devices_hold_parts_of_are_not_joined(cut):
+    mesh = AbstractMesh((1, 1, 1, 2), AXES, axis_types=(AxisType.Auto,) * 4)
+    copies = AbstractMesh((1, 2, 1, 1), AXES, axis_types=(AxisType.Auto,) * 4)
+    assert joins_here(None, None)
+    assert joins_here(copies, copies)
+    assert not joins_here(*((mesh, copies) if cut == "training" else (copies, mesh)))
 
 
 # ------------------------------------------------------------------------------------------------ what is refused

@@ -9,8 +9,7 @@ Alphabet: n row, s segment, c query, d own key, p prompt key, g kv head, r query
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial, reduce
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -88,27 +87,27 @@ def attend_segments(
 def attend_decode(
     q: Float[Array, "n k g r h"],
     shared: KeyValue,
-    own: Sequence[KeyValue],
-    masks: Sequence[Bool[Array, "n _"]],
+    own: KeyValue,
+    masks: tuple[Bool[Array, "n p"], Bool[Array, "n d"]],
 ) -> Float[Array, "n k g r h"]:
-    """Attention of one query per continuation over shared keys and its own, which lie in several pieces; one softmax.
+    """Attention of one query per continuation over shared keys and its own; one softmax over both.
 
-    `shared` has keys [n, g, h, p] and values [n, g, p, h], each piece of `own` both as [n, k, g, d, h]: so laid out,
-    every product runs over the caches as they stand. `masks` are of the shared keys, then of each piece. Scores and
-    softmax are float32; queries come scaled.
+    `shared` has keys [n, g, h, p] and values [n, g, p, h], `own` both as [n, k, g, d, h]: so laid out, every product runs
+    over the caches as they stand. `masks` are of the shared keys and of the own. Scores and softmax are float32; queries
+    come scaled.
     """
-    scores = [jnp.moveaxis(jnp.einsum("nkgrh,nghp->ngkrp", q, shared.key, preferred_element_type=jnp.float32), 1, 2)]
-    scores += [jnp.einsum("nkgrh,nkgdh->nkgrd", q, kv.key, preferred_element_type=jnp.float32) for kv in own]
-    scores = [jnp.where(mask[:, None, None, None], s, MASKED) for s, mask in zip(scores, masks, strict=True)]
-    top = reduce(jnp.maximum, (jnp.max(s, axis=-1, keepdims=True) for s in scores))
-    weights = [jnp.exp(s - top) for s in scores]  # [n, k, g, r, p or d]
-    total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
-    far, *near = (w.astype(q.dtype) for w in weights)
+    far = jnp.moveaxis(jnp.einsum("nkgrh,nghp->ngkrp", q, shared.key, preferred_element_type=jnp.float32), 1, 2)
+    near = jnp.einsum("nkgrh,nkgdh->nkgrd", q, own.key, preferred_element_type=jnp.float32)
+    # One array for the softmax: so little is computed here that every operation counts, whatever its size.
+    seen = jnp.concatenate(masks, axis=-1)[:, None, None, None]
+    scores = jnp.where(seen, jnp.concatenate([far, near], axis=-1), MASKED)
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))  # [n, k, g, r, p + d]
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    far, near = jnp.split(weights.astype(q.dtype), [shared.value.shape[2]], axis=-1)
     out = jnp.moveaxis(
         jnp.einsum("ngkrp,ngph->ngkrh", jnp.moveaxis(far, 2, 1), shared.value, preferred_element_type=jnp.float32), 1, 2
     )
-    for w, kv in zip(near, own, strict=True):
-        out += jnp.einsum("nkgrd,nkgdh->nkgrh", w, kv.value, preferred_element_type=jnp.float32)
+    out += jnp.einsum("nkgrd,nkgdh->nkgrh", near, own.value, preferred_element_type=jnp.float32)
     return (out / total).astype(q.dtype)
 
 

@@ -18,7 +18,7 @@ from vlmalign.mesh import ROWS, constrain
 from vlmalign.models.attention import KeyValue
 from vlmalign.models.config import DecoderConfig, LayerSpec
 from vlmalign.models.dropout import Noise
-from vlmalign.models.linear import PRODUCT, Linear, init_normal
+from vlmalign.models.linear import PRODUCT, Linear, init_normal, joined_product
 from vlmalign.models.norms import RMSNorm
 from vlmalign.models.rope import rotary_tables, rotate
 from vlmalign.shapes import Array, Float, Int
@@ -54,19 +54,26 @@ class Attention(nnx.Module):
             )
             for _ in range(2)
         )
+        self.joined = nnx.data(None)  #: q_proj, k_proj and v_proj as one matrix, where rollouts have it
 
     def __call__(
         self, x: Float[Array, "n t embed"], tables: tuple[Array, Array], layer: int, attend: Attend, noise: Noise | None
     ) -> Float[Array, "n t embed"]:
         shape = (*x.shape[:2], -1, self.config.head_dim)
-        q, k, v = (
-            proj(x, noise).reshape(shape) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )  # [n, t, heads, h]
+        made = _products(x, (self.q_proj, self.k_proj, self.v_proj), self.joined, noise)
+        q, k, v = (y.reshape(shape) for y in made)  # [n, t, heads, h]
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, tables) * self.config.query_scale, rotate(k, tables)
         out = attend(layer, q, KeyValue(k, v), self.spec.window)
         return self.o_proj(out.reshape(*x.shape[:2], -1), noise)
+
+
+def _products(x: Array, parts: tuple[Linear, ...], joined: Array | None, noise: Noise | None) -> tuple[Array, ...]:
+    """What each map makes of the same x; in one product where their matrices stand joined, which adapters never do."""
+    if joined is None:
+        return tuple(part(x, noise) for part in parts)
+    return joined_product(x, joined, parts)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -103,9 +110,11 @@ class FeedForward(nnx.Module):
             config.ffn, config.embed, dims=("embed", "ffn"), bias=config.ffn_bias, dtype=dtype, rngs=rngs
         )
         self.activation = config.activation
+        self.joined = nnx.data(None)  #: gate_proj and up_proj as one matrix, where rollouts have it
 
     def __call__(self, x: Float[Array, "n t embed"], noise: Noise | None) -> Float[Array, "n t embed"]:
-        return self.down_proj(gated(self.gate_proj(x, noise), self.up_proj(x, noise), self.activation), noise)
+        gate, up = _products(x, (self.gate_proj, self.up_proj), self.joined, noise)
+        return self.down_proj(gated(gate, up, self.activation), noise)
 
 
 class Block(nnx.Module):
@@ -122,6 +131,10 @@ class Block(nnx.Module):
         self.sandwich = config.sandwich_norm
         self.pre_feedforward_layernorm = nnx.data(norm() if self.sandwich else None)
         self.post_feedforward_layernorm = nnx.data(norm() if self.sandwich else None)
+
+    def join(self, module: str, matrix: Float[Array, "sum_out embed"] | None) -> None:
+        """Give "self_attn" or "mlp" the matrices that multiply its input as one; None: as they are."""
+        {"self_attn": self.self_attn, "mlp": self.mlp}[module].joined = nnx.data(matrix)
 
     def __call__(
         self, x: Float[Array, "n t embed"], tables: tuple[Array, Array], layer: int, attend: Attend, noise: Noise | None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -88,6 +91,16 @@ class Linear(nnx.Module):
                 norm = output_norms(self.weight[...], self.lora_A.weight[...], self.lora_B.weight[...], self.lora_scale)
                 y = y * (self.lora_magnitude_vector[...] / jax.lax.stop_gradient(norm)).astype(x.dtype)
         return checkpoint_name(y if self.bias is None else y + self.bias[...], PRODUCT)
+
+
+def joined_product(
+    x: Float[Array, "*batch size_in"], matrix: Float[Array, "sum_out size_in"], parts: Sequence[Linear]
+) -> tuple[Array, ...]:
+    """What each of `parts` makes of x, in one product; `matrix` are their matrices, one below the other."""
+    y = product(x, matrix, x.dtype)
+    ends = list(accumulate(part.weight.shape[0] for part in parts))
+    each = jnp.split(y, ends[:-1], axis=-1)
+    return tuple(y if part.bias is None else y + part.bias[...] for y, part in zip(each, parts, strict=True))
 
 
 def output_norms(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vlmalign.mesh import ROWS, TENSOR
 from vlmalign.models.compiling import DECODING
-from vlmalign.models.model import Model, Params
+from vlmalign.models.model import Model
 from vlmalign.planning.batches import (
     Where,
     base_of,
@@ -20,7 +21,6 @@ from vlmalign.planning.batches import (
     prompt_batch,
     put,
     rollout_places,
-    size,
     split,
     trained_in,
     update_batch,
@@ -29,11 +29,11 @@ from vlmalign.planning.batches import (
 )
 from vlmalign.planning.target import Target, tracing
 from vlmalign.planning.workload import CHUNK, Sampled, Update
-from vlmalign.rollout import decode_weights as turned
 from vlmalign.rollout.cache import decode_block, empty_program
 from vlmalign.rollout.completions import Generator
+from vlmalign.rollout.decode_weights import joined, joins_here, with_made
 from vlmalign.rollout.engine import Rows, prefill
-from vlmalign.training.merged import merged_policy
+from vlmalign.training.merged import changed_parameters
 from vlmalign.training.step import Trainer, TrainState
 from vlmalign.types import GroupBatch
 
@@ -61,11 +61,7 @@ def merge_job(model: Model, where: Where, target: Target) -> Job:
     """The trained parameters into a policy to sample from: the matrices that change, made anew."""
     frozen, trained = split(model)
 
-    def changed(base: Params, trained: Params) -> Params:
-        return {
-            name: value for name, value in merged_policy(model, base, trained).items() if value is not base.get(name)
-        }
-
+    changed = partial(changed_parameters, model, join=_joins(target))
     return Job("merge", changed, (where.trained(frozen), where.trained(trained)), mesh=target.mesh)
 
 
@@ -102,12 +98,12 @@ def rollout_jobs(name: str, model: Model, sampled: Sampled, where: Where, target
     rows = Rows(per_row, per_row, per_row, jax.ShapeDtypeStruct((n, k), jnp.int32), per_row)
     key = jax.eval_shape(lambda: jax.random.key(0))
     batch = prompt_batch(base, rows=made.prefilled_at_once, prompt=sampled.prompt)
-    weights = _decode_weights(base, target)
+    weights = where.sampled(_sampled_from(model, target))
     return [
         Job(
             f"{name} prefill",
             lambda params, batch: prefill(base, params, batch),
-            (where.sampled(whole(base)), _put_batch(batch, where)),
+            (weights, _put_batch(batch, where)),
             mesh=target.sampling_mesh,
         ),
         Job(
@@ -116,7 +112,7 @@ def rollout_jobs(name: str, model: Model, sampled: Sampled, where: Where, target
                 base, params, cache, shared, rows, key, steps=made.steps, sampling=sampled.sampling
             ),
             (
-                where.sampled(weights),
+                weights,
                 _put_caches(cache, where, heads=2),
                 _put_caches(shared, where, heads=1),
                 put(rows, where.rows),
@@ -145,20 +141,15 @@ def _put_caches(tree: Any, where: Where, *, heads: int) -> Any:
     return jax.tree.map(one, tree)
 
 
-def _decode_weights(base: Model, target: Target) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of what `rollout.decode_weights` makes of the parameters on this target."""
-    shapes, names = whole(base), turned_names(base, target)
-    found = {n: v for n, v in shapes.items() if n not in names or turned._is_embedding(n)}
-    return found | {n + turned.TURNED: jax.ShapeDtypeStruct(shapes[n].shape[::-1], shapes[n].dtype) for n in names}
+def _sampled_from(model: Model, target: Target) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the parameters of a rollout: the base's, and merged ones, joined where they are."""
+    shapes, join = whole(base_of(model)), _joins(target)
+    made = {name: shapes[name] for name in changed_names(model)}
+    return with_made(model, shapes, jax.eval_shape(lambda made: joined(model, made), made) if join else made)
 
 
-def turned_names(base: Model, target: Target) -> set[str]:
-    """The matrices that decoding holds a second time, in another order: some on a CPU, none on a GPU."""
-    if target.count > 1 or not target.devices or target.devices[0].platform != "cpu":
-        return set()
-    shapes = whole(base)
-    names = {name for name in shapes if turned._is_turned(base, name)}
-    return names if size({name: shapes[name] for name in names}) <= turned.MOST_BYTES else set()
+def _joins(target: Target) -> bool:
+    return joins_here(target.mesh, target.sampling_mesh)
 
 
 def trainer(model: Model, update: Update, where: Where) -> Trainer:

@@ -15,7 +15,6 @@ from vlmalign.models.model import Model
 from vlmalign.models.sizes import cache_bytes
 from vlmalign.planning.batches import (
     Where,
-    base_of,
     places,
     prompt_batch,
     size,
@@ -25,7 +24,7 @@ from vlmalign.planning.batches import (
     used,
     whole,
 )
-from vlmalign.planning.jobs import changed_names, moments, turned_names
+from vlmalign.planning.jobs import changed_names, moments
 from vlmalign.planning.programs import Program
 from vlmalign.planning.target import Target
 from vlmalign.planning.workload import CHUNK, Sampled, Update, Workload
@@ -125,7 +124,6 @@ def _rollout(
         copy = merged
         merging = _phase("merge", held, programs, merged)
     held = held._replace(parameters=held.parameters + copy)
-    again = size([shapes[name] for name in turned_names(base_of(model), target)])
     rows, item = -(-sampled.rows // count), jnp.dtype(model.dtype).itemsize
     # Heads are cut between devices and never across: what does not divide is whole on each.
     kv = cache_bytes(model) // (tensor if model.config.decoder.kv_heads % tensor == 0 else 1)
@@ -141,7 +139,7 @@ def _rollout(
         _phase(f"{name} prefill", held._replace(cache=prompts), programs, batch + prefill, batch),
         _phase(
             f"{name} decode",
-            held._replace(parameters=held.parameters + again, cache=prompts + own),
+            held._replace(cache=prompts + own),
             programs,
             3 * logits,
         ),

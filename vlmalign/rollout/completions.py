@@ -22,7 +22,6 @@ from vlmalign.data.groups import round_up
 from vlmalign.mesh import require_rows, row_shares
 from vlmalign.models.model import Model, Params
 from vlmalign.rollout.compaction import MOST_PROGRAMS, DecodeShape, decode_shapes, fitting, length_classes, packed
-from vlmalign.rollout.decode_weights import decode_weights
 from vlmalign.rollout.device_rows import DeviceRows
 from vlmalign.rollout.engine import block_length
 from vlmalign.rollout.features import FeatureStore, assemble
@@ -109,14 +108,14 @@ class Generator:
         `advance(n)` is called as n more prompts are done, `report` with the rollout's counts at its end.
         """
         found: list[list[Completion]] = [[] for _ in prompts]
-        stats, weights = RolloutStats(), decode_weights(self.model, params)
+        stats = RolloutStats()
         classes = length_classes(
             [len(g.prompt) for g in prompts], rows=self.rows, multiple=self.multiple, allowed=self.prompt_lengths
         )
         if self.features is not None:
             self.features.expect([key for _, numbers in classes for n in numbers for key in prompts[n].images])
         for length, numbers in classes:
-            stream = _Stream(self, self._open(params, weights, key, length), length, stats)
+            stream = _Stream(self, self._open(params, key, length), length, stats)
             for done in stream.run([(number, prompts[number]) for number in numbers]):
                 for number, completions in done.items():
                     found[number] = completions
@@ -136,15 +135,14 @@ class Generator:
         """
         if not self.prompt_lengths:
             raise ValueError("warm_up needs to know the padded lengths of prompts; set prompt_lengths")
-        weights = decode_weights(self.model, params)
         for length in self.prompt_lengths:
-            device = self._open(params, weights, jax.random.key(0), length)
+            device = self._open(params, jax.random.key(0), length)
             _Stream(self, device, length, RolloutStats()).warm_up()
         return len(self.prompt_lengths) * len(self.shapes)
 
-    def _open(self, params: Params, weights: Params, key: Key[jax.Array, ""], prompt: int) -> DeviceRows:
+    def _open(self, params: Params, key: Key[jax.Array, ""], prompt: int) -> DeviceRows:
         return DeviceRows(
-            self.model, params, weights, key,
+            self.model, params, key,
             prompt=prompt, steps=self.steps, sampling=self.sampling, mesh=self.mesh,
         )  # fmt: skip
 

@@ -32,7 +32,6 @@ class DeviceRows:
         self,
         model: Model,
         params: Params,
-        weights: Params,
         key: Key[jax.Array, ""],
         *,
         prompt: int,
@@ -40,12 +39,11 @@ class DeviceRows:
         sampling: Sampling,
         mesh: Mesh | None,
     ):
-        """`weights` are `params` as `decode_weights` lays them out; `prompt` and `steps` are tokens: the padded length
-        of prompts, and how many a block draws."""
+        """`prompt` and `steps` are tokens: the padded length of prompts, and how many a block draws."""
         devices = next(iter(params.values())).sharding.device_set
         self._device = next(iter(devices)) if mesh is None and len(devices) == 1 else None
         self._model, self._mesh = model, mesh
-        self._params, self._weights = self._commit(params), self._commit(weights)
+        self._params = self._commit(params)
         self._key = put_whole(self._commit(key), mesh)
         self._prompt, self._steps, self._sampling = prompt, steps, sampling
 
@@ -92,7 +90,7 @@ class DeviceRows:
     def _of_block(self, slots: Slots) -> tuple[Any, ...]:
         rows = Rows(slots.prompt_length, slots.next_position, slots.group_id, slots.sample, slots.step)
         rows = self._commit(put_rows(rows, self._mesh))
-        return self._model, self._weights, self._cache, self._shared, rows, self._key
+        return self._model, self._params, self._cache, self._shared, rows, self._key
 
     @property
     def _static(self) -> dict[str, Any]:

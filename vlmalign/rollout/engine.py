@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from vlmalign.models.attention import KeyValue, attend_decode, group_attention, resolve_attention
 from vlmalign.models.model import Model, Params
 from vlmalign.models.network import Network
+from vlmalign.models.product import plain_product
 from vlmalign.rollout.decode_weights import bind_for_decoding
 from vlmalign.rollout.sampling import Draw, Sampling, draw
 from vlmalign.shapes import Array, Float, Int, Key
@@ -76,7 +77,7 @@ def prefill(model: Model, params: Params, batch: GroupBatch) -> Prefilled:
     """Every layer's prompt keys and values, and the last real state of each prompt: no logits of prompt tokens."""
     if batch.features is None and batch.pixels is not None:
         raise ValueError("a rollout reads image features, found pixels; attach features first (FeatureStore.attach)")
-    network, _ = bind_for_decoding(model, params)
+    network = bind_for_decoding(model, params)
     x = network.embed(batch.tokens, batch.image, batch.features)
     places, layout, shared = model.places(batch), batch.layout, []
     choice = resolve_attention(
@@ -104,13 +105,7 @@ def after_prompt(batch: GroupBatch) -> Int[Array, "n"]:
 
 def output_logits(model: Model, network: Network, states: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
     """float32 logits, soft-capped where the family does so."""
-    return _logits(model, network.head, states)
-
-
-def _logits(
-    model: Model, head: Float[Array, "vocab embed"], states: Float[Array, "*batch embed"]
-) -> Float[Array, "*batch vocab"]:
-    z = jnp.einsum("...d,vd->...v", states, head, preferred_element_type=jnp.float32)
+    z = plain_product(states, network.head, jnp.dtype("float32"))
     cap = model.config.decoder.logit_softcap
     return z if cap is None else cap * jnp.tanh(z / cap)
 
@@ -131,51 +126,33 @@ def sample_keys(key: Key[Array, ""], rows: Rows) -> Key[Array, "n k"]:
     )
 
 
-def _append(cache: Float[Array, "n k g d h"], block: Float[Array, "n k g b h"], step: Int[Array, "n"]) -> Array:
-    """The cache with a block's tokens from index `step[n]` on in every completion of row n."""
+def _write(cache: Float[Array, "n k g d h"], new: Float[Array, "n k g h"], step: Int[Array, "n"]) -> Array:
+    """The cache with one more token at index `step[n]` of every completion of row n; written where it stands."""
 
-    def row(old: Array, new: Array, at: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(old, new, at, axis=2)
+    # Row by row: of an index by (row, step) the compiler would not see that each device writes into its own rows.
+    def row(old: Array, token: Array, at: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(old, token[:, :, None].astype(old.dtype), at, axis=2)
 
-    return jax.vmap(row)(cache, block, step)
+    return jax.vmap(row)(cache, new, step)
 
 
 def _advance(
-    model: Model,
-    network: Network,
-    tokens: Int[Array, "n k"],
-    index: Int[Array, ""],
-    rows: Rows,
-    shared: list[KeyValue],
-    own: list[KeyValue],
-    block: list[KeyValue],
+    model: Model, network: Network, tokens: Int[Array, "n k"], rows: Rows, shared: list[KeyValue], own: list[KeyValue]
 ) -> tuple[Float[Array, "n k embed"], list[KeyValue]]:
-    """The states after `tokens`, the ones at `index` of the block, and the block's keys and values with theirs."""
+    """The states after `tokens`, which stand at index `rows.step`, and the completions' own caches with them."""
     n, k = tokens.shape
     config = model.config.decoder
-    step = (rows.step + index)[:, None]  # [n, 1]
+    step = rows.step[:, None]  # [n, 1]
     # Distance to each key along the path prompt -> completion, in tokens.
     far = (rows.prompt_length[:, None] + step) - jnp.arange(shared[0].value.shape[2])  # [n, p]
     near = step - jnp.arange(own[0].key.shape[3])  # [n, d]
-    last = jnp.broadcast_to(index - jnp.arange(block[0].key.shape[3]), (n, block[0].key.shape[3]))  # [n, b]
-    real = (far > step, near > index, last >= 0)
+    real = (far > step, near >= 0)
     grown: list[KeyValue] = []
 
     def attend(layer: int, q: Array, kv: KeyValue, window: int | None) -> Array:
-        grown.append(
-            KeyValue(
-                *(
-                    jax.lax.dynamic_update_slice_in_dim(old, new[:, :, :, None].astype(old.dtype), index, axis=3)
-                    for old, new in zip(block[layer], kv, strict=True)
-                )
-            )
-        )
-        masks = (
-            real if window is None else tuple(r & (d < window) for r, d in zip(real, (far, near, last), strict=True))
-        )
-        out = attend_decode(
-            q.reshape(n, k, config.kv_heads, -1, config.head_dim), shared[layer], (own[layer], grown[layer]), masks
-        )
+        grown.append(KeyValue(*(_write(old, new, rows.step) for old, new in zip(own[layer], kv, strict=True))))
+        masks = real if window is None else tuple(r & (d < window) for r, d in zip(real, (far, near), strict=True))
+        out = attend_decode(q.reshape(n, k, config.kv_heads, -1, config.head_dim), shared[layer], grown[layer], masks)
         return out.reshape(n, k, config.heads, config.head_dim)
 
     # Generated text: under M-RoPE its three coordinates are equal, which is what the decoder makes of one.
@@ -209,16 +186,15 @@ def decode(
     number of rows or how far the neighbours have come.
     """
     n, k = rows.sample.shape
-    config = model.config.decoder
     keys = sample_keys(key, rows).reshape(n * k)
 
-    def one(index: Array, carry: tuple[Array, list[KeyValue], Drawn]) -> tuple[Array, list[KeyValue], Drawn]:
-        states, block, drawn = carry
-        # Within the loop: turned outside of it, matrices would be copied into the order they came from.
-        network, head = bind_for_decoding(model, params)
+    def one(index: Array, carry: tuple[Cache, Drawn]) -> tuple[Cache, Drawn]:
+        cache, drawn = carry
+        now = rows._replace(step=rows.step + index)
+        network = bind_for_decoding(model, params)
         with jax.named_scope("draw"):
-            logits = _logits(model, head, states.reshape(n * k, -1))
-            place = jax.vmap(jax.random.fold_in)(keys, jnp.repeat(rows.step + index, k))
+            logits = output_logits(model, network, cache.states.reshape(n * k, -1))
+            place = jax.vmap(jax.random.fold_in)(keys, jnp.repeat(now.step, k))
             picked: Draw = draw(logits, place, sampling)
         drawn = Drawn(
             *(
@@ -227,19 +203,12 @@ def decode(
             )
         )
         with jax.named_scope("decode"):
-            token = picked.token.reshape(n, k)
-            states, block = _advance(model, network, token, index, rows, shared, cache.own, block)
-        return states, block, drawn
+            found = _advance(model, network, picked.token.reshape(n, k), now, shared, cache.own)
+        return Cache(*found), drawn
 
-    # A block has a small cache of its own, and the large one stands still: were it written at every step, XLA would
-    # copy it whenever it cannot prove that all reads come first.
-    shape, dtype = (n, k, config.kv_heads, steps, config.head_dim), jnp.dtype(model.dtype)
-    block = [KeyValue(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in config.layers]
     shape = (n, k, steps)
     empty = Drawn(jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape))
-    states, block, drawn = jax.lax.fori_loop(0, steps, one, (cache.states, block, empty))
-    own = jax.tree.map(lambda old, new: _append(old, new, rows.step), cache.own, block)
-    return Cache(states, own), drawn
+    return jax.lax.fori_loop(0, steps, one, (cache, empty))
 
 
 @partial(jax.jit, static_argnames=("model", "group", "completion", "stop_ids", "sampling"))

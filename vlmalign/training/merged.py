@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 from jax.sharding import Mesh
@@ -10,7 +11,7 @@ from jax.sharding import Mesh
 from vlmalign.mesh import on_mesh
 from vlmalign.models.lora import is_adapter, merge_adapter
 from vlmalign.models.model import Model, Params
-from vlmalign.rollout.decode_weights import TURNED, is_turned_here, turned
+from vlmalign.rollout.decode_weights import joined, joins_here, with_made
 from vlmalign.shapes import Array
 from vlmalign.training.value_head import split_value_head
 
@@ -24,21 +25,24 @@ def merged_policy(model: Model, base: Params, trained: Params) -> dict[str, Arra
     return together if model.lora is None else merge_adapter(together, adapter, model.lora.scale)
 
 
-def merge_program(model: Model, mesh: Mesh | None) -> Callable[[Params, Params], dict[str, Array]]:
+def merge_program(
+    model: Model, mesh: Mesh | None, sampling: Mesh | None
+) -> Callable[[Params, Params], dict[str, Array]]:
     """(frozen, trained) -> `merged_policy`, compiled; on the mesh of training, where its arguments live.
 
-    Where rollouts read turned matrices, merged ones come turned (`rollout.decode_weights`): made once, not copied.
+    Merged matrices come as rollouts on the mesh `sampling` read them fastest (`rollout.decode_weights`).
     """
-
-    def changed(base: Params, trained: Params, *, turn: bool) -> dict[str, Array]:
-        # What a compiled function gives back unchanged is a copy: of MedGemma-4B's tower and table, 2 GiB.
-        found = {n: value for n, value in merged_policy(model, base, trained).items() if value is not base.get(n)}
-        return turned(model, found) if turn else found
-
-    compiled = on_mesh(jax.jit(changed, static_argnames="turn"), mesh)
+    join = joins_here(mesh, sampling)
+    compiled = on_mesh(jax.jit(partial(changed_parameters, model, join=join)), mesh)
 
     def merge(base: Params, trained: Params) -> dict[str, Array]:
-        found = compiled(base, trained, turn=is_turned_here(model, {**base, **trained}))
-        return {name: value for name, value in base.items() if name in found or name + TURNED not in found} | found
+        return with_made(model, base, compiled(base, trained))
 
     return merge
+
+
+def changed_parameters(model: Model, base: Params, trained: Params, *, join: bool) -> dict[str, Array]:
+    """What of `merged_policy` is not the base's own, with `join` joined; inside a traced function."""
+    # What a compiled function gives back unchanged is a copy: of MedGemma-4B's tower and table, 2 GiB.
+    found = {n: value for n, value in merged_policy(model, base, trained).items() if value is not base.get(n)}
+    return joined(model, found) if join else found

@@ -100,7 +100,7 @@ class PolicySource:
         self._generator, self._trainer, self._base = generator, trainer, base
         self._shapes, self._settings = shapes, settings
         self._memory, self._log = memory, log
-        self._merge, self._bring = merge_program(trainer.model, trainer.mesh), bring
+        self._merge, self._bring = merge_program(trainer.model, trainer.mesh, generator.mesh), bring
         self._warm = not generator.prompt_lengths  #: without known lengths, programs compile as they are met
         self._warned = False
         self._stats = RolloutStats()

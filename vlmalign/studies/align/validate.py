@@ -70,7 +70,7 @@ def greedy_rewards(
     Rewards with memory judge by what they remember of training, and do not remember these answers. Rewards are kept in
     `outcomes`: a continued run reads them there. `where` is what `generator` reads its parameters from.
     """
-    merge = merge_program(trainer.model, trainer.mesh)
+    merge = merge_program(trainer.model, trainer.mesh, generator.mesh)
     columns = {name: [task.columns[name] for task in tasks] for name in tasks[0].columns}
 
     def evaluate(step: int, params: Params) -> dict[str, float | None]:

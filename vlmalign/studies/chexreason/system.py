@@ -102,7 +102,7 @@ class System:
 
     @cached_property
     def _merge(self) -> Callable[[Params, Params], dict[str, Array]]:
-        return merge_program(self.model, self.devices.mesh)
+        return merge_program(self.model, self.devices.mesh, None if self.sampling is None else self.sampling.mesh)
 
 
 def open_system(config: ChexReasonConfig, progress: Progress) -> System:
