@@ -5,7 +5,7 @@ Parameter paths are the checkpoint's own names (`layers.0.self_attn.q_proj.weigh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Protocol, runtime_checkable
 
@@ -132,9 +132,13 @@ class Block(nnx.Module):
         self.pre_feedforward_layernorm = nnx.data(norm() if self.sandwich else None)
         self.post_feedforward_layernorm = nnx.data(norm() if self.sandwich else None)
 
-    def join(self, module: str, matrix: Float[Array, "sum_out embed"] | None) -> None:
-        """Give "self_attn" or "mlp" the matrices that multiply its input as one; None: as they are."""
-        {"self_attn": self.self_attn, "mlp": self.mlp}[module].joined = nnx.data(matrix)
+    def decode_with(self, joined: Mapping[str, Array]) -> None:
+        """Multiply as decoding does; `joined`: "self_attn" or "mlp" -> the matrices that multiply its input, as one."""
+        for name, module in (("self_attn", self.self_attn), ("mlp", self.mlp)):
+            module.joined = nnx.data(joined.get(name))
+            for linear in vars(module).values():
+                if isinstance(linear, Linear):
+                    linear.decoding = True
 
     def __call__(
         self, x: Float[Array, "n t embed"], tables: tuple[Array, Array], layer: int, attend: Attend, noise: Noise | None

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from vlmalign.models.dropout import Noise, drop
-from vlmalign.models.product import product
+from vlmalign.models.product import product, product_of_few
 from vlmalign.shapes import Array, Float
 
 #: what rematerialisation calls the result of a linear map
@@ -64,6 +64,7 @@ class Linear(nnx.Module):
         self.lora_magnitude_vector = nnx.data(None)
         self.lora_scale = 0.0
         self.lora_path = ""
+        self.decoding = False  #: multiplies as `product_of_few` does
 
     def add_lora(
         self, *, path: str, rank: int, scale: float, magnitude: bool, dtype: jnp.dtype, rngs: nnx.Rngs
@@ -81,7 +82,8 @@ class Linear(nnx.Module):
         self, x: Float[Array, "*batch size_in"], noise: Noise | None = None
     ) -> Float[Array, "*batch size_out"]:
         """With `noise`, the adapter (not the frozen matrix) sees x with some of its numbers dropped."""
-        y = product(x, self.weight[...], x.dtype)
+        multiply = product_of_few if self.decoding else product
+        y = multiply(x, self.weight[...], x.dtype)
         if self.lora_A is not None:
             # The adapter is float32 while the base may be bfloat16: it is used in the dtype of x.
             seen = x if noise is None else drop(x, noise, self.lora_path)
@@ -96,8 +98,8 @@ class Linear(nnx.Module):
 def joined_product(
     x: Float[Array, "*batch size_in"], matrix: Float[Array, "sum_out size_in"], parts: Sequence[Linear]
 ) -> tuple[Array, ...]:
-    """What each of `parts` makes of x, in one product; `matrix` are their matrices, one below the other."""
-    y = product(x, matrix, x.dtype)
+    """What each of `parts` makes of x in decoding, in one product; `matrix` are their matrices, one below the other."""
+    y = product_of_few(x, matrix, x.dtype)
     ends = list(accumulate(part.weight.shape[0] for part in parts))
     each = jnp.split(y, ends[:-1], axis=-1)
     return tuple(y if part.bias is None else y + part.bias[...] for y, part in zip(each, parts, strict=True))

@@ -10,11 +10,6 @@ import jax.numpy as jnp
 
 from vlmalign.shapes import Array, Float
 
-#: Of x, up to which a CPU multiplies W x^T in place of x W^T. The time is that of reading W, which XLA's product there
-#: reads faster as its left factor: [8, 384] and a W of [16384, 384], [3072, 384] and [384, 1536] took .76, .73 and .65
-#: of the time (2 cores of an AMD EPYC, float32); from about 64 rows on there is nothing to gain.
-FEW_ROWS = 64
-
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def product(
@@ -27,18 +22,7 @@ def product(
     batch add up float32. Cotangents are rounded to the dtype of x: left to JAX, a float32 cotangent of bfloat16
     factors makes a float32 copy of W (2.5 GiB for Gemma's head) and a product at the rate of float32.
     """
-    return plain_product(x, weight.astype(x.dtype), dtype)
-
-
-def plain_product(
-    x: Float[Array, "*batch size_in"], weight: Float[Array, "size_out size_in"], dtype: jnp.dtype
-) -> Float[Array, "*batch size_out"]:
-    """x W^T of factors of one dtype, without a rule for gradients."""
-    if math.prod(x.shape[:-1]) > FEW_ROWS or jax.devices()[0].platform != "cpu":
-        return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=dtype)
-    turned = jnp.einsum("oi,mi->om", weight, x.reshape(-1, x.shape[-1]), preferred_element_type=dtype)
-    # Without the barrier XLA would see through the transposition, and multiply x W^T.
-    return jax.lax.optimization_barrier(turned).T.reshape(*x.shape[:-1], -1)
+    return jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype), preferred_element_type=dtype)
 
 
 def _forward(x: Array, weight: Array, dtype: jnp.dtype) -> tuple[Array, tuple[Array, Array]]:
@@ -62,6 +46,22 @@ def _outer(out: Array, x: Array, dtype: jnp.dtype) -> Array:
 
 
 product.defvjp(_forward, _backward)
+
+#: Of x, up to which a CPU multiplies W x^T in place of x W^T. The time is that of reading W, which XLA's product there
+#: reads faster as its left factor: [8, 384] and a W of [16384, 384], [3072, 384] and [384, 1536] took .76, .73 and .65
+#: of the time (2 cores of an AMD EPYC, float32); from about 64 rows on there is nothing to gain.
+FEW_ROWS = 64
+
+
+def product_of_few(
+    x: Float[Array, "*batch size_in"], weight: Float[Array, "size_out size_in"], dtype: jnp.dtype
+) -> Float[Array, "*batch size_out"]:
+    """x W^T in `dtype` as decoding makes it: of few rows, and without a rule for gradients."""
+    if math.prod(x.shape[:-1]) > FEW_ROWS or jax.devices()[0].platform != "cpu":
+        return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=dtype)
+    turned = jnp.einsum("oi,mi->om", weight, x.reshape(-1, x.shape[-1]), preferred_element_type=dtype)
+    # Without the barrier XLA would see through the transposition, and multiply x W^T.
+    return jax.lax.optimization_barrier(turned).T.reshape(*x.shape[:-1], -1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

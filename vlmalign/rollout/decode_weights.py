@@ -56,8 +56,8 @@ def bind_for_decoding(model: Model, params: Params) -> Network:
             plain |= dict(zip(parts, jnp.split(whole[name], ends), strict=True))
     network = model.bind(plain)
     for index, block in enumerate(network.language_model.layers):
-        for module, name, _ in JOINED:
-            block.join(module, whole.get(_name(index, module, name)))
+        names = {module: _name(index, module, name) for module, name, _ in JOINED}
+        block.decode_with({module: whole[name] for module, name in names.items() if name in whole})
     return network
 
 

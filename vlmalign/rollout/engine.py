@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from vlmalign.models.attention import KeyValue, attend_decode, group_attention, resolve_attention
 from vlmalign.models.model import Model, Params
 from vlmalign.models.network import Network
-from vlmalign.models.product import plain_product
+from vlmalign.models.product import product_of_few
 from vlmalign.rollout.decode_weights import bind_for_decoding
 from vlmalign.rollout.sampling import Draw, Sampling, draw
 from vlmalign.shapes import Array, Float, Int, Key
@@ -105,7 +105,7 @@ def after_prompt(batch: GroupBatch) -> Int[Array, "n"]:
 
 def output_logits(model: Model, network: Network, states: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
     """float32 logits, soft-capped where the family does so."""
-    z = plain_product(states, network.head, jnp.dtype("float32"))
+    z = product_of_few(states, network.head, jnp.dtype("float32"))
     cap = model.config.decoder.logit_softcap
     return z if cap is None else cap * jnp.tanh(z / cap)
 
