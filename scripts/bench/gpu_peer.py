@@ -177,6 +177,8 @@ class Peer:
             scored = time.perf_counter()
             self.train(rows, reference)
             parts.append((sampled - began, scored - sampled, time.perf_counter() - scored))
+            # At once: a run that is ended early keeps what it measured.
+            self._record.add("one step", rollout_s=parts[-1][0], reference_s=parts[-1][1], update_s=parts[-1][2])
 
         self._warm_up()
         took = seconds(run, warm=0, repeats=self._repeats)
