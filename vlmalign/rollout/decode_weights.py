@@ -7,7 +7,8 @@ counts. Where a copy of the weights is made anyway (a merge), matrices that mult
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,8 @@ from vlmalign.mesh import cuts_weights
 from vlmalign.models.model import Model, Params
 from vlmalign.models.network import Network
 from vlmalign.shapes import Array
+
+Value = TypeVar("Value")
 
 #: (module of a layer, joined matrix, its parts from the first row on)
 JOINED = (
@@ -39,8 +42,8 @@ def joined(model: Model, params: Params) -> dict[str, Array]:
     return found
 
 
-def with_made(model: Model, base: Params, made: Params) -> dict[str, Array]:
-    """`made`, as `joined` leaves it, and what it does not stand for of `base`."""
+def with_made(model: Model, base: Mapping[str, Value], made: Mapping[str, Value]) -> dict[str, Value]:
+    """Parameters, or their shapes: `made`, as `joined` leaves it, and what it does not stand for of `base`."""
     parts = {part for name, parts in _joins(model) if name in made for part in parts}
     return {name: value for name, value in base.items() if name not in parts} | dict(made)
 
