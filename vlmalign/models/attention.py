@@ -250,7 +250,9 @@ def resolve_attention(requested: str, *, layout: Layout, head_dim: int, dtype: j
     longest = max(layout.prompt, layout.completion)
     if longest > 2 * CHUNK:
         return Choice("chunked", f"{longest} queries in one segment: a whole score matrix would not be held")
-    # cuDNN would work on every pair of the row, T x T; the rectangle leaves out the pairs of different continuations.
+    # cuDNN works on every pair of the row, T x T; the rectangle leaves out the pairs of different continuations. Updates
+    # of MedGemma-4B on an H200 (prompts of 456, 4 x 512 tokens) took .92 s so and 1.10 with cuDNN, which needs a quarter
+    # less temporary memory (24.2 in place of 32.5 GiB for two groups without rematerialisation).
     why = (
         refusal or "cuDNN would also compute what continuations never see of each other; request it where memory binds"
     )
