@@ -9,7 +9,7 @@ multiplies 8192 x 8192 bfloat16 matrices of random numbers, both measured here f
 with transformers and torch.
 
 `peak_gib` is the highest point of the process so far: the parts run in the order of what they need, so that it is that
-of the part itself for the first update, for the whole step, and for whatever raises it after them.
+of a part itself where the part raises it. Compiling tries kernels out, and may have needed more than the first parts.
 
 Bytes of a decoded token: the decoder's weights and the output matrix once, the prompts' keys and values once each, the
 completions' own caches as allocated. Operations of an update: 4 per number of the layers' matrices and token, 6 of the
