@@ -103,9 +103,18 @@ def process(prompts, completions, **columns):
     return [float(os.getpid()) for _ in completions]
 
 
+at_once = most_at_once = 0  #: calls of `judge` that wait now, and the most that ever did
+
+
 async def judge(prompts, completions, **columns):
     """Waits a fifth of a second; on "hang" for ever, on "raise" it raises."""
-    await asyncio.sleep(3600 if "hang" in completions else 0.2)
+    global at_once, most_at_once
+    at_once += 1
+    most_at_once = max(most_at_once, at_once)
+    try:
+        await asyncio.sleep(3600 if "hang" in completions else 0.2)
+    finally:
+        at_once -= 1
     if "raise" in completions:
         raise RuntimeError("429 too many requests")
     return length(prompts, completions)

@@ -13,6 +13,9 @@ FREE = -1  #: a film in no set, a patient owned by no set
 
 def encode(patients: np.ndarray) -> tuple[np.ndarray, dict]:
     """The rank of each film's patient among the sorted distinct ids, [films] int64, and the rank of each id."""
+    if patients.dtype.kind in "iu":  # sorting numbers is faster than hashing them one by one; of texts it is slower
+        distinct, code = np.unique(patients, return_inverse=True)
+        return code, {patient: i for i, patient in enumerate(distinct.tolist())}
     values = patients.tolist()
     rank = {patient: i for i, patient in enumerate(sorted(set(values)))}
     return np.fromiter((rank[patient] for patient in values), np.int64, len(values)), rank

@@ -99,15 +99,15 @@ def parse_completion(text: str, labels: tuple[str, ...]) -> Parsed:
             valid=False, reasoning="", predicted=(), unknown=(), duplicates=0, outside="", reason=blocks.reason
         )
 
-    names = [name.strip() for name in _SEPARATOR.split(blocks.solution)]
-    known = [(name, index.get(_written(name))) for name in names if name]
-    mentions = [label for _, label in known if label is not None]
+    names = [name for piece in _SEPARATOR.split(blocks.solution) if (name := piece.strip())]
+    labelled = [index.get(_written(name)) for name in names]  # no pairs: the garbage collector would visit each
+    mentions = [label for label in labelled if label is not None]
     found = set(mentions)
     return Parsed(
         valid=True,
         reasoning=blocks.reasoning,
         predicted=tuple(label for label in labels if label in found),
-        unknown=tuple(name for name, label in known if label is None),
+        unknown=tuple(name for name, label in zip(names, labelled, strict=True) if label is None),
         duplicates=len(mentions) - len(found),
         outside=blocks.outside,
         reason=None,
@@ -116,11 +116,10 @@ def parse_completion(text: str, labels: tuple[str, ...]) -> Parsed:
 
 def read_blocks(text: str) -> Blocks:
     """The blocks of a completion, by the first two points of the rule in `parse_completion`."""
-    tags = list(_TAG.finditer(text))
-    reason = _fault([tag.group() for tag in tags])
+    reason = _fault(_TAG.findall(text))
     if reason is not None:
         return Blocks(reasoning="", solution="", outside="", reason=reason)
-    think, think_end, solution, solution_end = tags
+    think, think_end, solution, solution_end = _TAG.finditer(text)
     around = (
         text[: think.start()],
         text[think_end.end() : solution.start()],
