@@ -1,5 +1,6 @@
 """What the compiled programs of a rollout hold, and what they do not. No clock."""
 
+import math
 import re
 from functools import partial
 
@@ -29,10 +30,10 @@ def computations(program: str) -> dict[str, str]:
     return found
 
 
-def lower(checkpoint, weights, sampling=EVERYTHING):
-    cache, shared = programs.empty_program(checkpoint.model, shape=DecodeShape(ROWS, GROUP, LENGTH), prompt=PROMPT)
-    zeros = np.zeros(ROWS, np.int32)
-    rows = Rows(zeros + 3, zeros + 3, zeros, np.zeros((ROWS, GROUP), np.int32), zeros)
+def lower(checkpoint, weights, sampling=EVERYTHING, count=ROWS):
+    cache, shared = programs.empty_program(checkpoint.model, shape=DecodeShape(count, GROUP, LENGTH), prompt=PROMPT)
+    zeros = np.zeros(count, np.int32)
+    rows = Rows(zeros + 3, zeros + 3, zeros, np.zeros((count, GROUP), np.int32), zeros)
     lowered = programs.decode_program.lower(
         checkpoint.model, weights, cache, shared, rows, jax.random.key(0), steps=STEPS, sampling=sampling
     )
@@ -88,6 +89,24 @@ def test_decoding_copies_no_cache_and_no_weights(decode):
     assert moved == []
     donated = sum(x.nbytes for x in jax.tree.leaves(cache))
     assert program.memory_analysis().alias_size_in_bytes == donated
+
+
+def test_decoding_one_row_copies_no_cache_for_a_token():
+    """Once for a block at most: dims of size 1 are where XLA's CPU compiler likes to copy."""
+    lowered, cache = lower(text(), text().params, count=1)
+    compiled = lowered.compile()
+    size = cache.own[0].key.size
+    program = compiled.as_text()
+    loops, bodies = re.findall(r"body=%([\w.\-]+)", program), computations(program)
+    made = [
+        (math.prod(map(int, shape.split(","))), operation)
+        for loop in loops
+        for shape, operation in re.findall(r"= f32\[([\d,]+)\]\S* ([\w\-]+)\(", bodies[loop])
+    ]
+    writes = [operation for elements, operation in made if elements == size and operation == "fusion"]
+    assert len(writes) == 2 * len(cache.own), "keys and values of every layer are written once"
+    assert not [operation for elements, operation in made if elements == size and operation == "copy"]
+    assert compiled.memory_analysis().alias_size_in_bytes == sum(x.nbytes for x in jax.tree.leaves(cache))
 
 
 def test_drawing_sorts_nothing_and_needs_one_random_number_per_row(decode):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from tiny_checkpoints import QUICK, assert_close
 
-from vlmalign.rollout.sampling import BLOCK, Sampling, _search, draw, inverse_cdf, keep, top_p_threshold
+from vlmalign.rollout.sampling import BLOCK, Sampling, _search, draw, in_blocks, inverse_cdf, keep, top_p_threshold
 
 LAST = float(np.nextafter(np.float32(1), np.float32(0)))
 
@@ -96,11 +96,13 @@ def test_inverse_cdf_never_picks_weight_zero(vocab):
     weights[weights.sum(1) == 0, vocab // 2] = 1.0
     for uniform in (0.0, LAST, 0.5, None):
         u = rng.random(200, np.float32) if uniform is None else np.full(200, uniform, np.float32)
-        picked = np.asarray(inverse_cdf(jnp.asarray(weights), jnp.asarray(u)))
+        picked = np.asarray(inverse_cdf(*in_blocks(jnp.asarray(weights)), jnp.asarray(u)))
         assert (picked >= 0).all()
         assert (picked < vocab).all()
         assert (weights[np.arange(200), picked] > 0).all()
-    first, last = (np.asarray(inverse_cdf(jnp.asarray(weights), jnp.full(200, u, jnp.float32))) for u in (0.0, LAST))
+    first, last = (
+        np.asarray(inverse_cdf(*in_blocks(jnp.asarray(weights)), jnp.full(200, u, jnp.float32))) for u in (0.0, LAST)
+    )
     assert np.array_equal(first, (weights > 0).argmax(1))
     assert np.array_equal(last, vocab - 1 - (weights > 0)[:, ::-1].argmax(1)) or vocab > BLOCK
 
@@ -112,7 +114,7 @@ def test_inverse_cdf_never_picks_weight_zero(vocab):
 )
 def test_inverse_cdf_is_the_inverse(weights, uniform):
     w = np.asarray(weights, np.float64)
-    picked = int(inverse_cdf(jnp.asarray([weights], jnp.float32), jnp.asarray([uniform], jnp.float32))[0])
+    picked = int(inverse_cdf(*in_blocks(jnp.asarray([weights], jnp.float32)), jnp.asarray([uniform], jnp.float32))[0])
     assert w[picked] > 0
     total, slack = w.sum(), 1e-6 * w.sum()
     assert w[:picked].sum() <= uniform * total + slack

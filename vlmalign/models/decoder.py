@@ -23,6 +23,9 @@ from vlmalign.models.norms import RMSNorm
 from vlmalign.models.rope import rotary_tables, rotate
 from vlmalign.shapes import Array, Float, Int
 
+#: of each layer: cosines and sines of its rotary embedding (`rotary_tables`), [n, t, head_dim / 2]
+Tables = list[tuple[Array, Array]]
+
 ACTIVATIONS = {"gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True), "silu": jax.nn.silu}
 
 
@@ -176,29 +179,35 @@ class Decoder(nnx.Module):
         table = self.embed_tokens.weight[...]
         return jnp.take(table, tokens, axis=0) * jnp.asarray(self.config.embed_scale, table.dtype)
 
+    def tables(self, position: Int[Array, "n t *axes"]) -> Tables:
+        """What turns queries and keys at these positions: [n, t], or under M-RoPE [n, t, 3], where [n, t] stands for three
+        equal coordinates (text)."""
+        if self.config.position_axes == 3 and position.ndim == 2:
+            position = jnp.broadcast_to(position[..., None], (*position.shape, 3))
+        dtype = self.embed_tokens.weight.dtype
+        ropes = {spec.rope for spec in self.config.layers}
+        made = {rope: rotary_tables(position, rope, self.config.head_dim, dtype) for rope in ropes}
+        return [made[spec.rope] for spec in self.config.layers]
+
     def __call__(
         self,
         x: Float[Array, "n t embed"],
-        position: Int[Array, "n t *axes"],
+        tables: Tables,
         attend: Attend,
         *,
         remat: str,
         noise: Noise | None = None,
     ) -> Float[Array, "n t embed"]:
-        """States after the final norm. `remat`, a name in `REMAT`: what the backward pass finds and what it makes again.
-
-        `noise` drops inputs of the adapters. `position` is [n, t], or [n, t, 3] under M-RoPE, where [n, t] stands for three equal coordinates (text).
+        """States after the final norm. `tables` are those of the tokens' positions; where all tokens of a row stand at one
+        position, [n, 1, half] serves them. `remat`, a name in `REMAT`: what the backward pass finds and what it makes
+        again. `noise` drops inputs of the adapters.
         """
-        if self.config.position_axes == 3 and position.ndim == 2:
-            position = jnp.broadcast_to(position[..., None], (*position.shape, 3))
-        ropes = {spec.rope for spec in self.config.layers}
-        tables = {rope: rotary_tables(position, rope, self.config.head_dim, x.dtype) for rope in ropes}
         # Between layers states are cut by rows alone; left to itself the compiler would cut them by width as well.
         x = constrain(x, ROWS)
-        for index, (block, spec) in enumerate(zip(self.layers, self.config.layers, strict=True)):
+        for index, block in enumerate(self.layers):
 
-            def run(x: Array, block: Block = block, spec: LayerSpec = spec, index: int = index) -> Array:
-                return block(x, tables[spec.rope], index, ATTEND_AGAIN[remat](attend), noise)
+            def run(x: Array, block: Block = block, index: int = index) -> Array:
+                return block(x, tables[index], index, ATTEND_AGAIN[remat](attend), noise)
 
             with jax.named_scope(f"layer_{index}"):
                 x = constrain(REMAT[remat](run)(x), ROWS)

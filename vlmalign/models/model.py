@@ -131,7 +131,8 @@ class Model:
 
         rate = 0.0 if self.lora is None else self.lora.dropout
         noise = token_noise(dropout, batch, rate) if dropout is not None and rate else None
-        return network.language_model(x, batch.position, attend, remat=self.remat, noise=noise)
+        tables = network.language_model.tables(batch.position)
+        return network.language_model(x, tables, attend, remat=self.remat, noise=noise)
 
     def places(self, batch: GroupBatch) -> Places:
         """Where tokens stand. Only some families let the tokens of one image see each other in both directions."""

@@ -43,7 +43,7 @@ def rotary_tables(
 
 
 def rotate(
-    x: Float[Array, "*batch heads head_dim"], tables: tuple[Float[Array, "*batch half"], Float[Array, "*batch half"]]
+    x: Float[Array, "*batch heads head_dim"], tables: tuple[Float[Array, "*#batch half"], Float[Array, "*#batch half"]]
 ) -> Float[Array, "*batch heads head_dim"]:
     """Turn each pair (x_i, x_{i + head_dim / 2}) by its angle."""
     cos, sin = tables[0][..., None, :], tables[1][..., None, :]

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from vlmalign.models.attention import KeyValue, attend_decode, group_attention, resolve_attention
+from vlmalign.models.decoder import Tables
 from vlmalign.models.model import Model, Params
 from vlmalign.models.network import Network
 from vlmalign.models.product import product_of_few
@@ -91,7 +92,7 @@ def prefill(model: Model, params: Params, batch: GroupBatch) -> Prefilled:
         return group_attention(q, kv, places, layout, window, name=choice.name)
 
     with jax.named_scope("prefill"):
-        hidden = network.language_model(x, batch.position, attend, remat="none")
+        hidden = network.language_model(x, network.language_model.tables(batch.position), attend, remat="none")
     end = jnp.maximum(jnp.sum(batch.segment == 0, axis=1) - 1, 0)
     return Prefilled(jnp.take_along_axis(hidden, end[:, None, None], axis=1)[:, 0], shared)
 
@@ -127,11 +128,13 @@ def sample_keys(key: Key[Array, ""], rows: Rows) -> Key[Array, "n k"]:
 
 
 def _bare(own: list[KeyValue]) -> list[KeyValue]:
-    """Caches [n, k, g, d, h] without the dims of size 1 among the first three.
+    """The caches of a single row without the dims of size 1 before the tokens; of several rows, as they are.
 
-    XLA's CPU compiler leaves such a dim out where it multiplies, as a second result of the write, for which it copies
-    the cache: four copies a token of every cache, a tenth to a fifth of the time of eight completions of one prompt.
+    XLA's CPU compiler leaves such dims out where it multiplies, as a second result of the write, for which it copies the
+    cache: four copies a token of every cache, a tenth to a fifth of the time of eight completions of one prompt.
     """
+    if own[0].key.shape[0] > 1:
+        return own
     return jax.tree.map(lambda x: x.reshape(*(size for size in x.shape[:3] if size > 1), *x.shape[3:]), own)
 
 
@@ -149,7 +152,13 @@ def _write(cache: Float[Array, "*rows d h"], new: Float[Array, "n k g h"], step:
 
 
 def _advance(
-    model: Model, network: Network, tokens: Int[Array, "n k"], rows: Rows, shared: list[KeyValue], own: list[KeyValue]
+    model: Model,
+    network: Network,
+    tokens: Int[Array, "n k"],
+    tables: Tables,
+    rows: Rows,
+    shared: list[KeyValue],
+    own: list[KeyValue],
 ) -> tuple[Float[Array, "n k embed"], list[KeyValue]]:
     """The states after `tokens`, which stand at index `rows.step`, and the completions' own bare caches with them."""
     n, k = tokens.shape
@@ -168,9 +177,7 @@ def _advance(
         out = attend_decode(q.reshape(n, k, config.kv_heads, -1, config.head_dim), shared[layer], full, masks)
         return out.reshape(n, k, config.heads, config.head_dim)
 
-    # Generated text: under M-RoPE its three coordinates are equal, which is what the decoder makes of one.
-    position = jnp.broadcast_to(rows.next_position[:, None] + step, (n, k))
-    states = network.language_model(network.language_model.embed(tokens), position, attend, remat="none")
+    states = network.language_model(network.language_model.embed(tokens), tables, attend, remat="none")
     return states, grown
 
 
@@ -200,6 +207,10 @@ def decode(
     """
     n, k = rows.sample.shape
     keys = sample_keys(key, rows).reshape(n * k)
+    # Of the whole block at once: in the loop, every layer would make the cosines and sines anew. Generated text: under
+    # M-RoPE its three coordinates are equal, which is what the decoder makes of one.
+    position = (rows.next_position + rows.step)[:, None] + jnp.arange(steps)
+    tables = bind_for_decoding(model, params).language_model.tables(position)
 
     def one(index: Array, carry: tuple[Cache, Drawn]) -> tuple[Cache, Drawn]:
         cache, drawn = carry
@@ -216,7 +227,8 @@ def decode(
             )
         )
         with jax.named_scope("decode"):
-            found = _advance(model, network, picked.token.reshape(n, k), now, shared, cache.own)
+            here = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index, 1, axis=1), tables)
+            found = _advance(model, network, picked.token.reshape(n, k), here, now, shared, cache.own)
         return Cache(*found), drawn
 
     shape = (n, k, steps)

@@ -124,14 +124,20 @@ def keep(probabilities: Float[Array, "m vocab"], sampling: Sampling) -> Float[Ar
     return p
 
 
-def inverse_cdf(weights: Float[Array, "m vocab"], uniform: Float[Array, "m"]) -> Int[Array, "m"]:
-    """The token at which the cumulative weight passes `uniform` x total; never one of weight 0.
+def in_blocks(weights: Float[Array, "m vocab"]) -> tuple[Float[Array, "m blocks size"], Float[Array, "m blocks"]]:
+    """The weights in blocks of `BLOCK` columns, the last one filled with zeros, and the sum of each block."""
+    m, vocab = weights.shape
+    blocks = jnp.pad(weights, ((0, 0), (0, -vocab % BLOCK))).reshape(m, -1, BLOCK)
+    return blocks, jnp.sum(blocks, axis=-1)
+
+
+def inverse_cdf(
+    blocks: Float[Array, "m blocks size"], mass: Float[Array, "m blocks"], uniform: Float[Array, "m"]
+) -> Int[Array, "m"]:
+    """The token at which the cumulative weight (`in_blocks`) passes `uniform` x total; never one of weight 0.
 
     Two levels, blocks then tokens within the block, so that only [m, vocab / 512] and [m, 512] are summed in order.
     """
-    m, vocab = weights.shape
-    blocks = jnp.pad(weights, ((0, 0), (0, -vocab % BLOCK))).reshape(m, -1, BLOCK)
-    mass = jnp.sum(blocks, axis=-1)  # [m, blocks]
     target = uniform * jnp.sum(mass, axis=-1)
     which, before = _last_passed(mass, target)
     inside = jnp.take_along_axis(blocks, which[:, None, None], axis=1)[:, 0]  # [m, BLOCK]
@@ -155,7 +161,8 @@ def draw(logits: Float[Array, "m vocab"], keys: Key[Array, "m"], sampling: Sampl
     z = logits.astype(jnp.float32) / (sampling.temperature or 1.0)
     top = jnp.max(z, axis=-1, keepdims=True)
     weights = jnp.exp(z - top)
-    total = top + jnp.log(jnp.sum(weights, axis=-1, keepdims=True))  # log-sum-exp of z
+    blocks, mass = in_blocks(weights)
+    total = top + jnp.log(jnp.sum(mass, axis=-1, keepdims=True))  # log-sum-exp of z
 
     def picked(token: Int[Array, "m"]) -> Float[Array, "m"]:
         return (jnp.take_along_axis(z, token[:, None], axis=-1) - total)[:, 0]
@@ -163,11 +170,9 @@ def draw(logits: Float[Array, "m vocab"], keys: Key[Array, "m"], sampling: Sampl
     if sampling.temperature == 0:
         token = jnp.argmax(z, axis=-1).astype(jnp.int32)
         return Draw(token, picked(token), jnp.zeros(token.shape))
-    p = weights
-    if sampling.top_k or sampling.top_p < 1 or sampling.min_p:
-        p = keep(jnp.exp(z - total), sampling)
-    token = inverse_cdf(p, jax.vmap(jax.random.uniform)(keys)).astype(jnp.int32)
+    cuts = sampling.top_k or sampling.top_p < 1 or sampling.min_p
+    if cuts:
+        blocks, mass = in_blocks(keep(jnp.exp(z - total), sampling))
+    token = inverse_cdf(blocks, mass, jax.vmap(jax.random.uniform)(keys)).astype(jnp.int32)
     logp = picked(token)
-    if p is weights:
-        return Draw(token, logp, logp)
-    return Draw(token, logp, logp - jnp.log(jnp.sum(p, axis=-1)))
+    return Draw(token, logp, logp - jnp.log(jnp.sum(mass, axis=-1)) if cuts else logp)
