@@ -95,7 +95,14 @@ def test_masks_keep_the_right_share_and_scale():
     for mask in (first, second):
         assert abs(mask[real].mean() - 0.75) < 4 * np.sqrt(0.25 * 0.75 / count)
     assert abs((first == second)[real].mean() - (0.75**2 + 0.25**2)) < 0.01
+    # Neighbours too: in the same row, and the same input of one token and the next. Sums over a token's inputs and over
+    # an input's tokens vary as those of independent draws do.
     rows = first[real]
+    assert abs((rows[:, 1:] == rows[:, :-1]).mean() - (0.75**2 + 0.25**2)) < 0.01
+    assert abs((rows[1:] == rows[:-1]).mean() - (0.75**2 + 0.25**2)) < 0.01
+    for axis in (0, 1):
+        varies = rows.sum(axis).var() / (rows.shape[axis] * 0.25 * 0.75)
+        assert abs(varies - 1) < 5 * np.sqrt(2 / rows.shape[1 - axis])
     assert len({row.tobytes() for row in rows}) == len(rows), "no two tokens share a mask"
 
 
