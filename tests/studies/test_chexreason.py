@@ -149,7 +149,6 @@ def until_killed(command: list[str], metrics: Path, lines: int, repository: Path
         process.send_signal(signal.SIGKILL)
 
 
-@pytest.mark.timeout(900)  # what it waits for has limits of its own, 240 and 600 s
 def test_killed_run_continues_with_the_same_command(finished, tmp_path, quickstart, repository):
     """Kill -9 in SFT, then in GRPO; the same command ends with the same metrics, answers and scores, to the byte."""
     folder = tmp_path / "run"
@@ -165,7 +164,6 @@ def test_killed_run_continues_with_the_same_command(finished, tmp_path, quicksta
         assert (folder / name).read_bytes() == (finished / name).read_bytes(), name
 
 
-@pytest.mark.timeout(900)  # what it waits for has limits of its own, 240 and 600 s
 def test_a_killed_run_goes_on_in_two_processes(finished, tmp_path, quickstart, repository):
     """Kill -9 in the midst of SFT; two processes end the run with the same metrics, answers and scores."""
     folder = tmp_path / "run"

@@ -4,9 +4,6 @@ import pytest
 
 TOLERANCE = 1e-5
 
-# The first test waits for the program of all of them: three minutes on two idle cores, and a limit is for hangs.
-pytestmark = pytest.mark.timeout(900)
-
 
 @pytest.fixture(scope="module")
 def found(on_eight_devices) -> dict:

@@ -131,7 +131,7 @@ def _bare(own: list[KeyValue]) -> list[KeyValue]:
     """The caches of a single row without the dims of size 1 before the tokens; of several rows, as they are.
 
     XLA's CPU compiler leaves such dims out where it multiplies, as a second result of the write, for which it copies the
-    cache: four copies a token of every cache, a tenth to a fifth of the time of eight completions of one prompt.
+    cache: four copies a token of every cache, a tenth of the time of eight completions of one prompt.
     """
     if own[0].key.shape[0] > 1:
         return own
