@@ -203,3 +203,12 @@ def test_numerical_rooms_import_on_a_bare_gpu_image(light_modules):
 def test_the_blocker_blocks():
     """The test above can fail: a module that does need one of these is caught."""
     assert "vlmalign.config: pydantic may be missing here" in run_blocked(["vlmalign.config"])
+
+
+def test_a_plan_does_not_wait_for_torch():
+    """transformers and torch take seconds to import; a plan needs neither."""
+    program = (
+        "import sys, vlmalign.planning.plan, vlmalign.planning.study; print({'torch', 'transformers'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -75,7 +75,8 @@ def _run_folder_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _chexreason(arguments: argparse.Namespace) -> None:
     from vlmalign.config import load_config
-    from vlmalign.studies.chexreason import ChexReasonConfig, run
+    from vlmalign.studies.chexreason.config import ChexReasonConfig
+    from vlmalign.studies.chexreason.run import run
 
     _begin(arguments)
     run(_settled(load_config(ChexReasonConfig, arguments.config, _overrides(arguments))))
@@ -83,7 +84,8 @@ def _chexreason(arguments: argparse.Namespace) -> None:
 
 def _align(arguments: argparse.Namespace) -> None:
     from vlmalign.config import load_config
-    from vlmalign.studies.align import AlignConfig, run
+    from vlmalign.studies.align.config import AlignConfig
+    from vlmalign.studies.align.run import run
 
     _begin(arguments)
     run(_settled(load_config(AlignConfig, arguments.config, _overrides(arguments))), Path(arguments.config))

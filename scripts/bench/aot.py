@@ -16,7 +16,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -46,24 +46,21 @@ def workload(rows: int) -> Any:
 
 def limits(name: str) -> Iterator[dict[str, Any]]:
     """One record per limit."""
-    from vlmalign.planning.devices import find_device
-    from vlmalign.planning.target import open_target, quick_shapes
-
-    target = open_target(find_device(name), 1)
-    if not target.devices:
-        sys.exit(f"nothing can be compiled: {target.refusal}")
-    with quick_shapes():
-        yield from limits_on(target, lambda text: print(f"{name}: {text}", file=sys.stderr, flush=True))
-
-
-def limits_on(target: Any, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-    """As `limits`, on a target that can be compiled for."""
     from vlmalign.planning.batches import places, size, split
+    from vlmalign.planning.devices import find_device
     from vlmalign.planning.jobs import micro_job
     from vlmalign.planning.memory import phases
     from vlmalign.planning.plan import jobs
     from vlmalign.planning.programs import compile_all
+    from vlmalign.planning.target import open_target
     from vlmalign.rollout.engine import BLOCK
+
+    target = open_target(find_device(name), 1)
+    if not target.devices:
+        sys.exit(f"nothing can be compiled: {target.refusal}")
+
+    def say(text: str) -> None:
+        print(f"{name}: {text}", file=sys.stderr, flush=True)
 
     whole, pairs = workload(8), workload(2)
     assert whole.grpo.layout == (PROMPT, 4, COMPLETION)

@@ -15,7 +15,7 @@ from vlmalign.planning.jobs import changed_names
 from vlmalign.planning.memory import MARGIN, phases, usable
 from vlmalign.planning.schedule import times
 from vlmalign.planning.search import Candidate, candidates, changed, choose_rows
-from vlmalign.planning.target import Target, quick_shapes
+from vlmalign.planning.target import Target
 from vlmalign.types import Layout
 
 A100 = find_device("a100-80")
@@ -23,8 +23,7 @@ A100 = find_device("a100-80")
 
 @pytest.fixture(scope="module")
 def real():
-    with quick_shapes():
-        yield medgemma("grpo.rollout.completion=512")
+    return medgemma("grpo.rollout.completion=512")
 
 
 def test_every_rematerialisation_has_its_cost():

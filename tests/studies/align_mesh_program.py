@@ -8,7 +8,8 @@ import conftest  # noqa: F401  (the tests' settings and shape checks)
 import jax
 
 from vlmalign.config import load_config
-from vlmalign.studies.align import AlignConfig, run
+from vlmalign.studies.align.config import AlignConfig
+from vlmalign.studies.align.run import run
 
 
 def main() -> None:

@@ -35,10 +35,11 @@ from vlmalign.objectives.ppo import PpoSettings
 from vlmalign.objectives.rollout_correction import RolloutCorrection
 from vlmalign.progress import Progress
 from vlmalign.reporting.html import write_report
-from vlmalign.studies.align import AlignConfig, run
+from vlmalign.studies.align.config import AlignConfig
 from vlmalign.studies.align.policy_config import TAKEN, Adaptive, Correction, GrpoObjective, PpoObjective
 from vlmalign.studies.align.prepare import prepare, remember
 from vlmalign.studies.align.rewards import build_rewards
+from vlmalign.studies.align.run import run
 from vlmalign.studies.align.stage_config import DpoObjective
 from vlmalign.studies.align.system import open_front, open_model, open_system
 from vlmalign.studies.devices import open_devices

@@ -16,7 +16,8 @@ from vlmalign.config import load_config
 from vlmalign.config_yaml import write_yaml
 from vlmalign.models.families import read_config
 from vlmalign.models.model import Model
-from vlmalign.studies.align import AlignConfig, run
+from vlmalign.studies.align.config import AlignConfig
+from vlmalign.studies.align.run import run
 from vlmalign.weights.checkpoint import save_params
 
 TOLERANCE = 1e-5

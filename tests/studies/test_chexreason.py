@@ -16,9 +16,10 @@ import yaml
 from vlmalign.config import load_config
 from vlmalign.data.images import BadImage
 from vlmalign.progress import Progress
-from vlmalign.studies.chexreason import ChexReasonConfig, run
+from vlmalign.studies.chexreason.config import ChexReasonConfig
 from vlmalign.studies.chexreason.films import open_films
 from vlmalign.studies.chexreason.prepare import prepare
+from vlmalign.studies.chexreason.run import run
 
 STAGES, SETS = ("base", "sft", "grpo"), ("mimic-like test", "chexpert-like test", "nih-like test")
 

@@ -5,7 +5,7 @@ Parameter paths are the checkpoint's own names (`layers.0.self_attn.q_proj.weigh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Protocol, runtime_checkable
 
@@ -18,8 +18,10 @@ from vlmalign.mesh import ROWS, constrain
 from vlmalign.models.attention import KeyValue
 from vlmalign.models.config import DecoderConfig, LayerSpec
 from vlmalign.models.dropout import Noise
-from vlmalign.models.linear import PRODUCT, Linear, init_normal, joined_product
+from vlmalign.models.initial import Rngs, init_normal
+from vlmalign.models.linear import PRODUCT, Linear, joined_product
 from vlmalign.models.norms import RMSNorm
+from vlmalign.models.repeated import each_kind_once
 from vlmalign.models.rope import rotary_tables, rotate
 from vlmalign.shapes import Array, Float, Int
 
@@ -33,7 +35,7 @@ ACTIVATIONS = {"gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True), "silu": 
 class Attend(Protocol):
     """Where keys come from: the group's own row, a prefill that records them, or a decode cache."""
 
-    def __call__(self, layer: int, q: Array, kv: KeyValue, window: int | None) -> Array:
+    def __call__(self, q: Array, kv: KeyValue, window: int | None) -> Array:
         """Attention output [n, t, heads, h] of scaled queries [n, t, heads, h] and this row's keys and values."""
         ...
 
@@ -41,7 +43,7 @@ class Attend(Protocol):
 class Attention(nnx.Module):
     """Grouped-query attention projections; the attention itself is `attend`."""
 
-    def __init__(self, config: DecoderConfig, spec: LayerSpec, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, spec: LayerSpec, *, dtype: jnp.dtype, rngs: Rngs):
         self.config, self.spec = config, spec
         width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
         bias = config.qkv_bias
@@ -51,7 +53,14 @@ class Attention(nnx.Module):
         self.o_proj = Linear(width, config.embed, dims=("embed", "heads"), bias=config.out_bias, dtype=dtype, rngs=rngs)
         self.q_norm, self.k_norm = (
             nnx.data(
-                RMSNorm(config.head_dim, eps=config.norm_eps, offset=config.norm_offset, dtype=dtype, dim="head_dim")
+                RMSNorm(
+                    config.head_dim,
+                    eps=config.norm_eps,
+                    offset=config.norm_offset,
+                    dtype=dtype,
+                    dim="head_dim",
+                    rngs=rngs,
+                )
                 if config.qk_norm
                 else None
             )
@@ -60,7 +69,7 @@ class Attention(nnx.Module):
         self.joined = nnx.data(None)  #: q_proj, k_proj and v_proj as one matrix, where rollouts have it
 
     def __call__(
-        self, x: Float[Array, "n t embed"], tables: tuple[Array, Array], layer: int, attend: Attend, noise: Noise | None
+        self, x: Float[Array, "n t embed"], tables: tuple[Array, Array], attend: Attend, noise: Noise | None
     ) -> Float[Array, "n t embed"]:
         shape = (*x.shape[:2], -1, self.config.head_dim)
         made = _products(x, (self.q_proj, self.k_proj, self.v_proj), self.joined, noise)
@@ -68,7 +77,7 @@ class Attention(nnx.Module):
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, tables) * self.config.query_scale, rotate(k, tables)
-        out = attend(layer, q, KeyValue(k, v), self.spec.window)
+        out = attend(q, KeyValue(k, v), self.spec.window)
         return self.o_proj(out.reshape(*x.shape[:2], -1), noise)
 
 
@@ -102,7 +111,7 @@ gated.defvjp(_gated_forward, _gated_backward)
 class FeedForward(nnx.Module):
     """down(act(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202)."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: Rngs):
         self.gate_proj = Linear(
             config.embed, config.ffn, dims=("ffn", "embed"), bias=config.ffn_bias, dtype=dtype, rngs=rngs
         )
@@ -123,9 +132,11 @@ class FeedForward(nnx.Module):
 class Block(nnx.Module):
     """One decoder layer, with Gemma's sandwich norms where the family has them."""
 
-    def __init__(self, config: DecoderConfig, spec: LayerSpec, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, spec: LayerSpec, *, dtype: jnp.dtype, rngs: Rngs):
         def norm() -> RMSNorm:
-            return RMSNorm(config.embed, eps=config.norm_eps, offset=config.norm_offset, dtype=dtype, dim="embed")
+            return RMSNorm(
+                config.embed, eps=config.norm_eps, offset=config.norm_offset, dtype=dtype, dim="embed", rngs=rngs
+            )
 
         self.self_attn = Attention(config, spec, dtype=dtype, rngs=rngs)
         self.mlp = FeedForward(config, dtype=dtype, rngs=rngs)
@@ -144,10 +155,10 @@ class Block(nnx.Module):
                     linear.decoding = True
 
     def __call__(
-        self, x: Float[Array, "n t embed"], tables: tuple[Array, Array], layer: int, attend: Attend, noise: Noise | None
+        self, x: Float[Array, "n t embed"], tables: tuple[Array, Array], attend: Attend, noise: Noise | None
     ) -> Float[Array, "n t embed"]:
         with jax.named_scope("attention"):
-            out = self.self_attn(self.input_layernorm(x), tables, layer, attend, noise)
+            out = self.self_attn(self.input_layernorm(x), tables, attend, noise)
             x = x + (self.post_attention_layernorm(out) if self.sandwich else out)
         with jax.named_scope("feed_forward"):
             # Without sandwich norms, `post_attention_layernorm` is the norm before the feed-forward (Llama's name).
@@ -159,7 +170,7 @@ class Block(nnx.Module):
 class Embedding(nnx.Module):
     """Token table [vocab, embed]."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: Rngs):
         self.weight = nnx.Param(
             init_normal(rngs, (config.vocab, config.embed), config.embed**-0.5, dtype), dims=("vocab", "embed")
         )
@@ -168,11 +179,13 @@ class Embedding(nnx.Module):
 class Decoder(nnx.Module):
     """Embedding, blocks, final norm."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: Rngs):
         self.config = config
         self.embed_tokens = Embedding(config, dtype=dtype, rngs=rngs)
         self.layers = nnx.List([Block(config, spec, dtype=dtype, rngs=rngs) for spec in config.layers])
-        self.norm = RMSNorm(config.embed, eps=config.norm_eps, offset=config.norm_offset, dtype=dtype, dim="embed")
+        self.norm = RMSNorm(
+            config.embed, eps=config.norm_eps, offset=config.norm_offset, dtype=dtype, dim="embed", rngs=rngs
+        )
 
     def embed(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch embed"]:
         """Scaled token embeddings; the scale is rounded to the parameters' dtype, as the checkpoints expect."""
@@ -198,19 +211,30 @@ class Decoder(nnx.Module):
         remat: str,
         noise: Noise | None = None,
     ) -> Float[Array, "n t embed"]:
-        """States after the final norm. `tables` are those of the tokens' positions; where all tokens of a row stand at one
-        position, [n, 1, half] serves them. `remat`, a name in `REMAT`: what the backward pass finds and what it makes
-        again. `noise` drops inputs of the adapters.
+        """States after the final norm. `tables` are those of the tokens' positions. `remat`, a name in `REMAT`: what the
+        backward pass finds and what it makes again. `noise` drops inputs of the adapters.
         """
+
+        @each_kind_once
+        def run(block: Block, x: Array, tables: tuple[Array, Array], layer: Array) -> Array:
+            own = None if noise is None else noise._replace(layer=layer)
+            return REMAT[remat](lambda x: block(x, tables, ATTEND_AGAIN[remat](attend), own))(x)
+
         # Between layers states are cut by rows alone; left to itself the compiler would cut them by width as well.
         x = constrain(x, ROWS)
         for index, block in enumerate(self.layers):
-
-            def run(x: Array, block: Block = block, index: int = index) -> Array:
-                return block(x, tables[index], index, ATTEND_AGAIN[remat](attend), noise)
-
             with jax.named_scope(f"layer_{index}"):
-                x = constrain(REMAT[remat](run)(x), ROWS)
+                x = constrain(run(block, x, tables[index], index), ROWS)
+        return self.norm(x)
+
+    def with_caches(self, x: Float[Array, "n t embed"], tables: Tables, attend: Sequence[Attend]) -> Array:
+        """States [n, t, embed] after the final norm, in a rollout: every layer attends in its own way, to its own keys.
+        Where all tokens of a row stand at one position, `tables` of [n, 1, half] serve them.
+        """
+        x = constrain(x, ROWS)
+        for index, (block, own) in enumerate(zip(self.layers, attend, strict=True)):
+            with jax.named_scope(f"layer_{index}"):
+                x = constrain(block(x, tables[index], own, None), ROWS)
         return self.norm(x)
 
 
@@ -222,8 +246,8 @@ def _scores_made_again(attend: Attend) -> Attend:
     """While the feed-forward half of a recomputed layer runs backward, the attention scores of the other half would lie
     by: a tenth of a layer's memory at work, for 1 % of its operations."""
 
-    def again(layer: int, q: Array, kv: KeyValue, window: int | None) -> Array:
-        out = jax.checkpoint(lambda q, kv: attend(layer, q, kv, window))(q, kv)
+    def again(q: Array, kv: KeyValue, window: int | None) -> Array:
+        out = jax.checkpoint(lambda q, kv: attend(q, kv, window))(q, kv)
         return checkpoint_name(out, ATTENDED)
 
     return again

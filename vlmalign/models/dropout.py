@@ -1,6 +1,7 @@
 """Dropout in front of an adapter's first matrix, with masks that follow from what a token is, not from where it stands.
 
-The mask of a token's input to one projection is drawn from (key, group, continuation, index in the path, projection).
+The mask of a token's input to one projection is drawn from (key, group, continuation, index in the path, layer,
+projection).
 So padding, another layout of the batch or another cut into micro-batches drop the same numbers. The tokens of a shared
 prompt have one mask for all its continuations.
 """
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vlmalign.shapes import Array, Bool, Float, Key
+from vlmalign.shapes import Array, Bool, Float, Int, Key
 from vlmalign.types import GroupBatch
 
 
@@ -22,6 +23,7 @@ class Noise(NamedTuple):
 
     keys: Key[Array, "n t"]
     rate: float
+    layer: Int[Array, ""] | int = 0  #: of the decoder, whose masks are drawn
 
 
 def token_noise(key: Key[Array, ""], batch: GroupBatch, rate: float) -> Noise:
@@ -46,13 +48,14 @@ def drop(x: Float[Array, "n t size"], noise: Noise, module: str) -> Float[Array,
 
 
 def keep_mask(noise: Noise, module: str, size: int) -> Bool[Array, "n t size"]:
-    """True where the input of the projection at the path `module` is kept.
+    """True where the input of the projection at the path `module` within the noise's layer is kept.
 
     A token's 64-bit key comes from Threefry; its bits for the single numbers from two rounds of a 32-bit hash of key,
     module and index. Threefry for each of them would be a hundred operations in every kernel that reads a mask, of
     which a deep model has hundreds: MedGemma-4B's SFT gradients took 280 s longer to compile.
     """
-    own, golden = jnp.uint32(zlib.crc32(module.encode())), jnp.uint32(0x9E3779B9)
+    golden = jnp.uint32(0x9E3779B9)
+    own = jnp.uint32(zlib.crc32(module.encode())) ^ _mixed(jnp.uint32(noise.layer) * golden)
     place = _mixed(jnp.arange(size, dtype=jnp.uint32) * golden + own)
     data = jax.random.key_data(noise.keys)
     bits = _mixed(_mixed(place ^ data[..., 0, None]) + data[..., 1, None])

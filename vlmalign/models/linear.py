@@ -11,16 +11,12 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from vlmalign.models.dropout import Noise, drop
+from vlmalign.models.initial import Rngs, Value, init_constant, init_normal
 from vlmalign.models.product import product, product_of_few
 from vlmalign.shapes import Array, Float
 
 #: what rematerialisation calls the result of a linear map
 PRODUCT = "product"
-
-
-def init_normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: jnp.dtype) -> Array:
-    """Normal values of standard deviation `std`, drawn in float32 and then cast."""
-    return (std * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)
 
 
 def is_projection(name: str) -> bool:
@@ -32,7 +28,7 @@ def is_projection(name: str) -> bool:
 class Matrix(nnx.Module):
     """A bare `weight`, so that an adapter's path reads `q_proj.lora_A.weight` as in a PEFT file."""
 
-    def __init__(self, weight: Array, dims: tuple[str, ...]):
+    def __init__(self, weight: Value, dims: tuple[str, ...]):
         self.weight = nnx.Param(weight, dims=dims)
 
 
@@ -51,13 +47,13 @@ class Linear(nnx.Module):
         *,
         dims: tuple[str, str],
         dtype: jnp.dtype,
-        rngs: nnx.Rngs,
+        rngs: Rngs,
         bias: bool = False,
         std: float | None = None,
     ):
         scale = size_in**-0.5 if std is None else std
         self.weight = nnx.Param(init_normal(rngs, (size_out, size_in), scale, dtype), dims=dims)
-        self.bias = nnx.data(nnx.Param(jnp.zeros((size_out,), dtype), dims=dims[:1]) if bias else None)
+        self.bias = nnx.data(nnx.Param(init_constant(rngs, (size_out,), 0.0, dtype), dims=dims[:1]) if bias else None)
         # Declared as data although empty: an attribute first set to None would be static, and could not hold weights.
         self.lora_A = nnx.data(None)
         self.lora_B = nnx.data(None)
@@ -66,16 +62,15 @@ class Linear(nnx.Module):
         self.lora_path = ""
         self.decoding = False  #: multiplies as `product_of_few` does
 
-    def add_lora(
-        self, *, path: str, rank: int, scale: float, magnitude: bool, dtype: jnp.dtype, rngs: nnx.Rngs
-    ) -> None:
-        """Fill the adapter slots with their shapes; first values come from `lora.init_adapter`. `path` names the mask."""
+    def add_lora(self, *, path: str, rank: int, scale: float, magnitude: bool, dtype: jnp.dtype) -> None:
+        """Fill the adapter slots with shapes; first values come from `lora.init_adapter`. `path`, within the decoder's
+        layer, names the mask."""
         size_out, size_in = self.weight.shape
         dim_out, dim_in = self.weight.get_metadata()["dims"]
-        self.lora_A = Matrix(init_normal(rngs, (rank, size_in), size_in**-0.5, dtype), ("rank", dim_in))
-        self.lora_B = Matrix(jnp.zeros((size_out, rank), dtype), (dim_out, "rank"))
+        self.lora_A = Matrix(jax.ShapeDtypeStruct((rank, size_in), dtype), ("rank", dim_in))
+        self.lora_B = Matrix(jax.ShapeDtypeStruct((size_out, rank), dtype), (dim_out, "rank"))
         if magnitude:
-            self.lora_magnitude_vector = nnx.Param(jnp.ones((size_out,), dtype), dims=(dim_out,))
+            self.lora_magnitude_vector = nnx.Param(jax.ShapeDtypeStruct((size_out,), dtype), dims=(dim_out,))
         self.lora_scale, self.lora_path = scale, path
 
     def __call__(

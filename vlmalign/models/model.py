@@ -52,25 +52,20 @@ class Model:
 
     @cached_property
     def _abstract(self) -> tuple[nnx.GraphDef, list]:
-        def build() -> Network:
-            rngs = nnx.Rngs(0)
-            network = Network(self.config, dtype=jnp.dtype(self.dtype), rngs=rngs)
-            if self.lora is not None:
-                for index, block in enumerate(network.language_model.layers):
-                    for part, owner in (("self_attn", block.self_attn), ("mlp", block.mlp)):
-                        for name, child in vars(owner).items():
-                            if isinstance(child, Linear) and name in self.lora.targets:
-                                child.add_lora(
-                                    path=f"layers.{index}.{part}.{name}",
-                                    rank=self.lora.rank,
-                                    scale=self.lora.scale,
-                                    magnitude=self.lora.magnitude,
-                                    dtype=jnp.dtype("float32"),
-                                    rngs=rngs,
-                                )
-            return network
-
-        graph, state = nnx.split(nnx.eval_shape(build))
+        network = Network(self.config, dtype=jnp.dtype(self.dtype), rngs=None)
+        if self.lora is not None:
+            for block in network.language_model.layers:
+                for part, owner in (("self_attn", block.self_attn), ("mlp", block.mlp)):
+                    for name, child in vars(owner).items():
+                        if isinstance(child, Linear) and name in self.lora.targets:
+                            child.add_lora(
+                                path=f"{part}.{name}",
+                                rank=self.lora.rank,
+                                scale=self.lora.scale,
+                                magnitude=self.lora.magnitude,
+                                dtype=jnp.dtype("float32"),
+                            )
+        graph, state = nnx.split(network)
         return graph, list(nnx.to_flat_state(state))
 
     @cached_property
@@ -125,8 +120,7 @@ class Model:
             self._logged.add((batch.layout, choice))
             log.info("attention %s for layout %s: %s", choice.name, batch.layout, choice.reason)
 
-        def attend(layer: int, q: Array, kv: KeyValue, window: int | None) -> Array:
-            del layer
+        def attend(q: Array, kv: KeyValue, window: int | None) -> Array:
             return group_attention(q, kv, places, batch.layout, window, name=choice.name)
 
         rate = 0.0 if self.lora is None else self.lora.dropout

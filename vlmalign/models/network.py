@@ -8,18 +8,22 @@ from flax import nnx
 
 from vlmalign.models.config import ModelConfig, QwenVisionConfig, SiglipConfig
 from vlmalign.models.decoder import Decoder
-from vlmalign.models.linear import Matrix, init_normal
+from vlmalign.models.initial import Rngs, init_normal
+from vlmalign.models.linear import Matrix
 from vlmalign.models.qwen_vision import QwenTower
 from vlmalign.models.siglip import Projector, SiglipTower
 from vlmalign.models.towers import Pixels
 from vlmalign.shapes import Array, Float, Int
+
+#: what the parameters of the decoder begin with: full fine-tuning trains those, not towers and projectors
+DECODER = ("language_model.", "lm_head.")
 
 
 class Network(nnx.Module):
     """Parameter paths: `language_model...`, `lm_head.weight`; a SigLIP tower is at `vision_tower...` with
     `multi_modal_projector...`, Qwen's at `visual...`."""
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: Rngs):
         decoder = config.decoder
         self.config = config
         self.language_model = Decoder(decoder, dtype=dtype, rngs=rngs)

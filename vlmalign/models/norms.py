@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from vlmalign.models.initial import Rngs, init_constant
 from vlmalign.shapes import Array, Float
 
 
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + eps) * (offset + weight). Gemma stores weights around 0 (offset 1)."""
 
-    def __init__(self, size: int, *, eps: float, offset: float, dtype: jnp.dtype, dim: str):
-        self.weight = nnx.Param(jnp.full((size,), 1.0 - offset, dtype), dims=(dim,))
+    def __init__(self, size: int, *, eps: float, offset: float, dtype: jnp.dtype, dim: str, rngs: Rngs):
+        self.weight = nnx.Param(init_constant(rngs, (size,), 1.0 - offset, dtype), dims=(dim,))
         self.eps = eps
         self.offset = offset
 
@@ -26,9 +27,9 @@ class RMSNorm(nnx.Module):
 class LayerNorm(nnx.Module):
     """(x - mean) / sqrt(var + eps) * weight + bias."""
 
-    def __init__(self, size: int, *, eps: float, dtype: jnp.dtype, dim: str):
-        self.weight = nnx.Param(jnp.ones((size,), dtype), dims=(dim,))
-        self.bias = nnx.Param(jnp.zeros((size,), dtype), dims=(dim,))
+    def __init__(self, size: int, *, eps: float, dtype: jnp.dtype, dim: str, rngs: Rngs):
+        self.weight = nnx.Param(init_constant(rngs, (size,), 1.0, dtype), dims=(dim,))
+        self.bias = nnx.Param(init_constant(rngs, (size,), 0.0, dtype), dims=(dim,))
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:

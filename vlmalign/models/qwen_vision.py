@@ -19,7 +19,8 @@ from flax import nnx
 
 from vlmalign.models.attention import attend_both_ways
 from vlmalign.models.config import QwenVisionConfig
-from vlmalign.models.linear import Linear, init_normal
+from vlmalign.models.initial import Rngs, init_normal
+from vlmalign.models.linear import Linear
 from vlmalign.models.norms import RMSNorm
 from vlmalign.models.rope import rotate
 from vlmalign.shapes import Array, Bool, Float, Int
@@ -85,7 +86,7 @@ def stack(images: list[Windows], config: QwenVisionConfig, *, windows: int) -> W
 class PatchProjection(nnx.Module):
     """A convolution whose stride is its size, stored [embed, channel, frame, patch, patch]."""
 
-    def __init__(self, config: QwenVisionConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: QwenVisionConfig, *, dtype: jnp.dtype, rngs: Rngs):
         shape = (config.embed, config.channels, config.frames, config.patch, config.patch)
         self.weight = nnx.Param(
             init_normal(rngs, shape, config.patch_size**-0.5, dtype),
@@ -96,7 +97,7 @@ class PatchProjection(nnx.Module):
 class PatchEmbed(nnx.Module):
     """Patches to vectors: one matrix product."""
 
-    def __init__(self, config: QwenVisionConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: QwenVisionConfig, *, dtype: jnp.dtype, rngs: Rngs):
         self.proj = PatchProjection(config, dtype=dtype, rngs=rngs)
 
     def __call__(self, patches: Float[Array, "*batch numbers"]) -> Float[Array, "*batch embed"]:
@@ -107,7 +108,7 @@ class PatchEmbed(nnx.Module):
 class QwenTowerAttention(nnx.Module):
     """Attention within a window, or over all windows of the image."""
 
-    def __init__(self, config: QwenVisionConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: QwenVisionConfig, *, dtype: jnp.dtype, rngs: Rngs):
         self.heads = config.heads
         self.qkv = Linear(
             config.embed, 3 * config.embed, dims=("heads", "tower_embed"), bias=True, dtype=dtype, rngs=rngs
@@ -129,7 +130,7 @@ class QwenTowerAttention(nnx.Module):
 class QwenTowerFeedForward(nnx.Module):
     """SiLU-gated, with biases."""
 
-    def __init__(self, config: QwenVisionConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: QwenVisionConfig, *, dtype: jnp.dtype, rngs: Rngs):
         up, down = ("ffn", "tower_embed"), ("tower_embed", "ffn")
         self.gate_proj = Linear(config.embed, config.ffn, dims=up, bias=True, dtype=dtype, rngs=rngs)
         self.up_proj = Linear(config.embed, config.ffn, dims=up, bias=True, dtype=dtype, rngs=rngs)
@@ -142,9 +143,9 @@ class QwenTowerFeedForward(nnx.Module):
 class QwenTowerBlock(nnx.Module):
     """Pre-norm attention and feed-forward."""
 
-    def __init__(self, config: QwenVisionConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: QwenVisionConfig, *, dtype: jnp.dtype, rngs: Rngs):
         self.norm1, self.norm2 = (
-            RMSNorm(config.embed, eps=NORM_EPS, offset=0.0, dtype=dtype, dim="tower_embed") for _ in range(2)
+            RMSNorm(config.embed, eps=NORM_EPS, offset=0.0, dtype=dtype, dim="tower_embed", rngs=rngs) for _ in range(2)
         )
         self.attn = QwenTowerAttention(config, dtype=dtype, rngs=rngs)
         self.mlp = QwenTowerFeedForward(config, dtype=dtype, rngs=rngs)
@@ -159,9 +160,9 @@ class QwenTowerBlock(nnx.Module):
 class Merger(nnx.Module):
     """Four patches to one soft token: norm, concatenate, two layers with GELU. `mlp.0` and `mlp.2` as stored."""
 
-    def __init__(self, config: QwenVisionConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: QwenVisionConfig, *, dtype: jnp.dtype, rngs: Rngs):
         wide = config.embed * config.merge**2
-        self.ln_q = RMSNorm(config.embed, eps=NORM_EPS, offset=0.0, dtype=dtype, dim="tower_embed")
+        self.ln_q = RMSNorm(config.embed, eps=NORM_EPS, offset=0.0, dtype=dtype, dim="tower_embed", rngs=rngs)
         self.mlp = nnx.Dict(
             {
                 "0": Linear(wide, wide, dims=("merged", "merged"), bias=True, dtype=dtype, rngs=rngs),
@@ -177,7 +178,7 @@ class Merger(nnx.Module):
 class QwenTower(nnx.Module):
     """Images laid out by window -> their soft tokens, end to end."""
 
-    def __init__(self, config: QwenVisionConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: QwenVisionConfig, *, dtype: jnp.dtype, rngs: Rngs):
         self.config = config
         self.patch_embed = PatchEmbed(config, dtype=dtype, rngs=rngs)
         self.blocks = nnx.List([QwenTowerBlock(config, dtype=dtype, rngs=rngs) for _ in range(config.layers)])

@@ -16,8 +16,8 @@ from vlmalign.planning.inputs import Lengths
 from vlmalign.planning.workload import CUT, Sampled, Update, Workload
 from vlmalign.rollout.sampling import Sampling
 from vlmalign.studies.align.config import AlignConfig, AnyStage
-from vlmalign.studies.align.policy import objective_of
 from vlmalign.studies.align.policy_config import Grpo, Policy, Ppo
+from vlmalign.studies.align.policy_objective import objective_of
 from vlmalign.studies.align.stage_config import Dpo, Epochs, Sft, Stage
 from vlmalign.training.optimiser import OptimiserSettings, build_optimiser
 from vlmalign.training.preference import preference_objective

@@ -18,7 +18,7 @@ from vlmalign.planning.cost import FORWARD_AGAIN
 from vlmalign.planning.memory import phases, usable
 from vlmalign.planning.search import Choice, changed, choose_rows
 from vlmalign.planning.study import Study, workload_of
-from vlmalign.planning.target import Target, quick_shapes
+from vlmalign.planning.target import Target
 from vlmalign.planning.this_device import unmeasured_device
 from vlmalign.planning.workload import Workload
 from vlmalign.studies.align.config import AlignConfig
@@ -52,7 +52,6 @@ def concrete(config: Study) -> Study:
     return _with(config, Settings(remat, most, most, ()))
 
 
-@quick_shapes()
 def choose(config: Study, workload: Workload, target: Target, say: Callable[[str], None]) -> Settings:
     """The fastest settings whose every phase fits the target; `workload` is that of `concrete(config)`.
 

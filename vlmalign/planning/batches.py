@@ -16,10 +16,10 @@ from jax.sharding import AbstractMesh, Mesh, Sharding, SingleDeviceSharding
 from vlmalign.mesh import Placement, batch_sharding, replicated
 from vlmalign.models.lora import is_adapter
 from vlmalign.models.model import Model
+from vlmalign.models.network import DECODER
 from vlmalign.planning.target import Target
 from vlmalign.planning.workload import Update
 from vlmalign.rollout.placing import rollout_placement, training_placement
-from vlmalign.studies.align.system import DECODER
 from vlmalign.training.value_head import init_value_head
 from vlmalign.types import GroupBatch, Layout
 

@@ -36,7 +36,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--share", type=float, default=SHARE, metavar="X", help=f"of the roofline, for GPU-hours (default {SHARE})"
     )
     parser.add_argument("--no-search", dest="search", action="store_false", help="look for no better settings")
-    parser.add_argument("--whole", action="store_true", help="compile training with all its layers: exact, and minutes")
+    parser.add_argument("--quick", action="store_true", help="draw training out from models of 2 and 4 layers")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there as well")
 
 
@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
         workload,
         target,
         search=arguments.search,
-        whole=arguments.whole,
+        quick=arguments.quick,
         say=lambda text: progress.print(f"[dim]{text}[/dim]"),
     )
     found = record(plan, share=arguments.share)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ _ITEM |= {"s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16}
 #: kinds of at most a byte: s4, u8, f8e4m3fn and their like
 _BYTE = re.compile(r"[suf][1248](e\dm\d\w*)?")
 
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$", re.MULTILINE)
 #: one instruction: its shape (with layouts), its opcode, and what follows the opening bracket
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([0-9,]*)\]")
@@ -77,30 +77,41 @@ def _item(kind: str) -> int:
     raise ValueError(f"a compiled program holds arrays of {kind}, whose size is not known; add it to planning.hlo")
 
 
-def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
-    """The instructions of every computation by its name, and the name of the one that is called first."""
-    found: dict[str, list[Instruction]] = {}
-    entry, current = "", None
-    for line in text.splitlines():
-        if line.startswith("}"):
-            current = None
-        elif (opened := _COMPUTATION.match(line)) is not None:
-            current = found.setdefault(opened[1], [])
-            if line.startswith("ENTRY"):
-                entry = opened[1]
-        elif current is not None and (parsed := _INSTRUCTION.match(line)) is not None:
-            current.append(Instruction(parsed[2], size_of(parsed[1]), parsed[3]))
-    return found, entry
+class Module(Mapping[str, list[Instruction]]):
+    """The instructions of each computation of a program's text by its name, read when it is asked for: most of them are
+    kernels, into which nobody looks."""
+
+    def __init__(self, text: str):
+        self._text = text
+        self._bodies: dict[str, slice] = {}
+        self._read: dict[str, list[Instruction]] = {}
+        self.entry = ""  #: the name of the computation that is called first
+        for opened in _COMPUTATION.finditer(text):
+            self._bodies[opened[2]] = slice(opened.end() + 1, text.index("\n}", opened.end()))
+            if opened[1]:
+                self.entry = opened[2]
+
+    def __getitem__(self, name: str) -> list[Instruction]:
+        if name not in self._read:
+            parsed = map(_INSTRUCTION.match, self._text[self._bodies[name]].split("\n"))
+            self._read[name] = [Instruction(m[2], size_of(m[1]), m[3]) for m in parsed if m is not None]
+        return self._read[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._bodies)
+
+    def __len__(self) -> int:
+        return len(self._bodies)
 
 
 def read_program(text: str) -> Findings:
     """What stands in an optimised HLO module."""
-    found, entry = computations(text)
+    found = Module(text)
     traffic: dict[str, Counter] = {"collectives": Counter(), "copies": Counter()}
     moved: dict[str, Counter] = {"collectives": Counter(), "copies": Counter()}
     calls: Counter[str] = Counter()
     sorts = 0
-    for instruction, trips in _walk(found, entry, ()):
+    for instruction, trips in _walk(found, found.entry, ()):
         # Of an asynchronous pair the end is counted: the shape of its start holds operands too.
         opcode = instruction.opcode.removesuffix("-done")
         place = (opcode, "".join(f"x{n}" for n in trips))
@@ -122,7 +133,7 @@ def read_program(text: str) -> Findings:
     return Findings(listed("collectives"), listed("copies"), dict(sorted(calls.items())), sorts)
 
 
-def _movement(found: dict[str, list[Instruction]], instruction: Instruction) -> str | None:
+def _movement(found: Mapping[str, list[Instruction]], instruction: Instruction) -> str | None:
     """What an instruction that computes nothing does with its data; None for one that computes."""
     if instruction.opcode in _MOVES:
         return instruction.opcode
@@ -134,7 +145,7 @@ def _movement(found: dict[str, list[Instruction]], instruction: Instruction) -> 
 
 
 def _walk(
-    found: dict[str, list[Instruction]], name: str, trips: tuple[int | str, ...]
+    found: Mapping[str, list[Instruction]], name: str, trips: tuple[int | str, ...]
 ) -> Iterator[tuple[Instruction, tuple[int | str, ...]]]:
     """Every instruction that runs, with the rounds of the loops around it. Fused ones are not memory traffic."""
     for instruction in found.get(name, ()):

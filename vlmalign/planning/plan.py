@@ -14,9 +14,12 @@ from vlmalign.planning.jobs import Job, apply_job, encode_job, merge_job, micro_
 from vlmalign.planning.memory import Phase, phases, usable
 from vlmalign.planning.programs import Program, compile_all
 from vlmalign.planning.schedule import Times, times
-from vlmalign.planning.search import Candidate, Choice, changed, choose_rows, gradients_job, stage_of
-from vlmalign.planning.target import Target, quick_shapes
+from vlmalign.planning.search import Candidate, Choice, changed, choose_rows, stage_of
+from vlmalign.planning.target import Target
 from vlmalign.planning.workload import Update, Workload
+
+#: what the name of an optimiser's program ends with
+OPTIMISER = "optimiser"
 
 
 @dataclass(frozen=True)
@@ -47,23 +50,24 @@ class Plan:
         return self.peak.peak <= self.usable
 
 
-@quick_shapes()
 def make_plan(
-    workload: Workload, target: Target, *, search: bool, say: Callable[[str], None], whole: bool = False
+    workload: Workload, target: Target, *, search: bool, say: Callable[[str], None], quick: bool = False
 ) -> Plan:
     """Compile the config's programs for the target (where that can be done), and look for better settings.
 
-    With `whole`, those of training have all their layers when they are compiled; else they are drawn out (`depth`).
+    The config's own programs have all their layers when they are compiled, but for optimisers, which update each
+    parameter by itself and so are the same over and over. With `quick` all programs of training are drawn out of
+    shallow ones (`depth`), as those of the settings that are tried always are.
     """
     programs: dict[str, Program] = {}
     if target.devices:
-        programs = _compiled(workload, target, say, whole)
+        programs = _compiled(workload, target, say, quick)
     elif target.refusal:
         say(f"arithmetic only: {target.refusal}")
     found = tuple(phases(workload, programs, target))
     timing = times(workload, target.device, target.count)
     plan = Plan(target, workload, programs, found, timing, (), None, (), None)
-    return _improved(plan, say, whole) if search else plan
+    return _improved(plan, say) if search else plan
 
 
 def jobs(workload: Workload, target: Target) -> list[Job]:
@@ -82,7 +86,7 @@ def _training(workload: Workload, target: Target) -> dict[str, Callable[[Model],
         found[f"{update.name} gradients"] = made(micro_job, update)
         if update.objective.needs_reference:
             found[f"{update.name} reference"] = made(reference_job, update)
-        found[f"{update.name} optimiser"] = made(apply_job, update)
+        found[f"{update.name} {OPTIMISER}"] = made(apply_job, update)
     return found
 
 
@@ -97,15 +101,18 @@ def _others(workload: Workload, target: Target) -> list[Job]:
     return found
 
 
-def _compiled(workload: Workload, target: Target, say: Callable[[str], None], whole: bool) -> dict[str, Program]:
+def _compiled(workload: Workload, target: Target, say: Callable[[str], None], quick: bool) -> dict[str, Program]:
     model, made = workload.model, _training(workload, target)
-    parts = {name: [make(model)] if whole else shallow_jobs(make, model) for name, make in made.items()}
+    parts = {
+        name: shallow_jobs(make, model) if quick or name.endswith(OPTIMISER) else [make(model)]
+        for name, make in made.items()
+    }
     found = compile_all([*itertools.chain(*parts.values()), *_others(workload, target)], target, say)
     drawn = {name: draw_out(name, [found.pop(job.name) for job in part], model) for name, part in parts.items()}
     return drawn | found
 
 
-def _improved(plan: Plan, say: Callable[[str], None], whole: bool) -> Plan:
+def _improved(plan: Plan, say: Callable[[str], None]) -> Plan:
     """GRPO, where nearly all time goes, chooses the policy; SFT then chooses its rows."""
     target, proposed = plan.target, plan.workload
     choices: list[Choice] = []
@@ -128,15 +135,6 @@ def _improved(plan: Plan, say: Callable[[str], None], whole: bool) -> Plan:
             programs.pop(f"{after.name} reference", None)
         if choice.program is not None:
             programs[choice.program.name] = choice.program
-    if target.devices and whole:
-        changed_stages = [
-            getattr(proposed, choice.stage)
-            for choice in choices
-            if (proposed.model.remat, getattr(proposed, choice.stage).rows)
-            != (plan.workload.model.remat, getattr(plan.workload, choice.stage).rows)
-        ]
-        again = [gradients_job(proposed.model, update=update, target=target) for update in changed_stages]
-        programs |= compile_all(again, target, say)
     return replace(
         plan,
         choices=tuple(choices),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import jax
 from vlmalign.planning.graphs import compile_with_listing, launches_per_round
 from vlmalign.planning.hlo import Findings, read_program
 from vlmalign.planning.jobs import Job
-from vlmalign.planning.target import Target, tracing
+from vlmalign.planning.target import GRAPH_SIZE, Target, tracing
 
 
 class Memory(NamedTuple):
@@ -45,13 +46,27 @@ class Program:
 
 def lower(job: Job, target: Target) -> jax.stages.Lowered:
     """The job's function traced for the target, ready for its compiler."""
-    with tracing(target, job.mesh):
+    with tracing(target, job.mesh), _no_places():
         return jax.jit(job.function, donate_argnums=job.donated).trace(*job.arguments).lower()
+
+
+@contextmanager
+def _no_places() -> Iterator[None]:
+    """Within, programs do not record the line of Python that each instruction is from: a tenth of the compile time."""
+    before = jax.config.jax_traceback_in_locations_limit
+    jax.config.update("jax_traceback_in_locations_limit", 0)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_traceback_in_locations_limit", before)
 
 
 def options_of(job: Job, target: Target) -> dict[str, Any]:
     """What the compiler is told."""
-    return {**target.options, **job.options}
+    told = {**target.options, **job.options}
+    if job.counted:
+        told.pop(GRAPH_SIZE, None)
+    return told
 
 
 def compile_all(jobs: Sequence[Job], target: Target, say: Callable[[str], None]) -> dict[str, Program]:

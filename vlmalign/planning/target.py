@@ -31,11 +31,18 @@ PLUG_INS = (("jax-cuda12-plugin", "jax-cuda12-pjrt"), ("jax-cuda13-plugin", "jax
 #: - A row's softmax is not made one Triton kernel, the search for whose tiles takes most of the compile time. Peak
 #:   memory changed by 0.02 % (update of MedGemma-4B, 20,032 tokens, A100).
 #: - LLVM does not optimise kernels: nothing here runs, and memory is planned before.
+#: - Kernels are not gathered into CUDA graphs, where nobody counts launches: to find out which of thousands hang on each
+#:   other takes a sixth of the compile time and changes no memory.
+#: - A program is compiled by one thread: others are compiled beside it, and idle threads of several pools look for work
+#:   in turn, a sixth of the time of two cores.
+GRAPH_SIZE = "xla_gpu_graph_min_graph_size"
 COMPILER_OPTIONS: dict[str, Any] = {
     "xla_gpu_enable_triton_gemm": jax.__version_info__ >= (0, 11),
     "xla_disable_hlo_passes": "triton-softmax-rewriter",
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
+    GRAPH_SIZE: 2**31 - 1,
+    "xla_gpu_force_compilation_parallelism": 1,
 }
 
 
@@ -175,20 +182,6 @@ def _answers(target: Target) -> list[tuple[Any, str, Callable[..., Any]]]:
         (cudnn, "check_compute_capability", lambda least: capability >= parsed(least)),
         (cudnn, "is_cuda_compute_capability_equal", lambda asked: capability == parsed(asked)),
     ]
-
-
-@contextmanager
-def quick_shapes() -> Iterator[None]:
-    """Within, the shapes of deep models are found in a fifth of the time.
-
-    NNX asks the count of random numbers drawn for its sharding at every parameter; while shapes are traced JAX answers
-    with an error, and for its words looks through all that was traced before: quadratic in the parameters. Nobody reads
-    the words.
-    """
-    from jax._src.interpreters.partial_eval import DynamicJaxprTracer
-
-    with _replaced(DynamicJaxprTracer, "_origin_msg", lambda self: ""):
-        yield
 
 
 @contextmanager

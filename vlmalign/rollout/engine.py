@@ -85,14 +85,14 @@ def prefill(model: Model, params: Params, batch: GroupBatch) -> Prefilled:
         model.attention, layout=layout, head_dim=model.config.decoder.head_dim, dtype=jnp.dtype(model.dtype)
     )
 
-    def attend(layer: int, q: Array, kv: KeyValue, window: int | None) -> Array:
-        assert len(shared) == layer
+    def attend(q: Array, kv: KeyValue, window: int | None) -> Array:
         # Laid out as decoding multiplies them, so that they are turned once and not at every step.
         shared.append(KeyValue(jnp.moveaxis(kv.key, 1, 3), jnp.moveaxis(kv.value, 1, 2)))
         return group_attention(q, kv, places, layout, window, name=choice.name)
 
     with jax.named_scope("prefill"):
-        hidden = network.language_model(x, network.language_model.tables(batch.position), attend, remat="none")
+        tables = network.language_model.tables(batch.position)
+        hidden = network.language_model.with_caches(x, tables, [attend] * len(tables))
     end = jnp.maximum(jnp.sum(batch.segment == 0, axis=1) - 1, 0)
     return Prefilled(jnp.take_along_axis(hidden, end[:, None, None], axis=1)[:, 0], shared)
 
@@ -177,7 +177,8 @@ def _advance(
         out = attend_decode(q.reshape(n, k, config.kv_heads, -1, config.head_dim), shared[layer], full, masks)
         return out.reshape(n, k, config.heads, config.head_dim)
 
-    states = network.language_model(network.language_model.embed(tokens), tables, attend, remat="none")
+    attends = [partial(attend, layer) for layer in range(len(own))]
+    states = network.language_model.with_caches(network.language_model.embed(tokens), tables, attends)
     return states, grown
 
 

@@ -1,6 +1,1 @@
 """The general recipe: SFT, DPO, GRPO and PPO on the user's own JSON Lines, one stage after the other in one run folder."""
-
-from vlmalign.studies.align.config import AlignConfig
-from vlmalign.studies.align.run import run
-
-__all__ = ["AlignConfig", "run"]

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from functools import partial
 
 from vlmalign import exchange
 from vlmalign.mesh import Placement
-from vlmalign.objectives.grpo import grpo_counts, grpo_loss
-from vlmalign.objectives.ppo import ppo_counts, ppo_loss
 from vlmalign.rewards.outcomes import OutcomeFile
 from vlmalign.rewards.runner import RewardRunner
 from vlmalign.rollout.completions import Generator
 from vlmalign.rollout.sampling import Sampling
 from vlmalign.shapes import Array
 from vlmalign.studies.align.policy_config import Grpo, Ppo
+from vlmalign.studies.align.policy_objective import objective_of
 from vlmalign.studies.align.rewards import Rewards
 from vlmalign.studies.align.stages import Work, optimiser_of, stretch
 from vlmalign.studies.align.system import Trained
@@ -26,7 +24,7 @@ from vlmalign.training.optimiser import build_optimiser
 from vlmalign.training.policy import PolicySource
 from vlmalign.training.recorded_rewards import RecordedRewards
 from vlmalign.training.rollouts import Task
-from vlmalign.training.step import Objective, Trainer
+from vlmalign.training.step import Trainer
 from vlmalign.training.value_head import init_value_head, split_value_head
 
 #: in a stage's folder: every completion; what each was given while training, and in validation
@@ -91,24 +89,6 @@ def run_policy(stage: Grpo | Ppo, work: Work, start: Trained, rewards: Rewards) 
         shown = ("reward", *list(rewards)[:2], "length", "kl")
         plan = stretch(stage, work, stage.steps, shown=shown)
         return split_value_head(train(plan, trainer, params, system.frozen, source, work.progress, evaluate))[0]
-
-
-def objective_of(stage: Grpo | Ppo) -> Objective:
-    """The stage's loss, at the temperature that completions are sampled at."""
-    if isinstance(stage, Grpo):
-        settings = stage.objective.settings(stage.rollout.completion)
-        loss, counts = partial(grpo_loss, settings=settings), partial(grpo_counts, settings=settings)
-    else:
-        settings = stage.objective.settings()
-        loss, counts = partial(ppo_loss, settings=settings), partial(ppo_counts, settings=settings)
-    return Objective(
-        stage.kind,
-        loss,
-        counts,
-        temperature=stage.rollout.temperature,
-        needs_reference=settings.beta > 0,
-        needs_values=isinstance(stage, Ppo),
-    )
 
 
 def _generator(

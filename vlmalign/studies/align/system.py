@@ -17,6 +17,7 @@ from vlmalign.mesh import Placement
 from vlmalign.models.config import ModelConfig
 from vlmalign.models.lora import LoraSpec, init_adapter
 from vlmalign.models.model import Model
+from vlmalign.models.network import DECODER
 from vlmalign.progress import Progress
 from vlmalign.randomness import key_for
 from vlmalign.rollout.compaction import prompt_lengths
@@ -31,9 +32,6 @@ from vlmalign.studies.run_config import Reading
 from vlmalign.types import Group
 from vlmalign.weights.adapter import Adapter, load_adapter
 from vlmalign.weights.checkpoint import load_config, load_params
-
-#: parameters that full fine-tuning trains: the decoder; towers and projectors stay as they are
-DECODER = ("language_model.", "lm_head.")
 
 
 class Front(NamedTuple):

@@ -1,0 +1,29 @@
+"""Modules that differ in nothing but their parameters, traced once for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from vlmalign.shapes import Array
+
+
+def each_kind_once(call: Callable[..., Array]) -> Callable[..., Array]:
+    """`call(module, *arguments)`, traced once for all modules of a kind and all arguments of the same shapes.
+
+    A deep model repeats a layer or two: traced for each, its gradients take longer to trace than the rest of the program.
+    The compiler puts the traced layer in place of every call, so the program is that of the plain loop. What `call` closes
+    over is the same for every module: make the function anew in every trace that has other values.
+    """
+    traced: dict[nnx.GraphDef, Callable[..., Array]] = {}
+
+    def once(module: nnx.Module, *arguments: Any) -> Array:
+        graph, parameters = nnx.split(module)
+        if graph not in traced:
+            traced[graph] = jax.jit(lambda parameters, *arguments: call(nnx.merge(graph, parameters), *arguments))
+        return traced[graph](parameters, *arguments)
+
+    return once
