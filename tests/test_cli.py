@@ -20,15 +20,16 @@ class SmallConfig(Config):
 @pytest.fixture
 def study(monkeypatch):
     """A study in place of the real one: `study.run` is called with its config."""
-    room = ModuleType("vlmalign.studies.chexreason")
+    config, room = (ModuleType(f"vlmalign.studies.chexreason.{name}") for name in ("config", "run"))
     seen = SimpleNamespace(configs=[], action=lambda config: None)
 
-    def run(config):
-        seen.configs.append(config)
-        seen.action(config)
+    def run(settings):
+        seen.configs.append(settings)
+        seen.action(settings)
 
-    room.ChexReasonConfig, room.run = SmallConfig, run
-    monkeypatch.setitem(sys.modules, room.__name__, room)
+    config.ChexReasonConfig, room.run = SmallConfig, run
+    for module in (config, room):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
     # Choosing what a config leaves open needs the real studies; tests/planning/test_auto.py has it.
     monkeypatch.setattr(cli, "_settled", lambda config: config)
     return seen

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from flax import nnx
+from jax import jit
 
 from vlmalign.shapes import Array
 
@@ -23,7 +23,7 @@ def each_kind_once(call: Callable[..., Array]) -> Callable[..., Array]:
     def once(module: nnx.Module, *arguments: Any) -> Array:
         graph, parameters = nnx.split(module)
         if graph not in traced:
-            traced[graph] = jax.jit(lambda parameters, *arguments: call(nnx.merge(graph, parameters), *arguments))
+            traced[graph] = jit(lambda parameters, *arguments: call(nnx.merge(graph, parameters), *arguments))
         return traced[graph](parameters, *arguments)
 
     return once
