@@ -60,7 +60,7 @@ def test_a_deeper_decoder_takes_no_more_tracing():
         deep = replace(model, config=replace(model.config, decoder=replace(model.config.decoder, layers=layers)))
         own = {name: jnp.zeros(shape.shape, shape.dtype) for name, shape in deep.shapes.items()}
         with patch.object(module, "group_attention", wraps=module.group_attention) as attention:
-            jax.make_jaxpr(jax.grad(lambda params, batch: deep.hidden(params, batch).sum(), allow_int=True))(own, batch)
+            jax.make_jaxpr(jax.grad(lambda params, batch: deep.hidden(params, batch).sum()))(own, batch)
         return attention.call_count
 
     assert attended(1) == attended(4) == 2

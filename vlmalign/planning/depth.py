@@ -2,7 +2,8 @@
 
 A decoder is the same layer over and over: memory, traffic and calls of its programs grow by the same amount with every
 layer, while compiling them takes minutes. So they are compiled at two small depths, and what a layer adds is added once
-for each layer that is left. Layers that differ (a window here, none there) are taken for alike.
+for each layer that is left. Layers that differ (a window here, none there) are taken for alike, and what the compiler
+does in deep programs alone is not seen (`record.LIMITS` has a case).
 """
 
 from __future__ import annotations

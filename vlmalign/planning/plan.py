@@ -18,9 +18,6 @@ from vlmalign.planning.search import Candidate, Choice, changed, choose_rows, st
 from vlmalign.planning.target import Target
 from vlmalign.planning.workload import Update, Workload
 
-#: what the name of an optimiser's program ends with
-OPTIMISER = "optimiser"
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -70,24 +67,32 @@ def make_plan(
     return _improved(plan, say) if search else plan
 
 
+#: how a program is made for a model of any depth
+Make = Callable[[Model], Job]
+
+
 def jobs(workload: Workload, target: Target) -> list[Job]:
     """Every program of the run."""
-    return [make(workload.model) for make in _training(workload, target).values()] + _others(workload, target)
+    made = _training(workload, target) | _optimisers(workload, target)
+    return [make(workload.model) for make in made.values()] + _others(workload, target)
 
 
-def _training(workload: Workload, target: Target) -> dict[str, Callable[[Model], Job]]:
-    """The programs whose compilation takes long where layers are many, to be made for any depth; the longest first."""
-
-    def made(job: Callable[[Model, Update, Where, Target], Job], update: Update) -> Callable[[Model], Job]:
-        return lambda model: job(model, update, places(target, model), target)
-
+def _training(workload: Workload, target: Target) -> dict[str, Make]:
+    """The programs whose compilation takes long where layers are many; the longest first."""
     found = {}
     for update in workload.stages:
-        found[f"{update.name} gradients"] = made(micro_job, update)
+        found[f"{update.name} gradients"] = _made(micro_job, update, target)
         if update.objective.needs_reference:
-            found[f"{update.name} reference"] = made(reference_job, update)
-        found[f"{update.name} {OPTIMISER}"] = made(apply_job, update)
+            found[f"{update.name} reference"] = _made(reference_job, update, target)
     return found
+
+
+def _optimisers(workload: Workload, target: Target) -> dict[str, Make]:
+    return {f"{update.name} optimiser": _made(apply_job, update, target) for update in workload.stages}
+
+
+def _made(job: Callable[[Model, Update, Where, Target], Job], update: Update, target: Target) -> Make:
+    return lambda model: job(model, update, places(target, model), target)
 
 
 def _others(workload: Workload, target: Target) -> list[Job]:
@@ -102,11 +107,10 @@ def _others(workload: Workload, target: Target) -> list[Job]:
 
 
 def _compiled(workload: Workload, target: Target, say: Callable[[str], None], quick: bool) -> dict[str, Program]:
-    model, made = workload.model, _training(workload, target)
-    parts = {
-        name: shallow_jobs(make, model) if quick or name.endswith(OPTIMISER) else [make(model)]
-        for name, make in made.items()
-    }
+    model = workload.model
+    parts = {name: shallow_jobs(make, model) for name, make in _optimisers(workload, target).items()}
+    for name, make in _training(workload, target).items():
+        parts[name] = shallow_jobs(make, model) if quick else [make(model)]
     found = compile_all([*itertools.chain(*parts.values()), *_others(workload, target)], target, say)
     drawn = {name: draw_out(name, [found.pop(job.name) for job in part], model) for name, part in parts.items()}
     return drawn | found

@@ -26,6 +26,8 @@ LIMITS = (
         else " This version of JAX plans products on cuBLAS alone, and too little where nothing is rematerialised (12 % "
         "less than an H200 took for an update of MedGemma-4B, of which 0.11 foresees all but 1 %)."
     ),
+    "What is drawn out can be far from the program of the whole model (gradients of MedGemma-4B on 8 H100, a row on each, "
+    "remat full: 2.6 GiB beside their arguments where the whole program takes 8.4): plan with the settings that you take.",
     "cuDNN's attention is planned with, but whether a version of it takes these shapes shows only on the GPU.",
     "Times are rooflines of weights, caches and products: activations, samplers, hosts and links between devices come "
     "on top.",

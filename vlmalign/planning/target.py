@@ -33,8 +33,8 @@ PLUG_INS = (("jax-cuda12-plugin", "jax-cuda12-pjrt"), ("jax-cuda13-plugin", "jax
 #: - LLVM does not optimise kernels: nothing here runs, and memory is planned before.
 #: - Kernels are not gathered into CUDA graphs, where nobody counts launches: to find out which of thousands hang on each
 #:   other takes a sixth of the compile time and changes no memory.
-#: - A program is compiled by one thread: others are compiled beside it, and idle threads of several pools look for work
-#:   in turn, a sixth of the time of two cores.
+#: - A program is compiled by one thread: others are compiled beside it, and the idle threads of each one's pool took a
+#:   sixth of the processor's time looking for work.
 GRAPH_SIZE = "xla_gpu_graph_min_graph_size"
 COMPILER_OPTIONS: dict[str, Any] = {
     "xla_gpu_enable_triton_gemm": jax.__version_info__ >= (0, 11),
