@@ -16,7 +16,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ PROMPT, COMPLETION = 456, 512
 WHOLE, PAIRS, STEP = 16.5, 12.0, 18.0
 
 
-def workload(rows: int) -> Any:
+def workload(rows: int, remat: str = "full") -> Any:
     """ChexReason's, at the shapes of the limits, `rows` groups per micro-batch."""
     from vlmalign.config import load_config
     from vlmalign.planning.inputs import read_lengths, read_model
@@ -38,30 +38,51 @@ def workload(rows: int) -> Any:
     from vlmalign.studies.chexreason.config import ChexReasonConfig
 
     shapes = [f"grpo.rollout.completion={COMPLETION}", "grpo.shapes.prompt_multiple=8", f"grpo.shapes.rows={rows}"]
-    config = load_config(ChexReasonConfig, CONFIG, [*shapes, "evaluation.sets=[]", "model.remat=full"])
+    config = load_config(ChexReasonConfig, CONFIG, [*shapes, "evaluation.sets=[]", f"model.remat={remat}"])
     model = read_model(config.model, SIZES)
     lengths = read_lengths(config, model, prompt=PROMPT, answer=None, completion=None)
     return read_workload(config, model, lengths, count=1)
 
 
-def limits(name: str) -> Iterator[dict[str, Any]]:
-    """One record per limit."""
-    from vlmalign.planning.batches import places, size, split
+def describe(name: str) -> tuple[Any, Callable[[str], None]]:
+    """What to compile for, and how to say what is done."""
     from vlmalign.planning.devices import find_device
-    from vlmalign.planning.jobs import micro_job
-    from vlmalign.planning.memory import phases
-    from vlmalign.planning.plan import jobs
-    from vlmalign.planning.programs import compile_all
     from vlmalign.planning.target import open_target
-    from vlmalign.rollout.engine import BLOCK
 
     target = open_target(find_device(name), 1)
     if not target.devices:
         sys.exit(f"nothing can be compiled: {target.refusal}")
+    return target, lambda text: print(f"{name}: {text}", file=sys.stderr, flush=True)
 
-    def say(text: str) -> None:
-        print(f"{name}: {text}", file=sys.stderr, flush=True)
 
+def step(name: str, remat: str, rows: int) -> dict[str, Any]:
+    """The phases of a whole step, to be set beside what `gpu.py --parts step` measures."""
+    from vlmalign.planning.memory import phases
+    from vlmalign.planning.plan import jobs
+    from vlmalign.planning.programs import compile_all
+
+    target, say = describe(name)
+    work = workload(rows, remat)
+    wanted = [job for job in jobs(work, target) if not job.name.startswith("sft")]
+    found = phases(work, compile_all(wanted, target, say), target)
+    peaks = {phase.name: phase.peak for phase in found if not phase.name.startswith("sft")}
+    return {
+        "step": {"remat": remat, "rows": rows},
+        "peak_gib": round(max(peaks.values()) / GIB, 2),
+        "phases_gib": {phase: round(peak / GIB, 2) for phase, peak in peaks.items()},
+    }
+
+
+def limits(name: str) -> Iterator[dict[str, Any]]:
+    """One record per limit."""
+    from vlmalign.planning.batches import places, size, split
+    from vlmalign.planning.jobs import micro_job
+    from vlmalign.planning.memory import phases
+    from vlmalign.planning.plan import jobs
+    from vlmalign.planning.programs import compile_all
+    from vlmalign.rollout.engine import BLOCK
+
+    target, say = describe(name)
     whole, pairs = workload(8), workload(2)
     assert whole.grpo.layout == (PROMPT, 4, COMPLETION)
     wanted = [job for job in jobs(whole, target) if not job.name.startswith("sft")]
@@ -108,16 +129,22 @@ def limits(name: str) -> Iterator[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", nargs="+", default=["a100-80", "h100"])
+    parser.add_argument("--step", nargs="+", help="REMAT:ROWS; the phases of such whole steps, in place of the limits")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
     started = time.perf_counter()
+    steps = [tuple(each.split(":")) for each in asked.step or ()]
+    devices = {
+        name: [step(name, remat, int(rows)) for remat, rows in steps] if steps else list(limits(name))
+        for name in asked.device
+    }
     found = {
         "method": "compiled for a description of the GPU, never run",
         "shape": {"groups": 8, "completions": 4, "prompt_tokens": PROMPT, "completion_tokens": COMPLETION},
-        "versions": {name: version(name) for name in ("jax", "jaxlib", "jax-cuda12-plugin", "flax")},
+        "versions": {name: version(name) for name in ("jax", "jaxlib", "flax")},
         "python": platform.python_version(),
-        "devices": {name: list(limits(name)) for name in asked.device},
+        "devices": devices,
         "seconds": round(time.perf_counter() - started, 1),
         "cpu_seconds": round(time.process_time(), 1),
     }
@@ -126,7 +153,7 @@ def main() -> None:
     if asked.out is not None:
         asked.out.parent.mkdir(parents=True, exist_ok=True)
         asked.out.write_text(text + "\n", encoding="utf-8")
-    sys.exit(not all(each["kept"] for records in found["devices"].values() for each in records))
+    sys.exit(not all(each.get("kept", True) for records in devices.values() for each in records))
 
 
 if __name__ == "__main__":

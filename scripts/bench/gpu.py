@@ -35,6 +35,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from gpu_kernels import busiest_kernels
 from gpu_setup import Ahead, Prepared, Step
 from gpu_shapes import MODELS, Record, Shape, read_sizes, seconds
 
@@ -47,6 +48,8 @@ from vlmalign.training.step import MicroBatch, Trainer
 from vlmalign.weights.checkpoint import load_config
 
 PARTS = ("encode", "update", "step", "decode", "more")
+#: and, where it is asked for, where the time of the first decode program goes
+KERNELS = "kernels"
 #: rows, completions per row and top_p of the decode programs that are timed
 DECODES = "8:4:0.95,8:4:1,1:1:1,32:4:0.95"
 #: remat policy, attention, and groups per micro-batch: first of the update whose memory is measured, then of the others
@@ -90,7 +93,7 @@ class Bench:
             trainer, held = self._updates[how] = self.made.update(*how)
             ahead.add(f"update {how}", partial(self.made.lower_gradients, trainer, held[0]))
             ahead.add(f"optimiser {how}", partial(self.made.lower_optimiser, trainer))
-        if "decode" in parts:
+        if {"decode", KERNELS} & set(parts):
             for how in self._decodes:
                 device, slots = self.made.rows(*how)
                 ahead.add(f"decode {how}", partial(device.lower_block, slots))
@@ -144,6 +147,13 @@ class Bench:
             )  # fmt: skip
             del device
             gc.collect()
+
+    def kernels(self) -> None:
+        """Of the first decode program: kernels by their time, in microseconds per block."""
+        device, slots = self.made.rows(*self._decodes[0])
+        device.block(slots)
+        found = busiest_kernels(lambda: device.block(slots), calls=3)
+        self._record.add(KERNELS, decode=self._decodes[0], tokens=BLOCK, most=found)
 
     def useful_flops(self, rows: int) -> float:
         """Of an update of `rows` groups; see the head of this file."""
