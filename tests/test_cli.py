@@ -23,7 +23,8 @@ def study(monkeypatch):
     config, room = (ModuleType(f"vlmalign.studies.chexreason.{name}") for name in ("config", "run"))
     seen = SimpleNamespace(configs=[], action=lambda config: None)
 
-    def run(settings):
+    def run(settings, *, before):
+        assert before is settings
         seen.configs.append(settings)
         seen.action(settings)
 
@@ -31,7 +32,7 @@ def study(monkeypatch):
     for module in (config, room):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     # Choosing what a config leaves open needs the real studies; tests/planning/test_auto.py has it.
-    monkeypatch.setattr(cli, "_settled", lambda config: config)
+    monkeypatch.setattr(cli, "_settled", lambda config: (config, config))
     return seen
 
 

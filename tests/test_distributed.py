@@ -77,9 +77,11 @@ def test_a_run_of_one_process_starts_nothing(environment):
         # Open MPI started by SLURM: its own numbers count.
         (Processes(), {**SLURM, **OMPI}, (None, 4, 1, [1], "ompi", 30)),
         (Processes("a:1", 2), POD, ("a:1", 2, 1, [], "deactivate", 30)),
+        (Processes(), POD, (None, None, None, [], "k8s", 30)),
     ],
 )
-def test_what_jax_is_told(given, environment, expected):
+def test_what_jax_is_told(given, environment, expected, monkeypatch):
+    monkeypatch.setattr("vlmalign.distributed.find_spec", lambda name: object())  # Kubernetes' package is there
     names = ("coordinator_address", "num_processes", "process_id", "local_device_ids")
     found = resolve(given, environment)
     assert tuple(found[name] for name in (*names, "cluster_detection_method", "heartbeat_timeout_seconds")) == expected
@@ -200,6 +202,7 @@ WAITS = """
 import os, signal, sys, time
 me = int(os.environ["VLMALIGN_PROCESS"])
 print("pid", os.getpid(), flush=True)
+print("heartbeat", os.environ["VLMALIGN_HEARTBEAT"], flush=True)
 if me == 1 and sys.argv[1] != "wait":
     time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGKILL) if sys.argv[1] == "killed" else sys.exit(2)
@@ -224,6 +227,7 @@ def test_one_that_dies_ends_all(repository, how, code, said):
     last = err.splitlines()[-1]
     assert last.startswith("launch_ssh: the run ended because process 1 on b "), "below what the others said"
     assert said in last
+    assert "[0] heartbeat 30" in out.splitlines(), "where the launcher is not told otherwise"
     assert_gone(out)
 
 
@@ -430,13 +434,13 @@ exchange.gather([me])
 """
 
 
-def together(repository, *arguments: str) -> list[subprocess.Popen]:
+def together(repository, *arguments: str, heartbeat: int = 10) -> list[subprocess.Popen]:
     import socket
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(repository), "VLMALIGN_HEARTBEAT": "10"}
+    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(repository), "VLMALIGN_HEARTBEAT": str(heartbeat)}
     environment |= {"VLMALIGN_COORDINATOR": f"127.0.0.1:{port}", "VLMALIGN_PROCESSES": "2"}
     return [
         subprocess.Popen(
@@ -468,10 +472,10 @@ def test_processes_tell_each_other(repository):
     assert found[1]["mistake"] == "line 7 of rows.jsonl is broken"
 
 
-@pytest.mark.parametrize("dead", [0, 1])
-def test_a_process_that_dies_while_the_others_work_alone_ends_them_by_its_silence(repository, dead):
+@pytest.mark.parametrize(("dead", "heartbeat"), [(0, 10), (1, 30)])
+def test_a_process_that_dies_while_the_others_work_alone_ends_them_by_its_silence(repository, dead, heartbeat):
     """No connection breaks, since nothing is exchanged: the missed heartbeats tell. Process 0 keeps the record of them."""
-    processes = together(repository, "dies", str(dead))
+    processes = together(repository, "dies", str(dead), heartbeat=heartbeat)
     begun = time.monotonic()
     for process in (processes[dead], processes[1 - dead]):
         process.communicate(timeout=100)

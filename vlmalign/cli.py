@@ -79,7 +79,8 @@ def _chexreason(arguments: argparse.Namespace) -> None:
     from vlmalign.studies.chexreason.run import run
 
     _begin(arguments)
-    run(_settled(load_config(ChexReasonConfig, arguments.config, _overrides(arguments))))
+    config, before = _settled(load_config(ChexReasonConfig, arguments.config, _overrides(arguments)))
+    run(config, before=before)
 
 
 def _align(arguments: argparse.Namespace) -> None:
@@ -88,14 +89,17 @@ def _align(arguments: argparse.Namespace) -> None:
     from vlmalign.studies.align.run import run
 
     _begin(arguments)
-    run(_settled(load_config(AlignConfig, arguments.config, _overrides(arguments))), Path(arguments.config))
+    config, before = _settled(load_config(AlignConfig, arguments.config, _overrides(arguments)))
+    run(config, Path(arguments.config), before=before)
 
 
-def _settled(config: Any) -> Any:
-    """With what the config leaves to the plan ("auto") chosen for the devices here."""
-    from vlmalign.planning.auto import settled
+def _settled(config: Any) -> tuple[Any, Any]:
+    """With what the config leaves to the plan ("auto") chosen for the devices here; and as an earlier start of the run
+    chose it for the devices that it had, which the run goes on with on these."""
+    from vlmalign.planning.auto import as_before, settled
 
-    return settled(config, lambda line: print(line, file=sys.stderr, flush=True))
+    found = settled(config, lambda line: print(line, file=sys.stderr, flush=True))
+    return found, as_before(config, found)
 
 
 def _report(arguments: argparse.Namespace) -> None:

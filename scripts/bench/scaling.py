@@ -44,6 +44,7 @@ class Case:
     prompt: int
     group: int
     completion: int
+    fsdp: int = 0  #: GPUs over which parameters that are trained whole are cut; 0: those of a node
 
     @property
     def decoder(self) -> DecoderConfig:
@@ -82,8 +83,10 @@ class Case:
 CASES = (
     Case("LoRA, MedGemma 4B", "medgemma-4b.json", True, 456, 4, 512),
     Case("full, Llama 3 8B", "openbiollm-8b.json", False, 512, 16, 2048),
-    Case("full, MedGemma 27B text", "medgemma-27b-text.json", False, 512, 16, 2048),
+    Case("full, MedGemma 27B text, cut over four nodes", "medgemma-27b-text.json", False, 512, 16, 2048, fsdp=32),
 )
+#: bytes of an H100
+MEMORY = 80e9
 
 
 def ring(size: float, devices: int, rate: float, *, both: bool) -> tuple[float, float]:
@@ -102,31 +105,28 @@ def collectives(case: Case, count: int) -> Iterator[tuple[str, float, str, float
     """(what, how often per step, over which links, bytes sent by each GPU, seconds) with one micro-batch per step."""
     if count == 1:
         return
-    inside, nodes = min(count, NODE), count // NODE
+    inside = min(count, case.fsdp or NODE)
+    nodes = count // inside
     if case.lora:
         # One ring over all GPUs is as slow as its slowest link.
         rate, links = (NVLINK, "NVLink") if count <= NODE else (NETWORK, "network")
         yield ("adapter gradients, all-reduce, float32", 1, links, *ring(case.gradient_bytes, count, rate, both=True))
         return
     weights, gradients = case.parameters * BF16, case.gradient_bytes
-    yield (
-        "weights, all-gather, forward and backward, bfloat16",
-        2,
-        "NVLink",
-        *ring(weights, inside, NVLINK, both=False),
-    )
-    yield ("gradients, reduce-scatter", 1, "NVLink", *ring(gradients, inside, NVLINK, both=False))
+    rate, links = (NVLINK, "NVLink") if inside <= NODE else (NETWORK, "network")
+    yield ("weights, all-gather, forward and backward, bfloat16", 2, links, *ring(weights, inside, rate, both=False))
+    yield ("gradients, reduce-scatter", 1, links, *ring(gradients, inside, rate, both=False))
     if nodes > 1:
         share = ring(gradients / inside, nodes, NETWORK, both=True)
-        yield ("a GPU's share of the gradients, all-reduce over nodes", 1, "network", *share)
-    yield ("weights for the rollout, all-gather, bfloat16", 1, "NVLink", *ring(weights, inside, NVLINK, both=False))
+        yield ("a GPU's share of the gradients, all-reduce over copies", 1, "network", *share)
+    yield ("weights for the rollout, all-gather, bfloat16", 1, links, *ring(weights, inside, rate, both=False))
 
 
 def memory(case: Case, count: int) -> tuple[float, float]:
     """Bytes on each GPU that stay: (weights, what is trained with gradients and two moments, all float32)."""
     if case.lora:
         return case.parameters * BF16, case.trained * 4 * F32
-    inside = min(count, NODE)
+    inside = min(count, case.fsdp or NODE)
     return case.parameters * BF16, case.trained * 4 * F32 / inside
 
 
@@ -149,9 +149,9 @@ def page() -> Iterator[str]:
         "are.\n"
         "- **Full fine-tuning**: parameters, gradients and moments are cut over the GPUs of a node (`mesh: {fsdp: 8}`, the "
         "default on one node), and nodes hold copies (`mesh: {replicas: 64, data: 1, fsdp: 8}` on 512). Weights cross "
-        "NVLink alone; a GPU's share of the gradients crosses the network once per step.\n"
-        "- **Micro-batches** multiply the gathering of weights and the scattering of gradients, not the adapter's "
-        "reduction: with full fine-tuning take the rows as large as they fit.\n"
+        "NVLink alone; a GPU's share of the gradients crosses the network.\n"
+        "- **Micro-batches** multiply all of this but the rollout's weights, since each one's gradients are added up over "
+        "the GPUs within its own program: take the rows as large as they fit. The tables have one micro-batch per step.\n"
         "- **Gradients** are added up in float32; those of the token table and the output head of a whole decoder in bfloat16.\n"
         "- **Rollouts** read weights that are whole on each GPU: gathered once per step, not once per token.\n"
     )
@@ -167,7 +167,8 @@ def page() -> Iterator[str]:
         yield "|---:|---:|---|---:|---|---:|---:|---:|"
         for count in COUNTS:
             weights, state = memory(case, count)
-            stays = f"{(weights + state) / 1e9:.1f}"
+            fits = weights + state < MEMORY
+            stays = f"{(weights + state) / 1e9:.1f}" + ("" if fits else ", does not fit")
             rows = list(collectives(case, count))
             if not rows:
                 yield f"| {count} | {stays} | none | | | | | |"
@@ -179,8 +180,9 @@ def page() -> Iterator[str]:
         yield ""
     yield (
         '"Stays" is the bfloat16 copy of the decoder that rollouts read (and that LoRA trains on), and float32 parameters, '
-        "gradients and AdamW's two moments of what is trained. It says what does not fit: full fine-tuning of 8 B on one "
-        "GPU of 80 GB, and of 27 B on one node; 27 B needs `fsdp: 16` or more, with weights gathered over the network.\n"
+        "gradients and AdamW's two moments of what is trained, where more than 80 GB do not fit. Full fine-tuning of 27 B "
+        "needs `mesh: {fsdp: 32}`, with weights gathered over the network; with `fsdp: 16` 27 GB of state and the 54 GB "
+        "that rollouts read are just too much, unless rollouts cut them as well (`rollout.tensor`).\n"
     )
     yield from compiled()
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 from small_plan import CONFIG, SMALL
 
-from vlmalign.config import load_config
+from vlmalign.config import dump_config, load_config
 from vlmalign.models.decoder import REMAT
-from vlmalign.planning.auto import AUTO, choose, concrete, leaves_open, settle
+from vlmalign.planning.auto import AUTO, as_before, choose, concrete, leaves_open, settle, settled
 from vlmalign.planning.devices import Device, find_device
 from vlmalign.planning.study import workload_of
 from vlmalign.planning.target import Target
@@ -102,3 +102,29 @@ def test_rows_share_out_over_devices(model_config):
     found, _ = chosen(opened("sft", "grpo", "rollout"), LARGE, model_config, count=4)
     assert found.rows == {"sft": 8, "grpo": 8}
     assert found.rollout_rows == {"grpo": 8}
+
+
+def test_a_run_goes_on_with_what_other_devices_chose_before(model_config, tmp_path):
+    """A run folder holds the choice of the first start; a start on other devices chooses anew, and is no other run."""
+    config = opened("remat", "sft", "grpo", "rollout").model_copy(update={"run": tmp_path})
+    eight = settle(config, chosen(config, LARGE, model_config, count=8)[0])
+    one = settle(config, chosen(config, of_memory(0.8e9), model_config)[0])
+    assert one != eight
+    assert as_before(config, one) == one, "the folder is empty"
+    (tmp_path / "config.yaml").write_text(dump_config(eight))
+    assert as_before(config, one) == eight
+    other = config.model_copy(update={"seed": config.seed + 1})
+    assert as_before(other, one) != eight, "another run"
+    assert as_before(eight, eight) == eight, "nothing is open"
+
+
+def test_a_file_that_says_auto_is_settled_for_the_devices_here(repository, tmp_path):
+    """From YAML to numbers, as `vlmalign chexreason` does it, with programs compiled for this device."""
+    path = repository / "configs" / "chexreason" / "quickstart.yaml"
+    auto = ["model.remat=auto", "sft.shapes.rows=auto", "grpo.shapes.rows=auto", "grpo.rollout.rows=auto"]
+    config = load_config(ChexReasonConfig, path, [*auto, f"run={tmp_path}"])
+    said = []
+    found = settled(config, said.append)
+    assert found == load_config(ChexReasonConfig, path, [f"run={tmp_path}", "model.remat=none"])
+    assert any("tried grpo remat none, 16 rows" in text for text in said)
+    assert not leaves_open(found)

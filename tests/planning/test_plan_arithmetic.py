@@ -1,10 +1,12 @@
 """Costs and sizes that are counted: against sums done by hand, published figures, and each other."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from small_plan import medgemma, small_workload
 
+from vlmalign.mesh import MeshSettings
 from vlmalign.models import sizes
 from vlmalign.models.decoder import REMAT
 from vlmalign.planning import cost
@@ -13,8 +15,10 @@ from vlmalign.planning.cost import Cost
 from vlmalign.planning.devices import DEVICES, THIS, find_device
 from vlmalign.planning.jobs import changed_names
 from vlmalign.planning.memory import MARGIN, phases, usable
+from vlmalign.planning.plan import make_plan
+from vlmalign.planning.record import record
 from vlmalign.planning.schedule import times
-from vlmalign.planning.search import Candidate, candidates, changed, choose_rows
+from vlmalign.planning.search import Candidate, Choice, candidates, changed, choose_rows
 from vlmalign.planning.target import Target
 from vlmalign.types import Layout
 
@@ -132,6 +136,36 @@ def test_candidates_fastest_first(real):
     found = list(candidates(real.grpo, 1, ("full", "none")))
     assert found == [Candidate(remat, rows) for remat in ("none", "full") for rows in (8, 4, 2, 1)]
     assert list(candidates(real.grpo, 8, ("none",))) == [Candidate("none", 8)]
+
+
+def test_a_cut_over_tensor_shares_out_no_rows(real):
+    """Two devices that hold one layer between them see the same rows: one row is tried, and counted whole on each."""
+    alone, cut = Target(A100, 1), Target(A100, 2, axes=MeshSettings(data=1, tensor=2))
+    tried = choose_rows(real, "grpo", replace(cut, device=replace(A100, memory=1)), lambda text: None).tried
+    assert min(t.candidate.rows for t in tried) == 1
+    (one,) = (p for p in phases(real, {}, alone) if p.name == "grpo gradients")
+    (two,) = (p for p in phases(real, {}, cut) if p.name == "grpo gradients")
+    assert two.working == one.working
+
+
+def test_sft_asks_for_the_next_policy_where_none_of_its_rows_fit(tmp_path, monkeypatch):
+    """GRPO would keep everything; SFT fits only where everything is made again, and both take that."""
+    asked = []
+
+    def choose(workload, stage, target, say, *, policies, known):
+        asked.append((stage, policies))
+        found = next((p for p in policies if stage == "grpo" or p == "full"), None)
+        return Choice(stage, None if found is None else Candidate(found, 2), ())
+
+    monkeypatch.setattr("vlmalign.planning.plan.choose_rows", choose)
+    plan = make_plan(small_workload(tmp_path), Target(A100, 1), search=True, say=lambda text: None)
+    assert plan.proposed.model.remat == "full"
+    assert [stage for stage, _ in asked] == ["grpo", "sft"] * len(REMAT)
+    assert record(plan, share=0.5)["nothing_fits"] == []
+    monkeypatch.setattr("vlmalign.planning.plan.choose_rows", lambda *a, **k: Choice("grpo", None, ()))
+    plan = make_plan(small_workload(tmp_path), Target(A100, 1), search=True, say=lambda text: None)
+    assert plan.proposed is None
+    assert record(plan, share=0.5)["nothing_fits"] == ["grpo"]
 
 
 def test_the_first_that_fits_is_taken(real):

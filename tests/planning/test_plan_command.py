@@ -3,9 +3,11 @@
 import json
 
 import pytest
+from rich.console import Console
 from small_plan import CONFIG, MEDGEMMA, OVERRIDES, SMALL
 
 from vlmalign.cli import main
+from vlmalign.planning.report import show
 
 
 @pytest.fixture
@@ -41,6 +43,35 @@ def test_a_plan_in_json_and_words(no_plug_in, model_config, tmp_path, capsys):
     assert found["proposed"]["remat"] == "none"
     for text in ("2 x NVIDIA A100-SXM4-80GB", "Nothing was compiled", "Fits:", "GPU-hours:", "left out: validation"):
         assert text in said
+
+
+def test_what_the_tables_say(no_plug_in, model_config, tmp_path, capsys):
+    out = tmp_path / "plan.json"
+    assert plan("--device", "a100-80", "--count", "2", "--model-config", model_config, "--json", out) == 0
+    said = capsys.readouterr().out
+    for head in ("parameters", "trained", "optimiser", "cache", "activations", "peak", "SFT epoch", "GRPO epoch"):
+        assert head in said
+    found = json.loads(out.read_text())
+    program = {
+        "name": "grpo gradients",
+        "collectives": [{"kind": "all-reduce", "count": 4, "loop": "x3", "bytes": 2**20}],
+    }
+    program |= {"copies_in_loops": [], "sorts": 0, "calls_per_step": 4}
+    alone = program | {"name": "encode", "collectives": [], "calls_per_step": None}
+    # Rollouts that do not fit, whatever the updates do; what one estimated is not promised.
+    now = found["proposed"] | {"fits": False}
+    high = max(now["memory_per_device"], key=lambda phase: phase["peak"])
+    high["how"] = "drawn out from 2 and 4 layers"
+    found |= {"as_configured": now, "proposed": now, "programs": [program, alone], "gathered_for_rollout_bytes": 2**30}
+    show(found, Console(width=200))
+    said = capsys.readouterr().out
+    assert "grpo gradients: 4 all-reduce in a loop x3, 1.0 MiB per call, 4 calls a step" in said
+    assert "no collectives: encode" in said
+    assert "1.00 GiB on each device" in said
+    assert "Nothing faster fits" not in said
+    assert f"{high['name']} needs the most" in said
+    show(found | {"proposed": now | {"fits": True, "remat": "dots"}}, Console(width=200))
+    assert "Fits by an estimate (drawn out from 2 and 4 layers)" in capsys.readouterr().out
 
 
 def test_the_folder_of_the_model_may_hold_its_config_alone(no_plug_in, model_config, capsys):

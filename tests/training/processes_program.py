@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -158,14 +159,15 @@ def long(prompts, completions, completion_ids, **columns):
 
 
 class Dies:
-    """Process 1 is killed as the others begin the update."""
+    """Process 1 is killed as the others begin the update; when, stands in a file of the folder."""
 
-    def __init__(self, inner):
-        self.inner = inner
+    def __init__(self, inner, folder: Path):
+        self.inner, self.folder = inner, folder
 
     def work(self, step, params):
         found = self.inner.work(step, params)
         if step == KILLED_AT and distributed.process_index() == 1:
+            (self.folder / "killed_at").write_text(str(time.time()))
             os.kill(os.getpid(), signal.SIGKILL)
         return found
 
@@ -273,7 +275,7 @@ def main(what: str, folder: Path) -> None:
     elif what == "restored":
         restored(folder)
     else:
-        run("sft", folder, Dies if what == "killed" else lambda source: source)
+        run("sft", folder, partial(Dies, folder=folder) if what == "killed" else lambda source: source)
 
 
 if __name__ == "__main__":

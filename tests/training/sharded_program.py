@@ -158,7 +158,10 @@ reference_steps = cache(lambda *case: steps(trainer(*case, None), *case))
 def gap(found, expected) -> float:
     """max|a - b| / max(1, max|b|), over the largest of all arrays."""
     pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
-    return max(float(np.max(np.abs(np.asarray(a, np.float64) - b)) / max(1.0, np.max(np.abs(b)))) for a, b in pairs)
+    # NumPy's maximum: Python's would pass over what is not a number.
+    return float(
+        np.max([np.max(np.abs(np.asarray(a, np.float64) - b)) / np.maximum(1.0, np.max(np.abs(b))) for a, b in pairs])
+    )
 
 
 def compare(objective: str, kind: str, trained: str, mesh: str, optimiser: str) -> dict:

@@ -133,6 +133,7 @@ def test_a_killed_process_ends_the_run_which_goes_on_in_another_number(repositor
         len(re.findall(r"process [023] on localhost (ended with exit code 75|was ended by SIGABRT)", done.stderr)) == 3
     )
     assert time.monotonic() - begun < 60 + 60, "starting included"
+    assert time.time() - float((tmp_path / "killed_at").read_text()) < 60
     # Killed in the fourth update: the second's checkpoint is whole, and the third's line was not written yet.
     assert sorted(path.name for path in (tmp_path / "sft" / "checkpoints").iterdir()) == ["2"]
     assert len(lines(tmp_path / "sft" / "metrics.jsonl")) == 2

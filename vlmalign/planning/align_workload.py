@@ -40,14 +40,16 @@ def align_lengths(config: AlignConfig, *, prompt: int | None, answer: int | None
         limits = [stage.data.max_prompt for stage in (learnt, sampled) if stage is not None]
         if None in limits:
             raise ValueError(
-                "how long prompts are is not known: give --prompt-tokens, or max_prompt in every data section"
+                "how long prompts are is not known: set max_prompt in every data section, or give --prompt-tokens to "
+                "`vlmalign plan`"
             )
         prompt, known["prompt"] = max(limits), "the limit of the data"
     if answer is None and learnt is not None:
         answer, known["answer"] = learnt.data.max_completion, "the limit of the data"
         if answer is None:
             raise ValueError(
-                "how long answers are is not known: give --answer-tokens, or max_completion in the data section"
+                "how long answers are is not known: set max_completion in the data section, or give --answer-tokens to "
+                "`vlmalign plan`"
             )
     limit = None if sampled is None else sampled.rollout.completion
     if completion is None:
@@ -73,10 +75,16 @@ def read_align(config: AlignConfig, model: Model, lengths: Lengths, *, count: in
     first = None
     if learnt is not None:
         first = _learnt(learnt, lengths, count)
+        if first.recorded:
+            left_out.append(f"scoring the pairs of stage {learnt.kind} with its reference, once, before it is trained")
+        left_out.append(
+            f"the time of an epoch of stage {learnt.kind}: the config does not say how many examples there are"
+        )
         if learnt.steps is None:
             left_out.append(f"the time of stage {learnt.kind} but for one step: its data say how many there are")
     if sampled is None:
         return Workload(model, lengths, first, None, None, 1, False, 0.0, 0, (), tuple(left_out))
+    left_out.append(f"the time of an epoch of stage {sampled.kind}: the config does not say how many prompts there are")
     settings = sampled.rollout_settings(0)
     rollout = Sampled(
         "rollout",

@@ -6,13 +6,14 @@ values that fit the devices, and `settle` writes them into the config.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 
-from vlmalign.config import Config
+from vlmalign.config import Config, load_config
 from vlmalign.models.decoder import REMAT
 from vlmalign.planning.cost import FORWARD_AGAIN
 from vlmalign.planning.memory import phases, usable
@@ -99,6 +100,23 @@ def settled(config: Study, say: Callable[[str], None]) -> Study:
         return config
     workload, target = workload_of(concrete(config), lambda dtype: unmeasured_device(), jax.device_count())
     return settle(config, choose(config, workload, target, say))
+
+
+def as_before(config: Study, found: Study) -> Study:
+    """What the run folder holds when an earlier start had the same config: with what that one chose for its devices.
+
+    `found` is the config as it was settled for the devices of now, and the answer where the folder holds no run.
+    """
+    path = config.run / "config.yaml"
+    if not leaves_open(config) or not path.exists():
+        return found
+    earlier = load_config(type(config), path, [f"run={json.dumps(str(config.run))}"])
+    stages = _stages(earlier)
+    if set(stages) != set(_stages(config)):
+        return found
+    rows = {name: stage.shapes.rows for name, stage in stages.items()}
+    rollout = {name: _rollout(stage) for name, stage in stages.items()}
+    return settle(config, Settings(earlier.model.remat, rows, rollout, ()))
 
 
 def _rollout_rows(workload: Workload, target: Target, stages: Mapping[str, Config], say: Callable[[str], None]) -> int:

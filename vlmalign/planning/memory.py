@@ -59,7 +59,7 @@ def usable(memory: int) -> int:
 
 def phases(workload: Workload, programs: Mapping[str, Program], target: Target) -> list[Phase]:
     """Every phase of the run, in its order; what a program needs is estimated where it is not among `programs`."""
-    model, count = workload.model, target.count
+    model, shares = workload.model, target.row_shares
     where = places(target, model)
     frozen, adapter = (size(where.trained(part)) for part in split(model))
     found = []
@@ -72,14 +72,14 @@ def phases(workload: Workload, programs: Mapping[str, Program], target: Target) 
         held = Held(frozen, trained + reference, size(moments(model, update, where)))
         if update is workload.grpo:
             found += _rollout("rollout", workload.rollout, model, held, programs, target)
-        batch = size(update_batch(model, update)) // count
+        batch = size(update_batch(model, update)) // shares
         if reference:
             found.append(
-                _phase(f"{update.name} reference", held, programs, batch + _scoring(model, update, count), batch)
+                _phase(f"{update.name} reference", held, programs, batch + _scoring(model, update, shares), batch)
             )
         summed = held._replace(adapter=held.adapter + trained)
         found.append(
-            _phase(f"{update.name} gradients", summed, programs, batch + _training(model, update, where, count), batch)
+            _phase(f"{update.name} gradients", summed, programs, batch + _training(model, update, where, shares), batch)
         )
         found.append(_phase(f"{update.name} optimiser", summed, programs, trained))
     for sampled in workload.evaluation[:1]:  # their shapes differ in nothing but how few films there may be
@@ -158,16 +158,16 @@ def _encoding(model: Model) -> int:
     return CHUNK * (pixels + states + vision.heads * patches**2 * (4 + item))
 
 
-def _scoring(model: Model, update: Update, count: int) -> int:
+def _scoring(model: Model, update: Update, shares: int) -> int:
     item = jnp.dtype(model.dtype).itemsize
-    rows = -(-update.rows // count)
+    rows = -(-update.rows // shares)
     return rows * (_wide(model, update.layout.row) * item + _scores(model, update.layout)) + _head(model)
 
 
-def _training(model: Model, update: Update, where: Where, count: int) -> int:
+def _training(model: Model, update: Update, where: Where, shares: int) -> int:
     """What the forward pass leaves for the backward pass, one layer at work, and one chunk of logits with its gradient."""
     config, layout, item = model.config.decoder, update.layout, jnp.dtype(model.dtype).itemsize
-    rows, layers = -(-update.rows // count), len(config.layers)
+    rows, layers = -(-update.rows // shares), len(config.layers)
     kept = _kept(model, layout.row) * item + (_scores(model, layout) if model.remat == "none" else 0)
     at_work = 2 * (_wide(model, layout.row) * item + _scores(model, layout))
     # A whole decoder that is trained is used in the model's dtype, and its gradient is there before it is added up.

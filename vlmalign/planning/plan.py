@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from vlmalign.models.decoder import REMAT
 from vlmalign.models.model import Model
 from vlmalign.planning.batches import Where, places
+from vlmalign.planning.cost import FORWARD_AGAIN
 from vlmalign.planning.depth import draw_out, shallow_jobs
 from vlmalign.planning.jobs import Job, apply_job, encode_job, merge_job, micro_job, reference_job, rollout_jobs
 from vlmalign.planning.memory import Phase, phases, usable
@@ -117,20 +118,19 @@ def _compiled(workload: Workload, target: Target, say: Callable[[str], None], qu
 
 
 def _improved(plan: Plan, say: Callable[[str], None]) -> Plan:
-    """GRPO, where nearly all time goes, chooses the policy; SFT then chooses its rows."""
-    target, proposed = plan.target, plan.workload
-    choices: list[Choice] = []
-    policies = tuple(REMAT)
-    for update in reversed(plan.workload.stages):
-        known = {}
-        if f"{update.name} gradients" in plan.programs:
-            configured = Candidate(plan.workload.model.remat, update.rows)
-            known = {configured: plan.programs[f"{update.name} gradients"]}
-        choice = choose_rows(proposed, stage_of(update, plan.workload), target, say, policies=policies, known=known)
-        choices.append(choice)
-        if choice.taken is None:
-            return replace(plan, choices=tuple(choices))
-        proposed, policies = changed(proposed, choice.stage, choice.taken), (choice.taken.remat,)
+    """GRPO, where nearly all time goes, chooses the policy; SFT then chooses its rows, or where none of them fit asks for
+    the next policy."""
+    target = plan.target
+    tried: list[Choice] = []
+    policies = tuple(sorted(REMAT, key=FORWARD_AGAIN.__getitem__))
+    while True:
+        proposed, choices = _chosen(plan, policies, say)
+        tried += choices
+        if choices[-1].taken is not None:
+            break
+        if len(choices) == 1 or choices[0].taken.remat == policies[-1]:
+            return replace(plan, choices=tuple(tried))
+        policies = policies[policies.index(choices[0].taken.remat) + 1 :]
     programs = dict(plan.programs)
     for choice in choices:
         before, after = getattr(plan.workload, choice.stage), getattr(proposed, choice.stage)
@@ -141,8 +141,25 @@ def _improved(plan: Plan, say: Callable[[str], None]) -> Plan:
             programs[choice.program.name] = choice.program
     return replace(
         plan,
-        choices=tuple(choices),
+        choices=tuple(tried),
         proposed=proposed,
         proposed_phases=tuple(phases(proposed, programs, target)),
         proposed_times=times(proposed, target.device, target.count),
     )
+
+
+def _chosen(plan: Plan, policies: tuple[str, ...], say: Callable[[str], None]) -> tuple[Workload, list[Choice]]:
+    """The workload with what each stage chose, all of them one policy; up to the first one for which nothing fits."""
+    proposed, choices = plan.workload, []
+    for update in reversed(plan.workload.stages):
+        known = {}
+        if f"{update.name} gradients" in plan.programs:
+            configured = Candidate(plan.workload.model.remat, update.rows)
+            known = {configured: plan.programs[f"{update.name} gradients"]}
+        stage = stage_of(update, plan.workload)
+        choices.append(choose_rows(proposed, stage, plan.target, say, policies=policies, known=known))
+        taken = choices[-1].taken
+        if taken is None:
+            break
+        proposed, policies = changed(proposed, stage, taken), (taken.remat,)
+    return proposed, choices

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from vlmalign.mesh import AXES
-from vlmalign.planning.batches import whole
+from vlmalign.planning.batches import places, size, whole
 from vlmalign.planning.cost import adapter_weights
 from vlmalign.planning.devices import THIS, Device
 from vlmalign.planning.memory import MARGIN, Phase
@@ -78,7 +78,7 @@ def record(plan: Plan, *, share: float) -> dict[str, Any]:
             for choice in plan.choices
             for t in choice.tried
         ],
-        "nothing_fits": [choice.stage for choice in plan.choices if choice.taken is None],
+        "nothing_fits": [choice.stage for choice in plan.choices[-1:] if plan.proposed is None],
         "programs": [
             {
                 "name": program.name,
@@ -89,13 +89,35 @@ def record(plan: Plan, *, share: float) -> dict[str, Any]:
                 "library_calls": program.findings.calls,
                 "sorts": program.findings.sorts,
                 "launches_per_round": program.launches,
+                "calls_per_step": _calls(program.name, workload),
                 "compile_seconds": round(program.seconds, 1),
             }
             for program in plan.programs.values()
         ],
+        "gathered_for_rollout_bytes": _gathered(plan),
         "left_out": list(workload.left_out),
         "limits": list(LIMITS),
     }
+
+
+def _calls(program: str, workload: Workload) -> int | None:
+    """How often an optimiser step calls this program; None where that is not per step."""
+    for update in workload.stages:
+        if program in (f"{update.name} gradients", f"{update.name} reference"):
+            return update.micro_batches
+        if program == f"{update.name} optimiser":
+            return 1
+    return None
+
+
+def _gathered(plan: Plan) -> int:
+    """Bytes of the weights that a rollout reads on each device where training has cut them otherwise; 0 where not."""
+    target, model = plan.target, plan.workload.model
+    if plan.workload.rollout is None or target.mesh is None:
+        return 0
+    if (target.axes.fsdp, target.sampling_axes.tensor) == (1, 1):
+        return 0
+    return size(places(target, model).sampled(whole(model)))
 
 
 def _settings(plan: Plan, workload: Workload, phases: tuple[Phase, ...], times: Times, share: float) -> dict[str, Any]:
@@ -122,7 +144,9 @@ def _settings(plan: Plan, workload: Workload, phases: tuple[Phase, ...], times: 
                 }
                 for part in times.parts
             ],
+            "first": "SFT" if workload.sft is None else workload.sft.name.upper(),
             "sft_step_seconds": times.sft_step,
+            "sft_epoch_seconds": times.sft_epoch,
             "grpo_step_seconds": times.grpo_step,
             "grpo_epoch_seconds": times.epoch,
             "roofline_gpu_hours": times.hours(count, 1.0),

@@ -42,9 +42,18 @@ def _parts(found: Mapping[str, Any]) -> Iterator[RenderableType]:
         yield _memory(f"better: {_words(better)}", better, device)
         yield _verdict(better, device)
     elif better is not None:
-        yield "Nothing faster fits: take these."
+        yield "Nothing faster fits: take these." if now["fits"] else _what_to_lower(now)
     for program in found["programs"]:
         yield from _findings(program)
+    if device["count"] > 1:
+        alone = [program["name"] for program in found["programs"] if not program["collectives"]]
+        if alone:
+            yield f"no collectives: {', '.join(alone)}"
+        if found["gathered_for_rollout_bytes"]:
+            yield (
+                f"rollout: weights gathered to where they are read, once per rollout, "
+                f"{found['gathered_for_rollout_bytes'] / GIB:.2f} GiB on each device (arithmetic)"
+            )
     yield _time(
         "time, as configured" if better is None or _words(better) == _words(now) else "time, better", better or now
     )
@@ -58,13 +67,16 @@ def _words(settings: Mapping[str, Any]) -> str:
 
 
 def _memory(title: str, settings: Mapping[str, Any], device: Mapping[str, Any]) -> Table:
-    columns = ("parameters", "adapter", "optimiser", "cache", "working", "peak")
+    columns = {
+        "parameters": "parameters, frozen", "adapter": "trained, and gradients", "optimiser": "optimiser", "cache": "cache",
+        "working": "activations and batch", "peak": "peak",
+    }  # fmt: skip
     table = Table(title=f"GiB per device, {title}", title_justify="left")
     table.add_column("phase")
-    for name in columns:
+    for name in columns.values():
         table.add_column(name, justify="right")
     table.add_column("of device", justify="right")
-    table.add_column("working is")
+    table.add_column("activations are")
     for phase in settings["memory_per_device"]:
         cells = [f"{phase[name] / GIB:.2f}" for name in columns]
         style = "bold" if phase["peak"] == settings["peak_bytes"] else None
@@ -77,16 +89,30 @@ def _verdict(settings: Mapping[str, Any], device: Mapping[str, Any]) -> str:
     peak, room = settings["peak_bytes"] / GIB, device["usable_bytes"] / GIB
     if not settings["fits"]:
         return f"Does NOT fit: {peak:.1f} GiB, where {room:.1f} may be planned with."
+    highest = max(settings["memory_per_device"], key=lambda phase: phase["peak"])
     words = f"Fits: {peak:.1f} of {room:.1f} GiB."
+    if highest["how"] not in ("compiled", "arithmetic"):
+        words = f"Fits by an estimate ({highest['how']}): {peak:.1f} of {room:.1f} GiB; plan with these settings to be sure."
     share = settings["peak_bytes"] / device["memory_bytes"]
     # JAX reserves three quarters of a GPU unless told otherwise.
     return words if share < 0.75 else f"{words} Set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95: JAX takes 0.75 otherwise."
 
 
+def _what_to_lower(settings: Mapping[str, Any]) -> str:
+    """Where the updates fit with these settings, and something else does not."""
+    highest = max(settings["memory_per_device"], key=lambda phase: phase["peak"])
+    return (
+        f"No other rows or rematerialisation of updates help: {highest['name']} needs the most; lower the rows, the group "
+        "or the length of its completions, or take a larger device."
+    )
+
+
 def _findings(program: Mapping[str, Any]) -> Iterator[str]:
+    often = program["calls_per_step"]
+    calls = "" if often is None else f", {often} {'call' if often == 1 else 'calls'} a step"
     for each in program["collectives"]:
         place = f" in a loop {each['loop']}" if each["loop"] else ""
-        yield f"{program['name']}: {each['count']} {each['kind']}{place}, {each['bytes'] / MIB:.1f} MiB per call"
+        yield f"{program['name']}: {each['count']} {each['kind']}{place}, {each['bytes'] / MIB:.1f} MiB per call{calls}"
     for each in program["copies_in_loops"]:
         yield (
             f"{program['name']}: {each['count']} copies ({each['kind']}) in a loop {each['loop']}, "
@@ -113,7 +139,12 @@ def _time(title: str, settings: Mapping[str, Any]) -> Table:
             f"{seconds * part['times'] / 3600:.3g}",
         )
     table.add_section()
-    for name, key in (("SFT step", "sft_step"), ("GRPO step", "grpo_step"), ("GRPO epoch", "grpo_epoch")):
+    for name, key in (
+        (f"{time['first']} step", "sft_step"),
+        (f"{time['first']} epoch", "sft_epoch"),
+        ("GRPO step", "grpo_step"),
+        ("GRPO epoch", "grpo_epoch"),
+    ):
         if time[f"{key}_seconds"]:
             table.add_row(name, "", "", "", f"{time[f'{key}_seconds']:.3g}", "", "")
     table.caption = (

@@ -25,7 +25,8 @@ class Times(NamedTuple):
     """Ideal seconds; real ones are these over the share of the peak that is reached."""
 
     parts: tuple[Part, ...]
-    sft_step: float  #: 0 where there is no such stage
+    sft_step: float  #: of the stage that learns from answers; 0 where there is none
+    sft_epoch: float  #: one pass of it over its data; 0 where the config does not say how many there are
     grpo_step: float
     epoch: float  #: one pass of GRPO over its prompts
     total: float
@@ -60,9 +61,10 @@ def times(workload: Workload, device: Device, count: int) -> Times:
     sft, grpo = workload.sft, workload.grpo
     if model.config.vision is not None and workload.films:
         add("encode a film", [cost.encode(model, 1 / count)], workload.films)
-    sft_step = add("SFT gradients", [trained(sft)], sft.steps) if sft is not None else 0.0
+    sft_step = add(f"{sft.name.upper()} gradients", [trained(sft)], sft.steps) if sft is not None else 0.0
+    sft_epoch = workload.sft_epoch * sft_step
     if grpo is None:
-        return Times(tuple(parts), sft_step, 0.0, 0.0, sum(part.seconds * part.times for part in parts))
+        return Times(tuple(parts), sft_step, sft_epoch, 0.0, 0.0, sum(part.seconds * part.times for part in parts))
     before = len(parts)
     assert workload.rollout is not None
     rollouts = workload.rollout.count
@@ -81,4 +83,4 @@ def times(workload: Workload, device: Device, count: int) -> Times:
         add(f"{work.name}: films", [cost.encode(model, work.prompts / count)], 1)
         add(f"{work.name}: answers", sampled(work), work.count)
     total = sum(part.seconds * part.times for part in parts)
-    return Times(tuple(parts), sft_step, grpo_step, workload.epoch * grpo_step, total)
+    return Times(tuple(parts), sft_step, sft_epoch, grpo_step, workload.epoch * grpo_step, total)

@@ -59,8 +59,8 @@ class Choice:
     program: Program | None = None  #: of the gradients with what was taken; where `how` is `SCALED`, its memory alone
 
 
-def candidates(update: Update, count: int, policies: tuple[str, ...], rows: int | None = None) -> Iterator[Candidate]:
-    """Fastest first: by operations, then by rows, halved from the whole optimiser batch to one row per device.
+def candidates(update: Update, shares: int, policies: tuple[str, ...], rows: int | None = None) -> Iterator[Candidate]:
+    """Fastest first: by operations, then by rows, halved from the whole optimiser batch to one row in each of `shares`.
 
     With `rows`, these alone.
     """
@@ -68,9 +68,9 @@ def candidates(update: Update, count: int, policies: tuple[str, ...], rows: int 
         yield from (Candidate(remat, rows) for remat in sorted(policies, key=FORWARD_AGAIN.__getitem__))
         return
     for remat in sorted(policies, key=FORWARD_AGAIN.__getitem__):
-        rows = -(-update.groups // count)
+        rows = -(-update.groups // shares)
         while True:
-            yield Candidate(remat, rows * count)
+            yield Candidate(remat, rows * shares)
             if rows == 1:
                 break
             rows = -(-rows // 2)
@@ -110,7 +110,7 @@ def choose_rows(
     tried: list[Tried] = []
     limit = usable(target.device.memory)
     scales = {each.remat: _scale(workload, stage, each, target, program) for each, program in known.items()}
-    for candidate in candidates(getattr(workload, stage), target.count, policies, rows):
+    for candidate in candidates(getattr(workload, stage), target.row_shares, policies, rows):
         work, program = changed(workload, stage, candidate), known.get(candidate)
         need, how = _estimate(work, stage, target), "arithmetic"
         peak, beyond = need.held + need.rough, BEYOND
@@ -140,7 +140,7 @@ class _Need(NamedTuple):
 def _estimate(workload: Workload, stage: str, target: Target) -> _Need:
     update: Update = getattr(workload, stage)
     (phase,) = (p for p in phases(workload, {}, target) if p.name == f"{update.name} gradients")
-    held = phase.peak - phase.working + size(update_batch(workload.model, update)) // target.count
+    held = phase.peak - phase.working + size(update_batch(workload.model, update)) // target.row_shares
     return _Need(held, phase.peak - held)
 
 

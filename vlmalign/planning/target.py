@@ -70,6 +70,11 @@ class Target:
         return self._mesh(self.sampling_axes)
 
     @property
+    def row_shares(self) -> int:
+        """Parts into which the rows of a micro-batch are cut."""
+        return self.count // self.axes.tensor
+
+    @property
     def sampling_shares(self) -> int:
         """Parts into which the rows of a rollout are cut."""
         return self.count // self.sampling_axes.tensor

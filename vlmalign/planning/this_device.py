@@ -23,8 +23,8 @@ COPY = {"cpu": 128 << 20, "gpu": 1 << 30}
 
 
 def this_device(dtype: str) -> Device:
-    """JAX's first device. Rates are medians of `ROUNDS`, in this dtype, with whatever else runs on it now."""
-    device = jax.devices()[0]
+    """The first device of this process. Rates are medians of `ROUNDS`, in this dtype, with whatever else runs on it now."""
+    device = jax.local_devices()[0]
     side, size, calls = (table[device.platform] for table in (SIDE, COPY, CALLS))
     # Random: on equal numbers a GPU draws less power and runs faster than it ever does in training.
     square = jax.random.normal(jax.random.key(0), (side, side), dtype)
@@ -41,8 +41,8 @@ def this_device(dtype: str) -> Device:
 
 
 def unmeasured_device() -> Device:
-    """JAX's first device, for questions of memory alone: its rates are left out."""
-    device = jax.devices()[0]
+    """The first device of this process, for questions of memory alone: its rates are left out."""
+    device = jax.local_devices()[0]  # of another process, only that one knows the memory
     return Device(THIS, f"{device.device_kind} ({device.platform})", _memory(device), math.nan, {})
 
 

@@ -79,6 +79,7 @@ class Workload:
     films: int  #: distinct ones of the training stages
     evaluation: tuple[Sampled, ...]
     left_out: tuple[str, ...]  #: work of the config whose size is not known
+    sft_epoch: float = 0.0  #: steps in one pass of `sft` over its data; 0: not known
 
     @property
     def stages(self) -> tuple[Update, ...]:
@@ -150,6 +151,7 @@ def read_workload(config: ChexReasonConfig, model: Model, lengths: Lengths, *, c
         films=sample.sft + sample.rl + sample.validation,
         evaluation=evaluation,
         left_out=left_out,
+        sft_epoch=sample.sft / sft.batch,
     )
 
 

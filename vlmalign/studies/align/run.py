@@ -28,10 +28,11 @@ from vlmalign.studies.align.system import Trained, open_front, open_model, open_
 from vlmalign.studies.devices import Devices, open_devices
 
 
-def run(config: AlignConfig, source: Path) -> Path:
+def run(config: AlignConfig, source: Path, *, before: AlignConfig | None = None) -> Path:
     """Train all stages, continuing an interrupted run; returns the folder of the result, `adapter` or `model`.
 
-    `source` is the file that the config was read from, as the user named it.
+    `source` is the file that the config was read from, as the user named it; `before` the config as an earlier start
+    may have left it in the run folder, with rows and rematerialisation that were chosen for other devices.
 
     Raises:
         ValueError: for anything that is not as it should be: folder, config, model, data, rewards. Before any work starts
@@ -39,7 +40,7 @@ def run(config: AlignConfig, source: Path) -> Path:
     """
     refuse_received(config, source)
     agree(dump_config(config), "the config")
-    check_folder(config)
+    check_folder(config, before)
     with Progress(quiet=not is_writer()) as progress:
 
         @contextmanager

@@ -13,13 +13,13 @@ from vlmalign.studies.align.config import AlignConfig
 CONFIG = "config.yaml"
 
 
-def check_folder(config: AlignConfig) -> None:
-    """Raises ValueError when the run folder holds a run of another config."""
+def check_folder(config: AlignConfig, before: AlignConfig | None = None) -> None:
+    """Raises ValueError when the run folder holds a run of another config; `before` is not another."""
     path = config.run / CONFIG
     if path.exists():
         # Read to be compared, never to be obeyed. JSON quotes the folder's name: `007` is not a number here.
         earlier = load_config(AlignConfig, path, [f"run={json.dumps(str(config.run))}"])
-        if earlier != config:
+        if earlier not in (config, before):
             raise ValueError(
                 f"{config.run} holds a run of another config (see {path}); "
                 "choose another run folder, or start again with that config to continue it"

@@ -29,8 +29,11 @@ from vlmalign.studies.chexreason.stages import run_grpo, run_sft
 from vlmalign.studies.chexreason.system import choose_devices, open_system
 
 
-def run(config: ChexReasonConfig) -> Path:
+def run(config: ChexReasonConfig, *, before: ChexReasonConfig | None = None) -> Path:
     """Sample, train, evaluate and report; returns the path of the report.
+
+    `before` is the config as an earlier start may have left it in the run folder, with rows and rematerialisation that
+    were chosen for other devices.
 
     Raises:
         ValueError: when the run folder holds a run of another config, the devices do not fit it, or the processes of
@@ -38,7 +41,7 @@ def run(config: ChexReasonConfig) -> Path:
     """
     agree(dump_config(config), "the config")
     choose_devices(config)
-    from_first(lambda: begin(config))
+    from_first(lambda: begin(config, before))
 
     @contextmanager
     def stage(name: str) -> Iterator[None]:
@@ -85,13 +88,13 @@ def print_summary(run: Path, results: dict[str, Any], report: Path) -> None:
     print(f"report: {report}")
 
 
-def begin(config: ChexReasonConfig) -> None:
+def begin(config: ChexReasonConfig, before: ChexReasonConfig | None = None) -> None:
     """Write the resolved config and the machine's record, or check that the folder belongs to this config."""
     config.run.mkdir(parents=True, exist_ok=True)
     path = config.run / "config.yaml"
     if path.exists():
         earlier = load_config(ChexReasonConfig, path, [f"run={config.run}"])
-        if earlier != config:
+        if earlier not in (config, before):
             raise ValueError(
                 f"{config.run} holds a run of another config (see {path}); "
                 "choose another run folder, or start again with that config to continue it"
