@@ -77,7 +77,7 @@ def test_a_run_of_one_process_starts_nothing(environment):
         # Open MPI started by SLURM: its own numbers count.
         (Processes(), {**SLURM, **OMPI}, (None, 4, 1, [1], "ompi", 30)),
         (Processes("a:1", 2), POD, ("a:1", 2, 1, [], "deactivate", 30)),
-        (Processes(), POD, (None, None, None, [], "k8s", 30)),
+        (Processes(), POD, (None, None, 1, [], "k8s", 30)),
     ],
 )
 def test_what_jax_is_told(given, environment, expected, monkeypatch):
@@ -201,8 +201,7 @@ def test_the_launcher_tells_every_process_who_it_is(repository, tmp_path):
 WAITS = """
 import os, signal, sys, time
 me = int(os.environ["VLMALIGN_PROCESS"])
-print("pid", os.getpid(), flush=True)
-print("heartbeat", os.environ["VLMALIGN_HEARTBEAT"], flush=True)
+print("heartbeat", os.environ["VLMALIGN_HEARTBEAT"], "pid", os.getpid(), flush=True)
 if me == 1 and sys.argv[1] != "wait":
     time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGKILL) if sys.argv[1] == "killed" else sys.exit(2)
@@ -227,7 +226,7 @@ def test_one_that_dies_ends_all(repository, how, code, said):
     last = err.splitlines()[-1]
     assert last.startswith("launch_ssh: the run ended because process 1 on b "), "below what the others said"
     assert said in last
-    assert "[0] heartbeat 30" in out.splitlines(), "where the launcher is not told otherwise"
+    assert "[0] heartbeat 30 pid " in out, "where the launcher is not told otherwise"
     assert_gone(out)
 
 

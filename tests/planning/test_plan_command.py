@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 from rich.console import Console
 from small_plan import CONFIG, MEDGEMMA, OVERRIDES, SMALL
@@ -34,6 +35,7 @@ def test_a_plan_in_json_and_words(no_plug_in, model_config, tmp_path, capsys):
     found = json.loads(out.read_text())
     assert found["device"]["count"] == 2
     assert found["method"] == "arithmetic"
+    assert found["versions"]["jax"] == jax.__version__
     assert "pip install no-such-wheel" in found["refusal"]
     assert found["fits"] is True
     assert found["lengths"]["known"]["prompt"].startswith("image tokens")

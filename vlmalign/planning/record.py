@@ -6,6 +6,7 @@ what a layer adds. "arithmetic": counted from shapes. "measured": timed here. "a
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
 
 from vlmalign.mesh import AXES
@@ -52,6 +53,7 @@ def record(plan: Plan, *, share: float) -> dict[str, Any]:
             "how": "measured" if device.name == THIS else "data sheet",
         },
         "method": "compiled" if plan.programs else "arithmetic",
+        "versions": {name: version(name) for name in ("jax", "jaxlib")},
         "refusal": target.refusal,
         "model": {
             "family": model.config.family,
