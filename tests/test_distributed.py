@@ -385,6 +385,8 @@ import json, os, signal, sys, time
 import numpy as np
 from vlmalign import distributed, exchange
 from vlmalign.rollout.features import FeatureStore, Peers
+from vlmalign.training.shared_examples import SharedBatches
+from vlmalign.types import Group, Segment
 distributed.start()
 me = distributed.process_index()
 def fail():
@@ -422,6 +424,29 @@ if me == 1:
     store.share(list("jib"))  # says nothing to the other: all hold them
 found["features"] = [float(part.mean()) for part in store.features(list("jabz"))]
 found["encoded"] = store.encoded
+def segment(length):
+    return Segment(np.arange(length, dtype=np.int32), np.full(length, -1, np.int32), np.ones(length, np.float32))
+class Examples(list):
+    taken = set()
+    def __getitem__(self, index):
+        self.taken.add(index)
+        if index == self.broken:
+            raise ValueError(f"row {index} is broken")
+        return super().__getitem__(index)
+examples = Examples(Group(i, segment(1 + i), (segment(2),), (f"film {i}",)) for i in range(12))
+examples.broken = None
+batches = SharedBatches(examples, batch=5, features=None, seed=0)
+found["batches"] = []
+for _ in range(2):
+    groups, owners = next(batches)
+    found["batches"].append([[g.id, len(g.prompt), owners[g.images[0]]] for g in groups])
+found["taken"] = sorted(examples.taken)
+found["position"] = batches.get_state()
+examples.broken = found["batches"][0][-1][0]
+try:
+    next(SharedBatches(examples, batch=5, features=None, seed=0))
+except ValueError as error:
+    found["broken"] = str(error)
 print(json.dumps(found), flush=True)
 if sys.argv[1] == "dies":
     if me == int(sys.argv[2]):
@@ -469,6 +494,18 @@ def test_processes_tell_each_other(repository):
     assert min(found[0]["encoded"], found[1]["encoded"]) > 3, "shared out"
     assert found[0]["mistake"] == "process 1 stopped: line 7 of rows.jsonl is broken"
     assert found[1]["mistake"] == "line 7 of rows.jsonl is broken"
+    # Batches of five: two examples of each are loaded by the first, three by the second, and both have all five.
+    assert found[0]["batches"] == found[1]["batches"]
+    assert found[0]["position"] == found[1]["position"]
+    for batch in found[0]["batches"]:
+        assert [owner for _, _, owner in batch] == [0, 0, 1, 1, 1]
+        assert all(length == 1 + number for number, length, _ in batch)
+    for me, own in enumerate(found):
+        seen = {number for batch in own["batches"] for number, _, owner in batch if owner == me}
+        assert seen <= set(own["taken"])
+        other = [number for number, _, owner in own["batches"][0] if owner != me]
+        assert f"row {own['batches'][0][-1][0]} is broken" in own["broken"]
+        assert set(other) - set(own["taken"]), "what the other loads is not loaded here as well"
 
 
 @pytest.mark.parametrize(("dead", "heartbeat"), [(0, 10), (1, 30)])

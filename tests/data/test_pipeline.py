@@ -5,6 +5,7 @@ import json
 import pytest
 
 from vlmalign.data.pipeline import shuffled_batches
+from vlmalign.distributed import share_of
 
 ITEMS = [f"film {i}" for i in range(12)]
 
@@ -63,3 +64,28 @@ def test_reading_the_position_does_not_move_it():
 def test_fewer_items_than_a_batch():
     with pytest.raises(ValueError, match="a batch of 13 needs at least as many examples, found 12"):
         shuffled_batches(ITEMS, batch=13, seed=0)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_take_their_shares_of_the_same_batches(processes):
+    """Together they have what one alone has, in order, and each takes no item but its own."""
+    taken = [[] for _ in range(processes)]
+
+    class Items(list):
+        def __init__(self, process):
+            super().__init__(ITEMS)
+            self.process = process
+
+        def __getitem__(self, index):
+            taken[self.process].append(index)
+            return super().__getitem__(index)
+
+    def share(process):
+        return lambda items: items[share_of(len(items), process, processes)]
+
+    parts = [shuffled_batches(Items(p), batch=4, seed=3, share=share(p)) for p in range(processes)]
+    shares = [take(part, 6) for part in parts]
+    whole = [[item for part in batch for item in part] for batch in zip(*shares, strict=True)]
+    assert whole == take(shuffled_batches(ITEMS, batch=4, seed=3), 6)
+    assert max(map(len, taken)) < 0.75 * sum(map(len, taken))
+    assert all(set(own) <= set(range(len(ITEMS))) for own in taken)

@@ -146,10 +146,11 @@ class FeatureStore:
         found |= self._own([key for key in distinct if key not in found])
         return [found[key] for key in keys]
 
-    def share(self, keys: Sequence[str]) -> None:
+    def share(self, keys: Sequence[str], readers: Mapping[str, int] = {}) -> None:
         """Have all processes, which must call this at once with the same keys, hold the features of these images.
 
-        What one of them holds is not encoded again; of the rest each encodes its part. Nothing is said when all hold
+        What one of them holds is not encoded again; of the rest each encodes its part: those that `readers` says it
+        reads ahead, and of others its part by their names. Nothing is said when all hold
         all already, and nothing is done in a run of one process.
         """
         if self._peers.count == 1:
@@ -159,7 +160,7 @@ class FeatureStore:
         if missing:
             holders = self._peers.gather_from(lambda: [[key in self._held for key in missing]])
             owners = [
-                next((process for process, holds in enumerate(holders) if holds[i]), self._owner(key))
+                next((process for process, holds in enumerate(holders) if holds[i]), readers.get(key, self._owner(key)))
                 for i, key in enumerate(missing)
             ]
             mine = [key for key, owner in zip(missing, owners, strict=True) if owner == self._peers.index]

@@ -16,7 +16,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vlmalign.data.pipeline import Position, shuffled_batches
 from vlmalign.exchange import fetch, gather_from, own_share
 from vlmalign.mesh import on_mesh, put_batch
 from vlmalign.models.model import Model, Params
@@ -25,8 +24,9 @@ from vlmalign.rollout.features import FeatureStore, Pictures
 from vlmalign.shapes import Float
 from vlmalign.training.loop import Work
 from vlmalign.training.reference_cache import ReferenceCache, group_digest, picture_digest, scorer_identity
+from vlmalign.training.shared_examples import SharedBatches
 from vlmalign.training.step import MicroBatch, Objective, token_scores
-from vlmalign.training.supervised import Shapes, announced, micro_batches
+from vlmalign.training.supervised import Shapes, micro_batches
 from vlmalign.types import Group, GroupBatch
 
 #: groups -> log-probabilities of their continuations, [K, C] with C the longest one
@@ -117,15 +117,15 @@ class PreferenceSource:
         reference: Recorded | None,
     ):
         self._shapes, self._features, self._reference = shapes, features, reference
-        self._batches: Position = shuffled_batches(announced(pairs, features), batch=batch, seed=seed)
+        self._batches = SharedBatches(pairs, batch=batch, features=features, seed=seed)
 
     def work(self, step: int, params: Params) -> Work:
         del step, params
-        groups: list[Group] = next(self._batches)
+        groups, readers = next(self._batches)
         by_id = {group.id: group for group in groups}
         batches = [
             MicroBatch(batch, {} if self._reference is None else self._recorded(batch, by_id))
-            for batch in micro_batches(groups, self._shapes, self._features)
+            for batch in micro_batches(groups, self._shapes, self._features, readers)
         ]
         return Work(batches, {"loss_tokens": sum(float(b.groups.weight.sum()) for b in batches)})
 

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlmalign.data.groups import layout_of
-from vlmalign.data.pipeline import Position, shuffled_batches
-from vlmalign.data.prefetch import Announced
 from vlmalign.models.model import Params
 from vlmalign.rollout.features import FeatureStore, assemble
 from vlmalign.training.loop import Work
+from vlmalign.training.shared_examples import SharedBatches
 from vlmalign.training.step import MicroBatch
 from vlmalign.types import Group, GroupBatch, Layout
 
@@ -50,13 +49,16 @@ class Shapes:
         return min(self.rows, max(1, power // self.shares) * self.shares)
 
 
-def micro_batches(groups: Sequence[Group], shapes: Shapes, features: FeatureStore | None) -> list[GroupBatch]:
+def micro_batches(
+    groups: Sequence[Group], shapes: Shapes, features: FeatureStore | None, readers: Mapping[str, int] = {}
+) -> list[GroupBatch]:
     """The groups, longest first so that neighbours have like lengths, in batches of at most `shapes.rows`.
 
-    All processes make the same batches at once; each encodes its part of their images.
+    All processes make the same batches at once; each encodes its part of their images, those first that `readers` says
+    it has read (`FeatureStore.share`).
     """
     if features is not None:
-        features.share([key for group in groups for key in group.images])
+        features.share([key for group in groups for key in group.images], readers)
     waiting = sorted(groups, key=lambda g: (-max(len(c) for c in g.continuations), -len(g.prompt), g.id))
     found = []
     while waiting:
@@ -69,11 +71,6 @@ def micro_batches(groups: Sequence[Group], shapes: Shapes, features: FeatureStor
     return found
 
 
-def announced(groups: Sequence[Group], features: FeatureStore | None) -> Sequence[Group]:
-    """The groups, whose films are read ahead as they are taken."""
-    return groups if features is None else Announced(groups, films=lambda g: g.images, expect=features.expect_share)
-
-
 class SupervisedSource:
     """`batch` examples per update. `examples[i]` is a `Group` with one continuation; it may do its work lazily."""
 
@@ -83,12 +80,12 @@ class SupervisedSource:
         self, examples: Sequence[Group], *, batch: int, shapes: Shapes, features: FeatureStore | None, seed: int
     ):
         self._shapes, self._features = shapes, features
-        self._batches: Position = shuffled_batches(announced(examples, features), batch=batch, seed=seed)
+        self._batches = SharedBatches(examples, batch=batch, features=features, seed=seed)
 
     def work(self, step: int, params: Params) -> Work:
         del step, params
-        groups = next(self._batches)
-        batches = [MicroBatch(b, {}) for b in micro_batches(groups, self._shapes, self._features)]
+        groups, readers = next(self._batches)
+        batches = [MicroBatch(b, {}) for b in micro_batches(groups, self._shapes, self._features, readers)]
         tokens = sum(float(b.groups.weight.sum()) for b in batches)
         return Work(batches, {"loss_tokens": tokens})
 

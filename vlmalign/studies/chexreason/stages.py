@@ -9,6 +9,8 @@ import numpy as np
 
 from vlmalign.data.answers import answer_text, film_example, label_trace
 from vlmalign.data.traces import read_traces
+from vlmalign.distributed import own_share
+from vlmalign.exchange import gather_from
 from vlmalign.models.lora import init_adapter
 from vlmalign.objectives.grpo import GrpoSettings, grpo_counts, grpo_loss
 from vlmalign.objectives.sft import sft_counts, sft_loss
@@ -182,14 +184,13 @@ def _task(system: System, films: LabelledFilms, row: int) -> Task:
 
 
 def hard_scores(reward: HardReward, completions: Sequence[str], columns: Mapping[str, list[Any]]) -> ScoredBatch:
-    """The hard reward with its components, for the log."""
-    found = [
-        reward.score(text, truth=truth, completion_tokens=length)
-        for text, truth, length in zip(completions, columns["truth"], columns["completion_tokens"], strict=True)
-    ]
-    parts = {
-        "valid": [float(b.valid) for b in found],
-        "jaccard": [b.jaccard for b in found],
-        "length_penalty": [b.length_penalty for b in found],
-    }
-    return ScoredBatch([b.total for b in found], parts, ())
+    """The hard reward with its components, for the log; of several processes each scores its share."""
+    rows = list(zip(completions, columns["truth"], columns["completion_tokens"], strict=True))
+
+    def own() -> list[list[float]]:
+        found = [reward.score(text, truth=truth, completion_tokens=length) for text, truth, length in own_share(rows)]
+        return [[b.total, float(b.valid), b.jaccard, b.length_penalty] for b in found]
+
+    found = gather_from(own)
+    rewards, *parts = ([row[i] for row in found] for i in range(4))
+    return ScoredBatch(rewards, dict(zip(("valid", "jaccard", "length_penalty"), parts, strict=True)), ())
