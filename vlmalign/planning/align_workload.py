@@ -77,11 +77,8 @@ def read_align(config: AlignConfig, model: Model, lengths: Lengths, *, count: in
         first = _learnt(learnt, lengths, count)
         if first.recorded:
             left_out.append(f"scoring the pairs of stage {learnt.kind} with its reference, once, before it is trained")
-        left_out.append(
-            f"the time of an epoch of stage {learnt.kind}: the config does not say how many examples there are"
-        )
-        if learnt.steps is None:
-            left_out.append(f"the time of stage {learnt.kind} but for one step: its data say how many there are")
+        of = f"an epoch of stage {learnt.kind}" if learnt.steps else f"stage {learnt.kind} but for one step"
+        left_out.append(f"the time of {of}: the config does not say how many examples there are")
     if sampled is None:
         return Workload(model, lengths, first, None, None, 1, False, 0.0, 0, (), tuple(left_out))
     left_out.append(f"the time of an epoch of stage {sampled.kind}: the config does not say how many prompts there are")

@@ -6,14 +6,13 @@ values that fit the devices, and `settle` writes them into the config.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 
-from vlmalign.config import Config, load_config
+from vlmalign.config import Config
 from vlmalign.models.decoder import REMAT
 from vlmalign.planning.cost import FORWARD_AGAIN
 from vlmalign.planning.memory import phases, usable
@@ -23,6 +22,7 @@ from vlmalign.planning.target import Target
 from vlmalign.planning.this_device import unmeasured_device
 from vlmalign.planning.workload import Workload
 from vlmalign.studies.align.config import AlignConfig
+from vlmalign.studies.earlier import earlier_config
 
 AUTO = "auto"
 
@@ -107,12 +107,8 @@ def as_before(config: Study, found: Study) -> Study:
 
     `found` is the config as it was settled for the devices of now, and the answer where the folder holds no run.
     """
-    path = config.run / "config.yaml"
-    if not leaves_open(config) or not path.exists():
-        return found
-    earlier = load_config(type(config), path, [f"run={json.dumps(str(config.run))}"])
-    stages = _stages(earlier)
-    if set(stages) != set(_stages(config)):
+    earlier = earlier_config(config) if leaves_open(config) else None
+    if earlier is None or set(stages := _stages(earlier)) != set(_stages(config)):
         return found
     rows = {name: stage.shapes.rows for name, stage in stages.items()}
     rollout = {name: _rollout(stage) for name, stage in stages.items()}

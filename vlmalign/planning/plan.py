@@ -118,19 +118,16 @@ def _compiled(workload: Workload, target: Target, say: Callable[[str], None], qu
 
 
 def _improved(plan: Plan, say: Callable[[str], None]) -> Plan:
-    """GRPO, where nearly all time goes, chooses the policy; SFT then chooses its rows, or where none of them fit asks for
-    the next policy."""
+    """With the fastest policy under which every stage has rows that fit; GRPO, where nearly all time goes, chooses first."""
     target = plan.target
     tried: list[Choice] = []
-    policies = tuple(sorted(REMAT, key=FORWARD_AGAIN.__getitem__))
-    while True:
-        proposed, choices = _chosen(plan, policies, say)
+    for policy in sorted(REMAT, key=FORWARD_AGAIN.__getitem__):
+        proposed, choices = _chosen(plan, policy, say)
         tried += choices
         if choices[-1].taken is not None:
             break
-        if len(choices) == 1 or choices[0].taken.remat == policies[-1]:
-            return replace(plan, choices=tuple(tried))
-        policies = policies[policies.index(choices[0].taken.remat) + 1 :]
+    else:
+        return replace(plan, choices=tuple(tried))
     programs = dict(plan.programs)
     for choice in choices:
         before, after = getattr(plan.workload, choice.stage), getattr(proposed, choice.stage)
@@ -148,8 +145,8 @@ def _improved(plan: Plan, say: Callable[[str], None]) -> Plan:
     )
 
 
-def _chosen(plan: Plan, policies: tuple[str, ...], say: Callable[[str], None]) -> tuple[Workload, list[Choice]]:
-    """The workload with what each stage chose, all of them one policy; up to the first one for which nothing fits."""
+def _chosen(plan: Plan, policy: str, say: Callable[[str], None]) -> tuple[Workload, list[Choice]]:
+    """The workload with the rows that each stage chose under this policy, up to the first one for which nothing fits."""
     proposed, choices = plan.workload, []
     for update in reversed(plan.workload.stages):
         known = {}
@@ -157,9 +154,8 @@ def _chosen(plan: Plan, policies: tuple[str, ...], say: Callable[[str], None]) -
             configured = Candidate(plan.workload.model.remat, update.rows)
             known = {configured: plan.programs[f"{update.name} gradients"]}
         stage = stage_of(update, plan.workload)
-        choices.append(choose_rows(proposed, stage, plan.target, say, policies=policies, known=known))
-        taken = choices[-1].taken
-        if taken is None:
+        choices.append(choose_rows(proposed, stage, plan.target, say, policies=(policy,), known=known))
+        if (taken := choices[-1].taken) is None:
             break
-        proposed, policies = changed(proposed, stage, taken), (taken.remat,)
+        proposed = changed(proposed, stage, taken)
     return proposed, choices

@@ -20,12 +20,13 @@ from vlmalign.studies.align.prepare import prepare
 from vlmalign.studies.align.prepare import remember as remember_data
 from vlmalign.studies.align.rewards import Built, build_rewards, refuse_received
 from vlmalign.studies.align.rewards import remember as remember_rewards
-from vlmalign.studies.align.run_folder import begin, check_folder
+from vlmalign.studies.align.run_folder import begin
 from vlmalign.studies.align.stage_config import Sft
 from vlmalign.studies.align.stages import Work, run_dpo, run_sft, stage_seed
 from vlmalign.studies.align.summary import print_summary
 from vlmalign.studies.align.system import Trained, open_front, open_model, open_system
 from vlmalign.studies.devices import Devices, open_devices
+from vlmalign.studies.earlier import check_folder
 
 
 def run(config: AlignConfig, source: Path, *, before: AlignConfig | None = None) -> Path:

@@ -6,24 +6,10 @@ import json
 import os
 from pathlib import Path
 
-from vlmalign.config import dump_config, load_config
+from vlmalign.config import dump_config
 from vlmalign.machine import environment_record, matmul_rate
 from vlmalign.studies.align.config import AlignConfig
-
-CONFIG = "config.yaml"
-
-
-def check_folder(config: AlignConfig, before: AlignConfig | None = None) -> None:
-    """Raises ValueError when the run folder holds a run of another config; `before` is not another."""
-    path = config.run / CONFIG
-    if path.exists():
-        # Read to be compared, never to be obeyed. JSON quotes the folder's name: `007` is not a number here.
-        earlier = load_config(AlignConfig, path, [f"run={json.dumps(str(config.run))}"])
-        if earlier not in (config, before):
-            raise ValueError(
-                f"{config.run} holds a run of another config (see {path}); "
-                "choose another run folder, or start again with that config to continue it"
-            )
+from vlmalign.studies.earlier import CONFIG
 
 
 def begin(config: AlignConfig) -> None:

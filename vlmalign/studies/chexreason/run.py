@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vlmalign.config import dump_config, load_config
+from vlmalign.config import dump_config
 from vlmalign.distributed import is_writer
 from vlmalign.exchange import agree, from_first
 from vlmalign.log import stage_timer
@@ -27,6 +27,7 @@ from vlmalign.studies.chexreason.films import open_films
 from vlmalign.studies.chexreason.prepare import prepare
 from vlmalign.studies.chexreason.stages import run_grpo, run_sft
 from vlmalign.studies.chexreason.system import choose_devices, open_system
+from vlmalign.studies.earlier import CONFIG, check_folder
 
 
 def run(config: ChexReasonConfig, *, before: ChexReasonConfig | None = None) -> Path:
@@ -91,15 +92,9 @@ def print_summary(run: Path, results: dict[str, Any], report: Path) -> None:
 def begin(config: ChexReasonConfig, before: ChexReasonConfig | None = None) -> None:
     """Write the resolved config and the machine's record, or check that the folder belongs to this config."""
     config.run.mkdir(parents=True, exist_ok=True)
-    path = config.run / "config.yaml"
-    if path.exists():
-        earlier = load_config(ChexReasonConfig, path, [f"run={config.run}"])
-        if earlier not in (config, before):
-            raise ValueError(
-                f"{config.run} holds a run of another config (see {path}); "
-                "choose another run folder, or start again with that config to continue it"
-            )
+    if check_folder(config, before):
         return
+    path = config.run / CONFIG
     record = {**environment_record(), "matmul_gflops": matmul_rate()}
     (config.run / "environment.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     partial = path.with_suffix(".partial")
