@@ -5,7 +5,7 @@ dependency, where every annotation is checked) cannot be required here.
 """
 
 try:
-    from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, UInt8
+    from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, UInt, UInt8
 except ImportError:
     from typing import Any
 
@@ -16,6 +16,6 @@ except ImportError:
         def __class_getitem__(cls, item: object) -> object:
             return Any
 
-    Bool = Float = Int = Key = UInt8 = _Unchecked
+    Bool = Float = Int = Key = UInt = UInt8 = _Unchecked
 
-__all__ = ["Array", "ArrayLike", "Bool", "Float", "Int", "Key", "UInt8"]
+__all__ = ["Array", "ArrayLike", "Bool", "Float", "Int", "Key", "UInt", "UInt8"]

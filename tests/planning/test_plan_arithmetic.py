@@ -18,7 +18,7 @@ from vlmalign.planning.memory import MARGIN, phases, usable
 from vlmalign.planning.plan import make_plan
 from vlmalign.planning.record import record
 from vlmalign.planning.schedule import times
-from vlmalign.planning.search import Candidate, Choice, candidates, changed, choose_rows
+from vlmalign.planning.search import SCALED, Candidate, Choice, candidates, changed, choose_rows
 from vlmalign.planning.target import Target
 from vlmalign.types import Layout
 
@@ -152,10 +152,11 @@ def test_sft_asks_for_the_next_policy_where_none_of_its_rows_fit(tmp_path, monke
     """GRPO would keep everything; SFT fits only where everything is made again, and both take that."""
     asked = []
 
-    def choose(workload, stage, target, say, *, policies, known):
+    def choose(workload, stage, target, say, *, policies, known, scales):
         asked.append((stage, policies))
+        assert scales == ({policies[0]: 0.9} if stage == "sft" else {}), "SFT hears of what GRPO's program took"
         found = next((p for p in policies if stage == "grpo" or p == "full"), None)
-        return Choice(stage, None if found is None else Candidate(found, 2), ())
+        return Choice(stage, None if found is None else Candidate(found, 2), (), scales={policies[0]: 0.9})
 
     monkeypatch.setattr("vlmalign.planning.plan.choose_rows", choose)
     plan = make_plan(small_workload(tmp_path), Target(A100, 1), search=True, say=lambda text: None)
@@ -166,6 +167,18 @@ def test_sft_asks_for_the_next_policy_where_none_of_its_rows_fit(tmp_path, monke
     plan = make_plan(small_workload(tmp_path), Target(A100, 1), search=True, say=lambda text: None)
     assert plan.proposed is None
     assert record(plan, share=0.5)["nothing_fits"] == ["grpo"]
+
+
+def test_what_the_other_stage_took_says_what_fits_with_room(real):
+    """Half of what arithmetic says, since GRPO's program under the same policy took half of it: nothing is compiled."""
+    target = Target(find_device("h200"), 1)
+    plain = choose_rows(real, "sft", target, lambda text: None, policies=("full",))
+    scaled = choose_rows(real, "sft", target, lambda text: None, policies=("full",), scales={"full": 0.5})
+    assert (plain.program, plain.tried[0].how) == (None, "arithmetic")
+    assert scaled.taken == plain.taken
+    assert scaled.tried[0].how == SCALED
+    assert scaled.program.name == "sft gradients"
+    assert plain.tried[0].peak - scaled.tried[0].peak == pytest.approx(scaled.program.memory.beyond, abs=1)
 
 
 def test_the_first_that_fits_is_taken(real):

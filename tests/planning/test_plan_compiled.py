@@ -1,19 +1,24 @@
 """Plans whose programs are compiled: for the device here, where a run shows whether they are right, and for GPUs that are not."""
 
+import gc
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 from small_plan import small_workload
 from tiny_checkpoints import QUICK
 
 from vlmalign.planning.batches import base_of, split
 from vlmalign.planning.cost import adapter_weights
 from vlmalign.planning.devices import DEVICES, THIS, Device, find_device
-from vlmalign.planning.jobs import changed_names
+from vlmalign.planning.jobs import Job, changed_names
+from vlmalign.planning.kernels import KernelFiles
 from vlmalign.planning.memory import phases
 from vlmalign.planning.plan import jobs, make_plan
-from vlmalign.planning.programs import lower, options_of, read_compiled
+from vlmalign.planning.programs import compile_all, lower, options_of, read_compiled
 from vlmalign.planning.target import Target, open_target, plug_in_problem, tracing
 
 PROBLEM = plug_in_problem()
@@ -112,6 +117,56 @@ def test_without_the_plug_in_arithmetic_says_so(workload, monkeypatch):
     assert {phase.how for phase in plan.phases} == {"arithmetic"}
     assert plan.fits
     assert plan.proposed is not None
+
+
+def test_without_an_assembler_arithmetic_says_so(monkeypatch):
+    """The plug-in alone describes a GPU, but every kernel fails to compile where NVIDIA's assembler is not."""
+
+    def fail(self, **options):
+        raise jax.errors.JaxRuntimeError("UNAVAILABLE: No PTX compilation provider is available.\n - ptxas_path: none")
+
+    monkeypatch.setattr("vlmalign.planning.target.plug_in_problem", lambda: None)
+    monkeypatch.setattr("vlmalign.planning.target._versions", lambda names: {name: jax.__version__ for name in names})
+    monkeypatch.setattr(topologies, "get_topology_desc", lambda **described: SimpleNamespace(devices=jax.devices()))
+    assert open_target(find_device("h100"), 1).refusal is None
+    monkeypatch.setattr(jax.stages.Lowered, "compile", fail)
+    target = open_target(find_device("h100"), 1)
+    assert not target.devices
+    assert target.refusal == (
+        "XLA makes no kernels here (UNAVAILABLE: No PTX compilation provider is available.); "
+        "NVIDIA's assembler and functions come with: pip install nvidia-cuda-nvcc-cu12"
+    )
+
+
+def test_files_of_kernels_serve_one_compilation_at_a_time():
+    files = KernelFiles()
+    with files.borrowed() as first, files.borrowed() as second:
+        assert first != second
+        assert not first.exists(), "XLA makes it: an empty file would be none of its own"
+        first.write_bytes(b"kernel")
+    with files.borrowed() as again:
+        assert again in (first, second)
+    with pytest.raises(RuntimeError, match="inside"), files.borrowed():
+        raise RuntimeError("inside")
+    with files.borrowed() as one, files.borrowed() as other:
+        assert {one, other} == {first, second}
+    folder = first.parent
+    del files
+    gc.collect()
+    assert not folder.exists()
+
+
+@needs_plug_in
+def test_a_kernel_is_made_once_for_several_programs():
+    target = open_target(find_device("h100"), 1)
+    x = jax.ShapeDtypeStruct((256,), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(target.devices[0]))
+    jobs = [Job(name, lambda x: jnp.sin(x) + 1, (x,)) for name in ("first", "second")]
+    sizes = []
+    for job in jobs:
+        compile_all([job], target, lambda text: None)
+        with target.kernels.borrowed() as file:
+            sizes.append(file.stat().st_size)
+    assert sizes[0] == sizes[1] > 0
 
 
 def test_counts(workload):

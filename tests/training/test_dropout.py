@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import cache
 
 import jax
@@ -86,15 +87,18 @@ def test_other_scores_are_taken_without():
 
 
 def test_masks_keep_the_right_share_and_scale():
-    """Independent over tokens, modules and inputs; the mean of a kept and scaled input is the input."""
+    """Independent over tokens, modules, layers and inputs; the mean of a kept and scaled input is the input."""
     batch = put(GROUPS, LAYOUT, images=None)
-    noise = token_noise(jax.random.key(3), batch, 0.25)
-    first, second = (np.asarray(keep_mask(noise, name, 400)) for name in ("layers.0.q_proj", "layers.0.k_proj"))
+    noise = token_noise(jax.random.key(3), batch, 0.25, size=500)
+    places = [("self_attn.q_proj", 0), ("self_attn.k_proj", 0), ("self_attn.q_proj", 1), ("mlp.down_proj", 33)]
+    masks = [np.asarray(keep_mask(noise._replace(layer=layer), name, 400)) for name, layer in places]
     real = np.asarray(batch.segment) >= 0
     count = real.sum() * 400
-    for mask in (first, second):
+    for mask in masks:
         assert abs(mask[real].mean() - 0.75) < 4 * np.sqrt(0.25 * 0.75 / count)
-    assert abs((first == second)[real].mean() - (0.75**2 + 0.25**2)) < 0.01
+    for first, second in itertools.combinations(masks, 2):
+        assert abs((first == second)[real].mean() - (0.75**2 + 0.25**2)) < 0.01
+    first = masks[0]
     # Neighbours too: in the same row, and the same input of one token and the next. Sums over a token's inputs and over
     # an input's tokens vary as those of independent draws do.
     rows = first[real]

@@ -61,6 +61,11 @@ class DecoderConfig:
     logit_softcap: float | None = None  #: z -> cap * tanh(z / cap) on output logits
 
     @property
+    def widest_input(self) -> int:
+        """Of all projections, the most numbers that one takes."""
+        return max(self.embed, self.heads * self.head_dim, self.ffn)
+
+    @property
     def position_axes(self) -> int:
         """Coordinates of a rotary position: 1, or 3 (time, row, column) under M-RoPE."""
         return 3 if any(spec.rope.sections for spec in self.layers) else 1

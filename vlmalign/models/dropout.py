@@ -14,51 +14,56 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vlmalign.shapes import Array, Bool, Float, Int, Key
+from vlmalign.shapes import Array, Bool, Float, Key, UInt
 from vlmalign.types import GroupBatch
 
 
+#: 2^32 over the golden ratio: its multiples are far apart
+_GOLDEN = 0x9E3779B9
+
+
 class Noise(NamedTuple):
-    """A key for every token of a batch, and the share of numbers that is dropped."""
+    """What the masks of a batch's tokens are drawn from, and the share of numbers that is dropped."""
 
-    keys: Key[Array, "n t"]
+    keys: UInt[Array, "2 n t"]  #: 64 random bits for every token
+    inputs: UInt[Array, " size"]  #: 32 for every input of a projection, as many as the widest has
     rate: float
-    layer: Int[Array, ""] | int = 0  #: of the decoder, whose masks are drawn
+    layer: UInt[Array, ""] | int = 0  #: of the decoder, whose masks are drawn
 
 
-def token_noise(key: Key[Array, ""], batch: GroupBatch, rate: float) -> Noise:
-    """The noise of one optimiser step; `key` is the step's."""
+def token_noise(key: Key[Array, ""], batch: GroupBatch, rate: float, *, size: int) -> Noise:
+    """The noise of one optimiser step; `key` is the step's, `size` the most inputs of a projection."""
 
     def one(group: Array, segment: Array, order: Array) -> Array:
         return jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, group), segment), order)
 
     rows = jax.vmap(jax.vmap(one, (None, 0, 0)))
     # Padding has segment -1; its numbers reach no loss, but a key wants a number that is not negative.
-    return Noise(rows(jnp.maximum(batch.group_id, 0), jnp.maximum(batch.segment, 0), batch.order), rate)
+    keys = rows(jnp.maximum(batch.group_id, 0), jnp.maximum(batch.segment, 0), batch.order)
+    inputs = _mixed(jnp.arange(size, dtype=jnp.uint32) * jnp.uint32(_GOLDEN))
+    return Noise(jnp.moveaxis(jax.random.key_data(keys), -1, 0), inputs, rate)
 
 
 def drop(x: Float[Array, "n t size"], noise: Noise, module: str) -> Float[Array, "n t size"]:
     """`x` with each number zeroed with probability `rate`, and divided by 1 - rate where it is kept."""
     # Masks hang on nothing but the keys: left to itself, XLA draws those of all layers first and holds them until they
-    # are used, in the backward pass once more (MedGemma-4B, 8 rows: 9.6 GiB). So each waits for its input.
-    x, data = jax.lax.optimization_barrier((x, jax.random.key_data(noise.keys)))
-    keys = jax.random.wrap_key_data(data, impl=jax.random.key_impl(noise.keys))
-    kept = keep_mask(noise._replace(keys=keys), module, x.shape[-1])
+    # are used, in the backward pass once more (MedGemma-4B, 8 rows: 9.6 GiB). So each waits for its input. The layer's
+    # number waits too, lest it be a constant within kernels: every layer would have its own, 409 in place of 172.
+    x, keys, layer = jax.lax.optimization_barrier((x, noise.keys, jnp.uint32(noise.layer)))
+    kept = keep_mask(noise._replace(keys=keys, layer=layer), module, x.shape[-1])
     return jnp.where(kept, x / (1.0 - noise.rate), 0.0).astype(x.dtype)
 
 
 def keep_mask(noise: Noise, module: str, size: int) -> Bool[Array, "n t size"]:
     """True where the input of the projection at the path `module` within the noise's layer is kept.
 
-    A token's 64-bit key comes from Threefry; its bits for the single numbers from two rounds of a 32-bit hash of key,
-    module and index. Threefry for each of them would be a hundred operations in every kernel that reads a mask, of
-    which a deep model has hundreds: MedGemma-4B's SFT gradients took 280 s longer to compile.
+    A token's 64 bits come from Threefry; those of the single numbers from a 32-bit hash of them, the place of the
+    projection and the hashed index of the input. Threefry for each of them would be a hundred operations in every kernel
+    that reads a mask, of which a deep model has hundreds: MedGemma-4B's SFT gradients took 280 s longer to compile.
     """
-    golden = jnp.uint32(0x9E3779B9)
-    own = jnp.uint32(zlib.crc32(module.encode())) ^ _mixed(jnp.uint32(noise.layer) * golden)
-    place = _mixed(jnp.arange(size, dtype=jnp.uint32) * golden + own)
-    data = jax.random.key_data(noise.keys)
-    bits = _mixed(_mixed(place ^ data[..., 0, None]) + data[..., 1, None])
+    first, second = noise.keys
+    place = jnp.uint32(noise.layer) * jnp.uint32(_GOLDEN) ^ jnp.uint32(zlib.crc32(module.encode()))
+    bits = _mixed((noise.inputs[:size] ^ (first ^ place)[..., None]) + second[..., None])
     return bits >= jnp.uint32(round(noise.rate * 2**32))
 
 

@@ -124,7 +124,8 @@ class Model:
             return group_attention(q, kv, places, batch.layout, window, name=choice.name)
 
         rate = 0.0 if self.lora is None else self.lora.dropout
-        noise = token_noise(dropout, batch, rate) if dropout is not None and rate else None
+        widest = self.config.decoder.widest_input
+        noise = token_noise(dropout, batch, rate, size=widest) if dropout is not None and rate else None
         tables = network.language_model.tables(batch.position)
         return network.language_model(x, tables, attend, remat=self.remat, noise=noise)
 

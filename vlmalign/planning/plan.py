@@ -154,7 +154,8 @@ def _chosen(plan: Plan, policy: str, say: Callable[[str], None]) -> tuple[Worklo
             configured = Candidate(plan.workload.model.remat, update.rows)
             known = {configured: plan.programs[f"{update.name} gradients"]}
         stage = stage_of(update, plan.workload)
-        choices.append(choose_rows(proposed, stage, plan.target, say, policies=(policy,), known=known))
+        scales = choices[-1].scales if choices else {}
+        choices.append(choose_rows(proposed, stage, plan.target, say, policies=(policy,), known=known, scales=scales))
         if (taken := choices[-1].taken) is None:
             break
         proposed = changed(proposed, stage, taken)

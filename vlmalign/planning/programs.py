@@ -15,6 +15,7 @@ import jax
 from vlmalign.planning.graphs import compile_with_listing, launches_per_round
 from vlmalign.planning.hlo import Findings, read_program
 from vlmalign.planning.jobs import Job
+from vlmalign.planning.kernels import KEPT_IN
 from vlmalign.planning.target import GRAPH_SIZE, Target, tracing
 
 
@@ -75,7 +76,7 @@ def compile_all(jobs: Sequence[Job], target: Target, say: Callable[[str], None])
         waiting: list[Future[Program]] = []
         for job in jobs:
             started = time.perf_counter()
-            waiting.append(pool.submit(_compile, job, lower(job, target), options_of(job, target), started))
+            waiting.append(pool.submit(_compile, job, lower(job, target), target, started))
         found = {}
         for future in waiting:
             program = future.result()
@@ -84,15 +85,27 @@ def compile_all(jobs: Sequence[Job], target: Target, say: Callable[[str], None])
     return found
 
 
-def _compile(job: Job, lowered: jax.stages.Lowered, options: dict[str, Any], started: float) -> Program:
+def _compile(job: Job, lowered: jax.stages.Lowered, target: Target, started: float) -> Program:
     launches = None
-    if job.counted:
-        compiled, listing = compile_with_listing(lowered, options)
-        launches = launches_per_round(listing)
-    else:
-        compiled = lowered.compile(compiler_options=options)
+    with _kernels_kept(target) as kept:
+        options = options_of(job, target) | kept
+        if job.counted:
+            compiled, listing = compile_with_listing(lowered, options)
+            launches = launches_per_round(listing)
+        else:
+            compiled = lowered.compile(compiler_options=options)
     program = read_compiled(job.name, compiled)
     return replace(program, seconds=time.perf_counter() - started, launches=launches)
+
+
+@contextmanager
+def _kernels_kept(target: Target) -> Iterator[dict[str, Any]]:
+    """Within, what the compiler is told about a file for kernels; nothing, of devices that are here."""
+    if target.kernels is None:
+        yield {}
+        return
+    with target.kernels.borrowed() as file:
+        yield {KEPT_IN: str(file)}
 
 
 def read_compiled(name: str, compiled: jax.stages.Compiled) -> Program:

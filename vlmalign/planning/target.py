@@ -14,14 +14,18 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, SingleDeviceSharding
 
 from vlmalign.mesh import AXES, MeshSettings, build_mesh
 from vlmalign.planning.devices import THIS, Device, description
+from vlmalign.planning.kernels import KernelFiles
 
 #: either pair compiles; the first is what the extra `plan` installs
 PLUG_INS = (("jax-cuda12-plugin", "jax-cuda12-pjrt"), ("jax-cuda13-plugin", "jax-cuda13-pjrt"))
+#: NVIDIA's assembler and mathematical functions, which every kernel needs, for each pair
+ASSEMBLERS = ("nvidia-cuda-nvcc-cu12", "nvidia-cuda-nvcc nvidia-nvvm")
 
 #: What is compiled differs in these from what a GPU compiles for itself, where it tries kernels out:
 #: - Up to JAX 0.10 products go to cuBLAS. The Triton kernels that a GPU chooses by trying need sizes that nothing has
@@ -58,6 +62,7 @@ class Target:
         default_factory=MeshSettings
     )  #: how they stand in training; by default, with copies of the parameters
     sampling_axes: MeshSettings = field(default_factory=MeshSettings)  #: in rollouts
+    kernels: KernelFiles | None = field(default=None, compare=False)  #: of a GPU that is not here: what is kept of them
 
     @property
     def mesh(self) -> Mesh | AbstractMesh | None:
@@ -103,6 +108,19 @@ def plug_in_problem() -> str | None:
     if not any(set(versions.values()) == {wanted} for versions in found):
         said = ", ".join(f"{name} {each}" for name, each in found[0].items())
         return f"{said} do not belong to jax {wanted}: {install}"
+    return None
+
+
+def assembler_problem(device: jax.Device) -> str | None:
+    """Why no kernel can be made for a described GPU, and what to do; None when one was."""
+    number = jax.ShapeDtypeStruct((), jnp.float32, sharding=SingleDeviceSharding(device))
+    try:
+        jax.jit(jnp.exp).trace(number).lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        pairs = zip(PLUG_INS, ASSEMBLERS, strict=True)
+        packages = next(package for names, package in pairs if _versions(names) is not None)
+        said = str(error).splitlines()[0]
+        return f"XLA makes no kernels here ({said}); NVIDIA's assembler and functions come with: pip install {packages}"
     return None
 
 
@@ -155,7 +173,11 @@ def open_target(
     described = topologies.get_topology_desc(
         platform="cuda", target_config=description(device), topology=f"1x1x{count}"
     )
-    return Target(device, count, tuple(described.devices), axes=axes, sampling_axes=sampling_axes)
+    devices = tuple(described.devices)
+    problem = assembler_problem(devices[0])
+    if problem is not None:
+        return Target(device, count, refusal=problem, axes=axes, sampling_axes=sampling_axes)
+    return Target(device, count, devices, axes=axes, sampling_axes=sampling_axes, kernels=KernelFiles())
 
 
 @contextmanager
