@@ -126,7 +126,7 @@ def test_without_an_assembler_arithmetic_says_so(monkeypatch):
         raise jax.errors.JaxRuntimeError("UNAVAILABLE: No PTX compilation provider is available.\n - ptxas_path: none")
 
     monkeypatch.setattr("vlmalign.planning.target.plug_in_problem", lambda: None)
-    monkeypatch.setattr("vlmalign.planning.target._versions", lambda names: {name: jax.__version__ for name in names})
+    monkeypatch.setattr("vlmalign.planning.target._versions", lambda names: dict.fromkeys(names, jax.__version__))
     monkeypatch.setattr(topologies, "get_topology_desc", lambda **described: SimpleNamespace(devices=jax.devices()))
     assert open_target(find_device("h100"), 1).refusal is None
     monkeypatch.setattr(jax.stages.Lowered, "compile", fail)

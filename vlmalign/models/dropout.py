@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from vlmalign.shapes import Array, Bool, Float, Key, UInt
 from vlmalign.types import GroupBatch
 
-
 #: 2^32 over the golden ratio: its multiples are far apart
 _GOLDEN = 0x9E3779B9
 
