@@ -47,7 +47,8 @@ def drop(x: Float[Array, "n t size"], noise: Noise, module: str) -> Float[Array,
     """`x` with each number zeroed with probability `rate`, and divided by 1 - rate where it is kept."""
     # Masks hang on nothing but the keys: left to itself, XLA draws those of all layers first and holds them until they
     # are used, in the backward pass once more (MedGemma-4B, 8 rows: 9.6 GiB). So each waits for its input. The layer's
-    # number waits too, lest it be a constant within kernels: every layer would have its own, 409 in place of 172.
+    # number waits too: as a constant it would give every layer kernels of its own (SFT gradients of that model on a GPU:
+    # 409 kernels in place of 172).
     x, keys, layer = jax.lax.optimization_barrier((x, noise.keys, jnp.uint32(noise.layer)))
     kept = keep_mask(noise._replace(keys=keys, layer=layer), module, x.shape[-1])
     return jnp.where(kept, x / (1.0 - noise.rate), 0.0).astype(x.dtype)
