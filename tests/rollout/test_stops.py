@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from vlmalign.rollout.merge_check import logp_gap
 from vlmalign.rollout.n_best import n_best
-from vlmalign.rollout.slots import Completion, Ending
+from vlmalign.rollout.slots import Completion, Ending, Slots
 from vlmalign.rollout.stop_strings import first_stop
 
 #: tokens that are pieces of text, some of several characters
@@ -48,8 +48,20 @@ def test_the_first_stop_string_is_found_wherever_it_is_cut(tokens, stop, known):
     ],
 )
 def test_what_ends_a_completion(tokens, known, expected):
-    ending = Ending(6, (8,), ("\n\n",), text)
-    assert ending(np.array(tokens, np.int32), known) == expected
+    slots = Slots(1, 1, Ending(6, (8,), ("\n\n",), text))
+    slots.put(0, 7, group_id=0, length=3, next_position=3)
+    blocks = [np.array(part, np.int32) for part in (tokens[:known], tokens[known:]) if part]
+    *before, last = [slots.add([block[None, None], *[block[None, None] / 8.0] * 2]) for block in blocks]
+    assert before in ([], [{}])
+    assert slots.live[0, 0] == (expected is None)
+    if expected is None:
+        assert last == {}
+        return
+    (done,) = last[7]
+    assert (len(done.tokens), done.stopped) == expected
+    assert done.tokens.tolist() == tokens[: len(done.tokens)]
+    assert np.array_equal(done.logp * 8, done.tokens)
+    assert len(slots.free) == 1
 
 
 def completion(*tokens: int, logp: float) -> Completion:

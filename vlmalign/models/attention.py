@@ -84,6 +84,17 @@ def attend_segments(
     return jnp.moveaxis(out / total, 1, 3).astype(q.dtype)
 
 
+def attend_from(
+    q: Float[Array, "n 1 heads h"], kv: KeyValue, places: Places, index: Int[Array, "n"], window: int | None
+) -> Float[Array, "n 1 heads h"]:
+    """What one token of each row sees of its row: `q` is of the token at `index`; `kv` and `places` are of all tokens."""
+    g = kv.key.shape[2]
+    here = Places(*(jnp.take_along_axis(x, index[:, None], axis=1) for x in places))  # [n, 1]
+    grouped = q.reshape(len(q), 1, 1, g, -1, q.shape[-1])  # [n, s, c, g, r, h]
+    own = KeyValue(*(x[:, None] for x in kv))
+    return attend_segments(grouped, own, visible(here, places, window)[:, None]).reshape(q.shape)
+
+
 def attend_decode(
     q: Float[Array, "n k g r h"],
     shared: KeyValue,

@@ -36,7 +36,10 @@ class Attend(Protocol):
     """Where keys come from: the group's own row, a prefill that records them, or a decode cache."""
 
     def __call__(self, q: Array, kv: KeyValue, window: int | None) -> Array:
-        """Attention output [n, t, heads, h] of scaled queries [n, t, heads, h] and this row's keys and values."""
+        """Attention output [n, q, heads, h] of scaled queries [n, q, heads, h] and this row's keys and values [n, t, ...].
+
+        There are as many queries as tokens, or one where only the state at one token is wanted.
+        """
         ...
 
 
@@ -69,16 +72,30 @@ class Attention(nnx.Module):
         self.joined = nnx.data(None)  #: q_proj, k_proj and v_proj as one matrix, where rollouts have it
 
     def __call__(
-        self, x: Float[Array, "n t embed"], tables: tuple[Array, Array], attend: Attend, noise: Noise | None
-    ) -> Float[Array, "n t embed"]:
+        self,
+        x: Float[Array, "n t embed"],
+        tables: tuple[Array, Array],
+        attend: Attend,
+        noise: Noise | None,
+        only: Int[Array, "n"] | None = None,
+    ) -> Float[Array, "n q embed"]:
+        """With `only`, what the token at this index of each row sees: one query per row."""
         shape = (*x.shape[:2], -1, self.config.head_dim)
         made = _products(x, (self.q_proj, self.k_proj, self.v_proj), self.joined, noise)
         q, k, v = (y.reshape(shape) for y in made)  # [n, t, heads, h]
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, tables) * self.config.query_scale, rotate(k, tables)
+        q = at(q, only)
         out = attend(q, KeyValue(k, v), self.spec.window)
-        return self.o_proj(out.reshape(*x.shape[:2], -1), noise)
+        return self.o_proj(out.reshape(*q.shape[:2], -1), noise)
+
+
+def at(x: Float[Array, "n t *rest"], only: Int[Array, "n"] | None) -> Float[Array, "n q *rest"]:
+    """Of each row, what stands at its index, [n, 1, ...]; without indices, `x` itself."""
+    if only is None:
+        return x
+    return jnp.take_along_axis(x, only.reshape(-1, *(1,) * (x.ndim - 1)), axis=1)
 
 
 def _products(x: Array, parts: tuple[Linear, ...], joined: Array | None, noise: Noise | None) -> tuple[Array, ...]:
@@ -155,11 +172,17 @@ class Block(nnx.Module):
                     linear.decoding = True
 
     def __call__(
-        self, x: Float[Array, "n t embed"], tables: tuple[Array, Array], attend: Attend, noise: Noise | None
-    ) -> Float[Array, "n t embed"]:
+        self,
+        x: Float[Array, "n t embed"],
+        tables: tuple[Array, Array],
+        attend: Attend,
+        noise: Noise | None,
+        only: Int[Array, "n"] | None = None,
+    ) -> Float[Array, "n q embed"]:
+        """With `only`, the states at these tokens alone, one per row."""
         with jax.named_scope("attention"):
-            out = self.self_attn(self.input_layernorm(x), tables, attend, noise)
-            x = x + (self.post_attention_layernorm(out) if self.sandwich else out)
+            out = self.self_attn(self.input_layernorm(x), tables, attend, noise, only)
+            x = at(x, only) + (self.post_attention_layernorm(out) if self.sandwich else out)
         with jax.named_scope("feed_forward"):
             # Without sandwich norms, `post_attention_layernorm` is the norm before the feed-forward (Llama's name).
             before = self.pre_feedforward_layernorm if self.sandwich else self.post_attention_layernorm
@@ -227,14 +250,23 @@ class Decoder(nnx.Module):
                 x = constrain(run(block, x, tables[index], index), ROWS)
         return self.norm(x)
 
-    def with_caches(self, x: Float[Array, "n t embed"], tables: Tables, attend: Sequence[Attend]) -> Array:
-        """States [n, t, embed] after the final norm, in a rollout: every layer attends in its own way, to its own keys.
-        Where all tokens of a row stand at one position, `tables` of [n, 1, half] serve them.
+    def with_caches(
+        self,
+        x: Float[Array, "n t embed"],
+        tables: Tables,
+        attend: Sequence[Attend],
+        only: Int[Array, "n"] | None = None,
+    ) -> Float[Array, "n q embed"]:
+        """States after the final norm, in a rollout: every layer attends in its own way, to its own keys.
+
+        With `only`, the state at this token of each row: the last layer makes no other. Where all tokens of a row
+        stand at one position, `tables` of [n, 1, half] serve them.
         """
         x = constrain(x, ROWS)
+        last = len(self.layers) - 1
         for index, (block, own) in enumerate(zip(self.layers, attend, strict=True)):
             with jax.named_scope(f"layer_{index}"):
-                x = constrain(block(x, tables[index], own, None), ROWS)
+                x = constrain(block(x, tables[index], own, None, only if index == last else None), ROWS)
         return self.norm(x)
 
 

@@ -46,6 +46,8 @@ class DeviceRows:
         self._params = self._commit(params)
         self._key = put_whole(self._commit(key), mesh)
         self._prompt, self._steps, self._sampling = prompt, steps, sampling
+        #: of `Rows`: what the host had when it last sent it, and what the device has
+        self._sent: dict[str, tuple[np.ndarray, Any]] = {}
 
     def open(self, shape: DecodeShape) -> None:
         """Empty rows of this shape, in place of those there were."""
@@ -88,9 +90,15 @@ class DeviceRows:
         return self._call(programs.decode_program.lower, *self._of_block(slots), **self._static)
 
     def _of_block(self, slots: Slots) -> tuple[Any, ...]:
-        rows = Rows(slots.prompt_length, slots.next_position, slots.group_id, slots.sample, slots.step)
-        rows = self._commit(put_rows(rows, self._mesh))
+        rows = Rows(*(self._send(name, getattr(slots, name)) for name in Rows._fields))
         return self._model, self._params, self._cache, self._shared, rows, self._key
+
+    def _send(self, name: str, value: np.ndarray) -> Any:
+        """To the device, unless it is there: from block to block little of this changes but the step."""
+        if name not in self._sent or not np.array_equal(self._sent[name][0], value):
+            kept = value.copy()
+            self._sent[name] = kept, self._commit(put_rows(kept, self._mesh))
+        return self._sent[name][1]
 
     @property
     def _static(self) -> dict[str, Any]:

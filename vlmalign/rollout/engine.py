@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vlmalign.models.attention import KeyValue, attend_decode, group_attention, resolve_attention
+from vlmalign.models.attention import KeyValue, attend_decode, attend_from, group_attention, resolve_attention
 from vlmalign.models.decoder import Tables
 from vlmalign.models.model import Model, Params
 from vlmalign.models.network import Network
@@ -75,7 +75,8 @@ def block_length(completion: int) -> int:
 
 
 def prefill(model: Model, params: Params, batch: GroupBatch) -> Prefilled:
-    """Every layer's prompt keys and values, and the last real state of each prompt: no logits of prompt tokens."""
+    """Every layer's prompt keys and values, and the last real state of each prompt: no logits of prompt tokens, and in
+    the last layer no other states."""
     if batch.features is None and batch.pixels is not None:
         raise ValueError("a rollout reads image features, found pixels; attach features first (FeatureStore.attach)")
     network = bind_for_decoding(model, params)
@@ -85,16 +86,19 @@ def prefill(model: Model, params: Params, batch: GroupBatch) -> Prefilled:
         model.attention, layout=layout, head_dim=model.config.decoder.head_dim, dtype=jnp.dtype(model.dtype)
     )
 
+    end = jnp.maximum(jnp.sum(batch.segment == 0, axis=1) - 1, 0)
+
     def attend(q: Array, kv: KeyValue, window: int | None) -> Array:
         # Laid out as decoding multiplies them, so that they are turned once and not at every step.
         shared.append(KeyValue(jnp.moveaxis(kv.key, 1, 3), jnp.moveaxis(kv.value, 1, 2)))
+        if len(shared) == len(model.config.decoder.layers):
+            return attend_from(q, kv, places, end, window)
         return group_attention(q, kv, places, layout, window, name=choice.name)
 
     with jax.named_scope("prefill"):
         tables = network.language_model.tables(batch.position)
-        hidden = network.language_model.with_caches(x, tables, [attend] * len(tables))
-    end = jnp.maximum(jnp.sum(batch.segment == 0, axis=1) - 1, 0)
-    return Prefilled(jnp.take_along_axis(hidden, end[:, None, None], axis=1)[:, 0], shared)
+        last = network.language_model.with_caches(x, tables, [attend] * len(tables), end)
+    return Prefilled(last[:, 0], shared)
 
 
 def after_prompt(batch: GroupBatch) -> Int[Array, "n"]:

@@ -31,28 +31,33 @@ class Ending:
     stop: tuple[str, ...] = ()
     decode: Callable[[np.ndarray], str] | None = None  #: tokens -> text, for `stop`
 
-    def __call__(self, tokens: Int[np.ndarray, "length"], known: int) -> tuple[int, bool] | None:
-        """(length, stopped) of a completion that has ended; None: it goes on. Its first `known` tokens do not end it."""
-        ids = np.flatnonzero(np.isin(tokens[known : self.longest], self.stop_ids))
-        length, stopped = (known + int(ids[0]) + 1, True) if len(ids) else (min(len(tokens), self.longest), False)
-        if self.stop:
-            cut = first_stop(tokens[:length], self.stop, self.decode, known=known)
-            if cut is not None:
-                return cut, True
-        return (length, stopped) if stopped or length == self.longest else None
+    def by_token(
+        self, block: Int[np.ndarray, "n k b"], known: Int[np.ndarray, "n"]
+    ) -> tuple[Int[np.ndarray, "n k"], Bool[np.ndarray, "n k"]]:
+        """(length, stopped) of completions that had `known` tokens before this block, as stop tokens and the limit say."""
+        place = known[:, None, None] + np.arange(block.shape[2])
+        stops = np.isin(block, self.stop_ids) & (place < self.longest)
+        stopped = stops.any(axis=2)
+        end = np.minimum(known + block.shape[2], self.longest)[:, None]
+        return np.where(stopped, known[:, None] + stops.argmax(axis=2) + 1, end), stopped
+
+    def by_text(self, tokens: Int[np.ndarray, "length"], known: int) -> int | None:
+        """Tokens up to the end of the first stop string; None: there is none. The first `known` tokens hold none."""
+        return first_stop(tokens, self.stop, self.decode, known=known) if self.stop else None
 
 
 class Slots:
     """`rows` rows of `group` completions. A row without a prompt computes what nobody reads."""
 
     def __init__(self, rows: int, group: int, ending: Ending):
-        self._ending, self._group = ending, group
+        self._ending = ending
         self.number = np.full(rows, -1)  #: of the prompt in the run; -1: free
         self.prompt_length, self.next_position, self.group_id, self.step = (np.zeros(rows, np.int32) for _ in range(4))
         self.sample = np.tile(np.arange(group, dtype=np.int32), (rows, 1))
         self.live: Bool[np.ndarray, "n k"] = np.zeros((rows, group), bool)
-        self._written: dict[int, list[list[np.ndarray]]] = {}
-        self._done: dict[int, list[Completion | None]] = {}
+        # Tokens, logp and kept_logp so far: [n, k, room].
+        self._written = [np.zeros((rows, group, ending.longest), dtype) for dtype in (np.int32, np.float32, np.float32)]
+        self._group, self._done = group, {}
 
     @property
     def free(self) -> Int[np.ndarray, "free"]:
@@ -71,29 +76,33 @@ class Slots:
         self.prompt_length[row], self.next_position[row], self.step[row] = length, next_position, 0
         self.sample[row] = np.arange(self.sample.shape[1])
         self.live[row] = True
-        empty = (np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.float32))
-        self._written[number] = [list(empty) for _ in range(self._group)]
         self._done[number] = [None] * self._group
 
     def add(
         self, drawn: Sequence[Int[np.ndarray, "n k b"] | Float[np.ndarray, "n k b"]]
     ) -> dict[int, list[Completion]]:
         """Take in a block of (tokens, logp, kept_logp); the prompts whose completions have all ended, which leave."""
-        for row, column in np.argwhere(self.live):
-            number, sample = int(self.number[row]), int(self.sample[row, column])
-            parts = self._written[number][sample]
-            known = len(parts[0])
-            parts[:] = (np.concatenate([old, new[row, column]]) for old, new in zip(parts, drawn, strict=True))
-            end = self._ending(parts[0], known)
-            if end is not None:
-                self.live[row, column] = False
-                self._done[number][sample] = Completion(*(part[: end[0]] for part in parts), stopped=end[1])
+        for row in np.flatnonzero(self.number >= 0):
+            start = self.step[row]
+            for written, new in zip(self._written, drawn, strict=True):
+                room = written[row, :, start : start + new.shape[2]]
+                room[:] = new[row, :, : room.shape[1]]
+        length, stopped = self._ending.by_token(drawn[0], self.step)
+        if self._ending.stop:
+            for place in map(tuple, np.argwhere(self.live)):
+                cut = self._ending.by_text(self._written[0][place][: length[place]], int(self.step[place[0]]))
+                if cut is not None:
+                    length[place], stopped[place] = cut, True
+        ended = self.live & (stopped | (length == self._ending.longest))
+        for place in map(tuple, np.argwhere(ended)):
+            parts = (written[place][: length[place]].copy() for written in self._written)
+            done = Completion(*parts, stopped=bool(stopped[place]))
+            self._done[int(self.number[place[0]])][int(self.sample[place])] = done
+        self.live &= ~ended
         self.step[self.number >= 0] += drawn[0].shape[2]
         left = {}
         for row in np.flatnonzero((self.number >= 0) & ~self.live.any(axis=1)):
-            number = int(self.number[row])
-            left[number] = self._done.pop(number)
-            del self._written[number]
+            left[int(self.number[row])] = self._done.pop(int(self.number[row]))
             # A free row starts over, so that what it writes stays within its cache.
             self.number[row], self.step[row], self.prompt_length[row] = -1, 0, 0
         return left
@@ -104,3 +113,4 @@ class Slots:
         for name in ("number", "prompt_length", "next_position", "group_id", "step"):
             setattr(self, name, getattr(self, name)[row])
         self.sample, self.live = self.sample[row[:, None], column], self.live[row[:, None], column]
+        self._written = [written[row[:, None], column] for written in self._written]
