@@ -9,12 +9,12 @@ from typing import Any, Self
 
 
 class Child:
-    """`file` run by this Python with these arguments; a context manager."""
+    """`file` run by this Python, or another, with these arguments; a context manager."""
 
-    def __init__(self, file: str, *arguments: str):
+    def __init__(self, file: str, *arguments: str, python: str = sys.executable):
         self._name = file
         self._child = subprocess.Popen(
-            [sys.executable, file, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [python, file, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
     def __enter__(self) -> Self:

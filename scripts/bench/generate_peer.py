@@ -8,23 +8,26 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's idle threads must
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import json
+import platform
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from child import Child
 from transformers import Gemma3ForCausalLM
 
 
 class GeneratePeer(Child):
-    """`call()` returns the seconds of one call of `generate`."""
+    """`call()` returns the seconds of one call of `generate`; `versions` are those of its process."""
 
-    def __init__(self, folder: Path, ids: np.ndarray, *, group: int, completion: int, never: int):
-        """`ids` [prompts, tokens]; `never`: a stop id under which nothing stops."""
-        super().__init__(__file__)
+    def __init__(self, folder: Path, ids: np.ndarray, *, group: int, completion: int, never: int, python: str):
+        """`ids` [prompts, tokens]; `never`: a stop id under which nothing stops; `python` runs it."""
+        super().__init__(__file__, python=python)
         self.say({"folder": str(folder), "ids": ids.tolist(), "group": group, "completion": completion, "never": never})
+        self.versions: dict[str, str] = self.read()
 
     def call(self) -> float:
         self.say("go")
@@ -37,6 +40,8 @@ def main() -> None:
         opening["folder"], dtype=torch.float32, attn_implementation="sdpa"
     ).eval()
     inputs, completion = torch.tensor(opening["ids"]), opening["completion"]
+    own = {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
+    print(json.dumps(own), flush=True)
     for _ in sys.stdin:
         began = time.perf_counter()
         with torch.no_grad():

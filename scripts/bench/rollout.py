@@ -26,6 +26,7 @@ keep_freed_memory()  # as the vlmalign command does
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -56,6 +57,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=Sizes().prompt)
     parser.add_argument("--new-tokens", type=int, default=Sizes().completion)
     parser.add_argument("--repeats", type=int, default=5, help="timed calls of either side")
+    parser.add_argument("--peer-python", default=sys.executable, help="runs the other side, where torch is elsewhere")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     sizes = replace(Sizes(), prompt=arguments.prompt_tokens, completion=arguments.new_tokens)
@@ -92,7 +94,9 @@ def compare(folder: Path, sizes: Sizes, arguments: argparse.Namespace) -> dict[s
         assert all(len(c.tokens) == sizes.completion for answers in found for c in answers)
 
     before = os.getloadavg()
-    with GeneratePeer(folder, ids, group=arguments.group, completion=sizes.completion, never=NEVER) as peer:
+    with GeneratePeer(
+        folder, ids, group=arguments.group, completion=sizes.completion, never=NEVER, python=arguments.peer_python
+    ) as peer:
         seconds = in_turn(ours, peer, arguments.repeats)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     rates = matmul_rates()
@@ -111,6 +115,7 @@ def compare(folder: Path, sizes: Sizes, arguments: argparse.Namespace) -> dict[s
         "matmul_gflops": rates,
         "load": {"before": before, "after": os.getloadavg()},
         "versions": versions(),
+        "peer_versions": peer.versions,
     }
 
 
