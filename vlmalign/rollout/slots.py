@@ -50,14 +50,14 @@ class Slots:
     """`rows` rows of `group` completions. A row without a prompt computes what nobody reads."""
 
     def __init__(self, rows: int, group: int, ending: Ending):
-        self._ending = ending
+        self._ending, self._group = ending, group
         self.number = np.full(rows, -1)  #: of the prompt in the run; -1: free
         self.prompt_length, self.next_position, self.group_id, self.step = (np.zeros(rows, np.int32) for _ in range(4))
         self.sample = np.tile(np.arange(group, dtype=np.int32), (rows, 1))
         self.live: Bool[np.ndarray, "n k"] = np.zeros((rows, group), bool)
         # Tokens, logp and kept_logp so far: [n, k, room].
         self._written = [np.zeros((rows, group, ending.longest), dtype) for dtype in (np.int32, np.float32, np.float32)]
-        self._group, self._done = group, {}
+        self._done: dict[int, list[Completion | None]] = {}
 
     @property
     def free(self) -> Int[np.ndarray, "free"]:
