@@ -63,6 +63,22 @@ def test_decoding_is_two_operations_per_weight_and_token(tmp_path):
     assert 0.98 * ideal <= flops <= 1.1 * ideal
 
 
+def test_the_last_layer_of_a_prompt_makes_one_state(tmp_path):
+    """Of it all tokens have queries, keys and values; what follows them, the larger part of a layer, has one."""
+    workload = workload_of(tmp_path, PROMPT, 4, COMPLETION, ROWS)
+
+    def prefill(model, update, where, target):
+        return rollout_jobs("rollout", model, workload.rollout, where, target)[0]
+
+    flops = compiled_job(workload, prefill).cost_analysis()["flops"]
+    config = workload.model.config.decoder
+    after_attention = config.embed * (config.heads * config.head_dim + 3 * config.ffn)
+    # One prompt at once, of two rows. Beside the products, attention and norms.
+    ideal = 2 * (PROMPT * (layer_weights(config) - after_attention) + after_attention)
+    assert 0.98 * ideal <= flops <= 1.15 * ideal
+    assert flops < 0.7 * 2 * PROMPT * layer_weights(config)
+
+
 def test_no_array_of_the_update_holds_all_tokens_by_vocabulary(tmp_path):
     """2 x 4 x 160 loss tokens are more than a chunk of the head."""
     sizes = copy.deepcopy(LARGE_ENOUGH)

@@ -88,16 +88,22 @@ def prefill(model: Model, params: Params, batch: GroupBatch) -> Prefilled:
 
     end = jnp.maximum(jnp.sum(batch.segment == 0, axis=1) - 1, 0)
 
-    def attend(q: Array, kv: KeyValue, window: int | None) -> Array:
+    def keep(kv: KeyValue) -> None:
         # Laid out as decoding multiplies them, so that they are turned once and not at every step.
         shared.append(KeyValue(jnp.moveaxis(kv.key, 1, 3), jnp.moveaxis(kv.value, 1, 2)))
-        if len(shared) == len(model.config.decoder.layers):
-            return attend_from(q, kv, places, end, window)
+
+    def attend(q: Array, kv: KeyValue, window: int | None) -> Array:
+        keep(kv)
         return group_attention(q, kv, places, layout, window, name=choice.name)
+
+    def attend_last(q: Array, kv: KeyValue, window: int | None) -> Array:
+        keep(kv)
+        return attend_from(q, kv, places, end, window)
 
     with jax.named_scope("prefill"):
         tables = network.language_model.tables(batch.position)
-        last = network.language_model.with_caches(x, tables, [attend] * len(tables), end)
+        attends = [*[attend] * (len(tables) - 1), attend_last]
+        last = network.language_model.with_caches(x, tables, attends, end)
     return Prefilled(last[:, 0], shared)
 
 

@@ -41,10 +41,6 @@ class Ending:
         end = np.minimum(known + block.shape[2], self.longest)[:, None]
         return np.where(stopped, known[:, None] + stops.argmax(axis=2) + 1, end), stopped
 
-    def by_text(self, tokens: Int[np.ndarray, "length"], known: int) -> int | None:
-        """Tokens up to the end of the first stop string; None: there is none. The first `known` tokens hold none."""
-        return first_stop(tokens, self.stop, self.decode, known=known) if self.stop else None
-
 
 class Slots:
     """`rows` rows of `group` completions. A row without a prompt computes what nobody reads."""
@@ -87,13 +83,15 @@ class Slots:
             for written, new in zip(self._written, drawn, strict=True):
                 room = written[row, :, start : start + new.shape[2]]
                 room[:] = new[row, :, : room.shape[1]]
-        length, stopped = self._ending.by_token(drawn[0], self.step)
-        if self._ending.stop:
+        ending = self._ending
+        length, stopped = ending.by_token(drawn[0], self.step)
+        if ending.stop:
             for place in map(tuple, np.argwhere(self.live)):
-                cut = self._ending.by_text(self._written[0][place][: length[place]], int(self.step[place[0]]))
+                tokens, known = self._written[0][place][: length[place]], int(self.step[place[0]])
+                cut = first_stop(tokens, ending.stop, ending.decode, known=known)
                 if cut is not None:
                     length[place], stopped[place] = cut, True
-        ended = self.live & (stopped | (length == self._ending.longest))
+        ended = self.live & (stopped | (length == ending.longest))
         for place in map(tuple, np.argwhere(ended)):
             parts = (written[place][: length[place]].copy() for written in self._written)
             done = Completion(*parts, stopped=bool(stopped[place]))
