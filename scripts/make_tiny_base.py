@@ -25,13 +25,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Gemma3Config, Gemma3Processor, GenerationConfig, PreTrainedTokenizerFast
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
-from vlmalign.data.chat import Chat, open_chat
+from vlmalign.data.chat.chat import Chat, open_chat
 from vlmalign.data.groups import collate
-from vlmalign.data.institutions import BASE, WIDE_MEDIASTINUM
-from vlmalign.data.phantom import PREVALENCE, Case, draw_case, render
-from vlmalign.data.schema import CHEXPERT, NIH14
-from vlmalign.data.synthetic import Study, truth_row
-from vlmalign.data.traces import WORDINGS, reason, spoken
+from vlmalign.data.phantoms.institutions import BASE, WIDE_MEDIASTINUM
+from vlmalign.data.phantoms.phantom import PREVALENCE, Case, draw_case, render
+from vlmalign.data.phantoms.synthetic import Study, truth_row
+from vlmalign.data.phantoms.traces import WORDINGS, reason, spoken
+from vlmalign.data.sources.schema import CHEXPERT, NIH14
 from vlmalign.models.gemma3 import read_config
 from vlmalign.models.model import Model
 from vlmalign.objectives.sft import sft_counts, sft_loss

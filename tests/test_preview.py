@@ -10,7 +10,7 @@ from rich.console import Console
 from tiny_tokenizer import FAMILIES, SOFT_TOKENS, chat_folder, family_folder
 
 from vlmalign import cli
-from vlmalign.data.chat import Chat, open_chat
+from vlmalign.data.chat.chat import Chat, open_chat
 from vlmalign.preview import IMAGE, LABEL, READ, STOP, render
 from vlmalign.types import Grid, Group
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from vlmalign.data.chat import open_chat
+from vlmalign.data.chat.chat import open_chat
 from vlmalign.data.groups import collate
 from vlmalign.models.model import Model
 from vlmalign.types import Grid, Layout

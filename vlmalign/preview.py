@@ -16,10 +16,10 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from vlmalign.data.chat import Chat, open_chat
-from vlmalign.data.images import BadImage
-from vlmalign.data.messages import image_keys, read_conversation
-from vlmalign.data.pixels import image_size, open_pixels
+from vlmalign.data.chat.chat import Chat, open_chat
+from vlmalign.data.chat.messages import image_keys, read_conversation
+from vlmalign.data.films.images import BadImage
+from vlmalign.data.films.pixels import image_size, open_pixels
 from vlmalign.types import Grid, Group, Segment
 from vlmalign.weights.checkpoint import load_config
 

@@ -27,14 +27,14 @@ import numpy as np
 from PIL import Image, features
 from transformers import Gemma3ImageProcessorPil, Qwen2VLImageProcessorPil
 
-from vlmalign.data.cases import draw_case
-from vlmalign.data.images import decode_image
-from vlmalign.data.levels import level_table, look_up
-from vlmalign.data.looks import Look
-from vlmalign.data.phantom import render
-from vlmalign.data.pixels import open_pixels
-from vlmalign.data.prefetch import PrefetchReader
-from vlmalign.data.resize import Recipe, entry_key
+from vlmalign.data.films.images import decode_image
+from vlmalign.data.films.levels import level_table, look_up
+from vlmalign.data.films.pixels import open_pixels
+from vlmalign.data.films.prefetch import PrefetchReader
+from vlmalign.data.films.resize import Recipe, entry_key
+from vlmalign.data.phantoms.cases import draw_case
+from vlmalign.data.phantoms.looks import Look
+from vlmalign.data.phantoms.phantom import render
 
 #: the sizes of MedGemma-4B and of Qwen2.5-VL with a common limit (1280 soft tokens)
 PROCESSORS = {

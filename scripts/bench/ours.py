@@ -11,7 +11,7 @@ from PIL import Image
 from shapes import Sizes, words
 from transformers import AutoImageProcessor
 
-from vlmalign.data.chat import Chat, open_chat
+from vlmalign.data.chat.chat import Chat, open_chat
 from vlmalign.models.lora import LoraSpec, init_adapter
 from vlmalign.models.model import Model
 from vlmalign.objectives.dpo import DpoSettings

@@ -31,8 +31,8 @@ from rich.console import Console
 from rich.table import Table
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from vlmalign.data.sampler import balanced_sample, random_sample
-from vlmalign.data.sampler_search import Goal
+from vlmalign.data.sampling.sampler import balanced_sample, random_sample
+from vlmalign.data.sampling.search import Goal
 
 FILMS, PATIENTS, LABELS, DRAWN = 377_110, 65_379, 14, 2000
 #: the stratifier's time grows with films x labels

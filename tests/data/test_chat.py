@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from tiny_tokenizer import IMAGE, SIDE, SOFT_TOKENS, chat_folder, family_folder, processor
 
-from vlmalign.data.chat import Chat, open_chat, read_stop_ids
-from vlmalign.data.images import BadImage
+from vlmalign.data.chat.chat import Chat, open_chat, read_stop_ids
+from vlmalign.data.films.images import BadImage
 from vlmalign.types import Group
 
 

@@ -13,9 +13,9 @@ from tiny_tokenizer import FAMILIES, LEAST, MOST, family_folder
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil
 
-from vlmalign.data.chat import Chat, open_chat
-from vlmalign.data.messages import for_template
-from vlmalign.data.pixels import open_pixels
+from vlmalign.data.chat.chat import Chat, open_chat
+from vlmalign.data.chat.messages import for_template
+from vlmalign.data.films.pixels import open_pixels
 from vlmalign.types import Group
 
 WITH_IMAGES = {"gemma3", "qwen2_5_vl"}

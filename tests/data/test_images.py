@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlmalign.data import images
-from vlmalign.data.images import BadImage, load_image
+from vlmalign.data.films import images
+from vlmalign.data.films.images import BadImage, load_image
 
 RAMP = np.arange(64 * 48, dtype=np.uint16).reshape(48, 64)
 

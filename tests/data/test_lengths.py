@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tiny_tokenizer import SOFT_TOKENS, chat_folder
 
-from vlmalign.data.chat import Chat, open_chat
+from vlmalign.data.chat.chat import Chat, open_chat
 from vlmalign.data.groups import collate, layout_of
 from vlmalign.data.lengths import fit
 from vlmalign.types import Grid, Group, Segment

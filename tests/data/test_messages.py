@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from vlmalign.data.messages import ControlTokens, for_template, image_keys, label_weight, read_conversation
+from vlmalign.data.chat.messages import ControlTokens, for_template, image_keys, label_weight, read_conversation
 
 ROW = {"messages": [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "Yes.", "weight": 2}]}
 

@@ -6,12 +6,12 @@ from time import perf_counter
 import numpy as np
 import pytest
 
-from vlmalign.data.cases import ALLOWED, KINDS, PREVALENCE, SIZES, ZONES, Case, Finding, draw_case
-from vlmalign.data.institutions import INSTITUTIONS, MIMIC_LIKE
-from vlmalign.data.looks import Look
-from vlmalign.data.phantom import render, render_lateral
-from vlmalign.data.synthetic import plan_studies, truth_row
-from vlmalign.data.traces import PLAIN, WORDINGS, read_traces, reason, spoken, write_traces
+from vlmalign.data.phantoms.cases import ALLOWED, KINDS, PREVALENCE, SIZES, ZONES, Case, Finding, draw_case
+from vlmalign.data.phantoms.institutions import INSTITUTIONS, MIMIC_LIKE
+from vlmalign.data.phantoms.looks import Look
+from vlmalign.data.phantoms.phantom import render, render_lateral
+from vlmalign.data.phantoms.synthetic import plan_studies, truth_row
+from vlmalign.data.phantoms.traces import PLAIN, WORDINGS, read_traces, reason, spoken, write_traces
 
 CLEAN = Look(noise=0.0)
 

@@ -10,8 +10,8 @@ from PIL import Image
 from tiny_tokenizer import SIDE, SOFT_TOKENS, chat_folder, processor
 from transformers import Qwen2VLImageProcessorPil
 
-from vlmalign.data.images import BadImage
-from vlmalign.data.pixels import PixelReader, image_size, open_pixels
+from vlmalign.data.films.images import BadImage
+from vlmalign.data.films.pixels import PixelReader, image_size, open_pixels
 from vlmalign.types import Grid
 
 #: limits on the pixels of a film: 4 and 24 soft tokens of 28 x 28

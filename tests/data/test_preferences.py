@@ -11,9 +11,9 @@ from datasets import Dataset
 from tiny_tokenizer import SOFT_TOKENS, chat_folder, processor
 from trl.trainer.dpo_trainer import DPOTrainer
 
-from vlmalign.data.chat import Chat, open_chat
-from vlmalign.data.images import BadImage
-from vlmalign.data.preferences import REASONS, BadPair, Limits, read_preferences
+from vlmalign.data.chat.chat import Chat, open_chat
+from vlmalign.data.chat.preferences import REASONS, BadPair, Limits, read_preferences
+from vlmalign.data.films.images import BadImage
 
 
 @pytest.fixture(scope="module")

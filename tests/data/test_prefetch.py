@@ -21,14 +21,15 @@ from tiny_tokenizer import SOFT_TOKENS, chat_folder
 from transformers import Qwen2VLImageProcessorPil
 
 from vlmalign.config import load_config
-from vlmalign.data import film_pool, prefetch
-from vlmalign.data.images import BadImage
+from vlmalign.data.films import pool as film_pool
+from vlmalign.data.films import prefetch
+from vlmalign.data.films.images import BadImage
+from vlmalign.data.films.pixels import open_pixels
+from vlmalign.data.films.prefetch import Announced, PrefetchReader
+from vlmalign.data.films.reading import TwoStepReader
+from vlmalign.data.films.resize import Recipe, load_film
+from vlmalign.data.films.resize_cache import CacheCounts, ResizeCache
 from vlmalign.data.pipeline import shuffled_batches
-from vlmalign.data.pixels import open_pixels
-from vlmalign.data.prefetch import Announced, PrefetchReader
-from vlmalign.data.reading import TwoStepReader
-from vlmalign.data.resize import Recipe, load_film
-from vlmalign.data.resize_cache import CacheCounts, ResizeCache
 from vlmalign.progress import Progress
 from vlmalign.rollout.features import FeatureStore
 from vlmalign.studies.chexreason.config import ChexReasonConfig
@@ -130,7 +131,7 @@ def test_pixels_and_grids_are_the_readers_own(films, tmp_path, family):
 def test_workers_are_light():
     """No JAX: it would start a device; no torch, no transformers: seconds and half a gigabyte for every worker."""
     heavy = "{'jax', 'jaxlib', 'torch', 'transformers', 'flax', 'grain'} & set(sys.modules)"
-    code = f"import sys, vlmalign.data.film_worker; print({heavy} or 'none')"
+    code = f"import sys, vlmalign.data.films.worker; print({heavy} or 'none')"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "none"
     with PrefetchReader(Plain(), workers=1, ahead=1) as reader:
         (pid,) = processes(reader)
@@ -303,7 +304,7 @@ import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path[:0] = {path!r}
 from test_prefetch_program import Plain
-from vlmalign.data.prefetch import PrefetchReader
+from vlmalign.data.films.prefetch import PrefetchReader
 reader = PrefetchReader(Plain(), workers=2, ahead=4)
 films = {films!r}
 reader.expect(films)
@@ -326,8 +327,8 @@ def test_workers_end_with_the_main_process(films, tmp_path, ending):
     last, by, code = ENDS[ending]
     source = Path(__file__).read_text(encoding="utf-8")
     start, stop = source.index("class Plain:"), source.index('@pytest.fixture(scope="module")')
-    imports = "import time\nimport numpy as np\nfrom vlmalign.data.resize import Recipe, load_film\n"
-    imports += "from vlmalign.data.resize_cache import ResizeCache\nfrom vlmalign.types import Grid\n"
+    imports = "import time\nimport numpy as np\nfrom vlmalign.data.films.resize import Recipe, load_film\n"
+    imports += "from vlmalign.data.films.resize_cache import ResizeCache\nfrom vlmalign.types import Grid\n"
     (tmp_path / "test_prefetch_program.py").write_text(imports + source[start:stop])
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.format(path=[str(tmp_path)], films=films, end=last))

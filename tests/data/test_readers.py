@@ -16,14 +16,14 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from vlmalign.data.chexpert import CheXpert, read_study_table
-from vlmalign.data.datasets import DATASETS, WRITERS, open_dataset
-from vlmalign.data.images import load_image
-from vlmalign.data.institutions import BASE, NIH_LIKE
-from vlmalign.data.mimic import MimicCxrJpg
-from vlmalign.data.nih import Nih14, NihExtract, read_nih_table
-from vlmalign.data.schema import CHEXPERT, NIH14
-from vlmalign.data.tables import inside, label_values, read_table
+from vlmalign.data.films.images import load_image
+from vlmalign.data.phantoms.institutions import BASE, NIH_LIKE
+from vlmalign.data.sources.chexpert import CheXpert, read_study_table
+from vlmalign.data.sources.formats import DATASETS, WRITERS, open_dataset
+from vlmalign.data.sources.mimic import MimicCxrJpg
+from vlmalign.data.sources.nih import Nih14, NihExtract, read_nih_table
+from vlmalign.data.sources.schema import CHEXPERT, NIH14
+from vlmalign.data.sources.tables import inside, label_values, read_table
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
 MIMIC_TABLES = ("metadata", "split", "chexpert", "negbio")
@@ -129,7 +129,7 @@ def test_unknown_formats_folders_and_options_are_refused(tmp_path):
 
 
 def test_this_room_imports_no_jax():
-    code = "import sys, vlmalign.data.datasets, vlmalign.data.traces; sys.exit('jax' in sys.modules)"
+    code = "import sys, vlmalign.data.sources.formats, vlmalign.data.phantoms.traces; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

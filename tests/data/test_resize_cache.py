@@ -16,12 +16,12 @@ from PIL import Image
 from tiny_tokenizer import SOFT_TOKENS, chat_folder
 from transformers import AutoImageProcessor, Gemma3ImageProcessorPil, Qwen2VLImageProcessorPil
 
-from vlmalign.data import bounded_folder, resize
-from vlmalign.data.bounded_folder import BoundedFolder
-from vlmalign.data.images import BadImage
-from vlmalign.data.pixels import FixedSquares, open_pixels
-from vlmalign.data.resize import Recipe, entry_key, resize_film
-from vlmalign.data.resize_cache import CacheCounts, ResizeCache
+from vlmalign.data.films import bounded_folder, resize
+from vlmalign.data.films.bounded_folder import BoundedFolder
+from vlmalign.data.films.images import BadImage
+from vlmalign.data.films.pixels import FixedSquares, open_pixels
+from vlmalign.data.films.resize import Recipe, entry_key, resize_film
+from vlmalign.data.films.resize_cache import CacheCounts, ResizeCache
 
 MIB = 2**20
 KEY, OTHER = bytes(range(32)), bytes(range(1, 33))
@@ -282,7 +282,7 @@ WORKER = """
 import sys
 from pathlib import Path
 import numpy as np
-from vlmalign.data.resize_cache import ResizeCache
+from vlmalign.data.films.resize_cache import ResizeCache
 folder, seed, limit = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 rng, cache = np.random.default_rng(seed), ResizeCache(folder, limit=limit)
 for _ in range(300):

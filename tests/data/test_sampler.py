@@ -5,9 +5,9 @@ import pandas as pd
 import pytest
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from vlmalign.data.sampler import ShortfallError, balanced_sample, coverage, random_sample
-from vlmalign.data.sampler_pool import label_patterns
-from vlmalign.data.sampler_search import Goal
+from vlmalign.data.sampling.pool import label_patterns
+from vlmalign.data.sampling.sampler import ShortfallError, balanced_sample, coverage, random_sample
+from vlmalign.data.sampling.search import Goal
 
 
 def names(labels):

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from vlmalign.data.cases import Case, Finding
-from vlmalign.data.institutions import BASE, CHEXPERT_LIKE, INSTITUTIONS, MIMIC_LIKE, NIH_LIKE
-from vlmalign.data.schema import (
+from vlmalign.data.phantoms.cases import Case, Finding
+from vlmalign.data.phantoms.institutions import BASE, CHEXPERT_LIKE, INSTITUTIONS, MIMIC_LIKE, NIH_LIKE
+from vlmalign.data.sources.schema import (
     CHEXPERT,
     CHEXPERT9,
     IDENTITY,

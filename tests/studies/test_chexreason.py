@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from vlmalign.config import load_config
-from vlmalign.data.images import BadImage
+from vlmalign.data.films.images import BadImage
 from vlmalign.progress import Progress
 from vlmalign.studies.chexreason.config import ChexReasonConfig
 from vlmalign.studies.chexreason.films import open_films

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vlmalign.data.chat import Message
+from vlmalign.data.chat.chat import Message
 
 
 def answer_text(trace: str, labels: Sequence[str]) -> str:

@@ -29,7 +29,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
-from vlmalign.data.chat import read_stop_ids
+from vlmalign.data.chat.chat import read_stop_ids
 from vlmalign.evaluation.answers import answer
 from vlmalign.evaluation.scoring import Request, score
 from vlmalign.models.lora import merge_adapter

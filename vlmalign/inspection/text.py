@@ -7,8 +7,8 @@ from pathlib import Path
 
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
 
-from vlmalign.data.chat import Chat, open_chat, read_stop_ids
-from vlmalign.data.pixels import open_pixels
+from vlmalign.data.chat.chat import Chat, open_chat, read_stop_ids
+from vlmalign.data.films.pixels import open_pixels
 from vlmalign.inspection.records import Text
 from vlmalign.models.config import ModelConfig, QwenVisionConfig, SiglipConfig
 from vlmalign.weights.layout import read_json

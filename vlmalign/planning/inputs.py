@@ -85,7 +85,7 @@ def _prompt_length(config: ChexReasonConfig, model: Model) -> tuple[int, str]:
     tokens = model.config.vision.tokens
     if (config.model.path / "tokenizer.json").is_file():
         from vlmalign.data.answers import film_question
-        from vlmalign.data.chat import open_chat
+        from vlmalign.data.chat.chat import open_chat
 
         chat = open_chat(config.model.path, family=model.config.family, image_tokens=lambda key: tokens)
         return len(chat.prompt(film_question("film", config.prompt), group_id=0).prompt), "the folder's tokenizer"

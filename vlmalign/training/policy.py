@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from vlmalign.data.prefetch import Announced
+from vlmalign.data.films.prefetch import Announced
 from vlmalign.distributed import process_count
 from vlmalign.exchange import fetch
 from vlmalign.models.model import Params

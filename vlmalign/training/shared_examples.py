@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from vlmalign.data.films.prefetch import Announced
 from vlmalign.data.pipeline import Position, shuffled_batches
-from vlmalign.data.prefetch import Announced
 from vlmalign.distributed import own_share, process_index
 from vlmalign.exchange import gather_from
 from vlmalign.rollout.features import FeatureStore

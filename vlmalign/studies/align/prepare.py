@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vlmalign.data.chat import Chat
+from vlmalign.data.chat.chat import Chat
 from vlmalign.progress import Progress
 from vlmalign.studies.align.config import AlignConfig, AnyStage
 from vlmalign.studies.align.data_config import Rows

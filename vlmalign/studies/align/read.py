@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from vlmalign.data.chat import Chat
-from vlmalign.data.images import BadImage, load_image
+from vlmalign.data.chat.chat import Chat
+from vlmalign.data.chat.messages import Message, check_messages
+from vlmalign.data.chat.preferences import read_preferences
+from vlmalign.data.films.images import BadImage, load_image
 from vlmalign.data.lengths import fit
-from vlmalign.data.messages import Message, check_messages
-from vlmalign.data.preferences import read_preferences
-from vlmalign.data.tables import inside
+from vlmalign.data.sources.tables import inside
 from vlmalign.studies.align.data_config import Examples, Prompts
 from vlmalign.training.rollouts import Task
 from vlmalign.types import Group

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from vlmalign.data.chat import Chat, open_chat
-from vlmalign.data.pixels import GIB, open_pixels
-from vlmalign.data.prefetch import PrefetchReader
-from vlmalign.data.reading import TwoStepReader
+from vlmalign.data.chat.chat import Chat, open_chat
+from vlmalign.data.films.pixels import GIB, open_pixels
+from vlmalign.data.films.prefetch import PrefetchReader
+from vlmalign.data.films.reading import TwoStepReader
 from vlmalign.mesh import Placement
 from vlmalign.models.config import ModelConfig
 from vlmalign.models.lora import LoraSpec, init_adapter

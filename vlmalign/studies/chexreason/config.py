@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from vlmalign.config import Config
-from vlmalign.data.schema import LABEL_MAPS
+from vlmalign.data.sources.schema import LABEL_MAPS
 from vlmalign.models.lora import ATTENTION_AND_FEED_FORWARD
 from vlmalign.models.model import DTYPES
 from vlmalign.studies.run_config import Mesh, Positive, Reading, Share

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vlmalign.data.schema import CHEXPERT9
+from vlmalign.data.sources.schema import CHEXPERT9
 from vlmalign.evaluation.baselines import BASELINES
 from vlmalign.evaluation.bootstrap import paired_difference
 from vlmalign.evaluation.f1 import label_matrix

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from vlmalign.data.datasets import WRITERS, open_dataset
-from vlmalign.data.films import Films as Dataset
-from vlmalign.data.schema import LABEL_MAPS
-from vlmalign.data.traces import write_traces
+from vlmalign.data.phantoms.traces import write_traces
+from vlmalign.data.sources.films import Films as Dataset
+from vlmalign.data.sources.formats import WRITERS, open_dataset
+from vlmalign.data.sources.schema import LABEL_MAPS
 from vlmalign.exchange import agree, from_first
 from vlmalign.studies.chexreason.config import ChexReasonConfig, Films
 from vlmalign.types import Example

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from vlmalign.data.images import BadImage, load_image
-from vlmalign.data.sampler import balanced_sample, random_sample
+from vlmalign.data.films.images import BadImage, load_image
+from vlmalign.data.sampling.sampler import balanced_sample, random_sample
 from vlmalign.exchange import from_first
 from vlmalign.progress import Progress
 from vlmalign.studies.chexreason.config import ChexReasonConfig

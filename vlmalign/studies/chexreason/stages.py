@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vlmalign.data.answers import answer_text, film_example, label_trace
-from vlmalign.data.traces import read_traces
+from vlmalign.data.phantoms.traces import read_traces
 from vlmalign.distributed import own_share
 from vlmalign.exchange import gather_from
 from vlmalign.models.lora import init_adapter

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from vlmalign.data.answers import film_question
-from vlmalign.data.chat import Chat, open_chat
-from vlmalign.data.pixels import GIB, open_pixels
-from vlmalign.data.prefetch import PrefetchReader
+from vlmalign.data.chat.chat import Chat, open_chat
+from vlmalign.data.films.pixels import GIB, open_pixels
+from vlmalign.data.films.prefetch import PrefetchReader
 from vlmalign.mesh import Placement, row_shares
 from vlmalign.models.lora import LoraSpec
 from vlmalign.models.model import Model, Params

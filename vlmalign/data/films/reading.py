@@ -10,8 +10,8 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from vlmalign.data.resize import Recipe
-from vlmalign.data.resize_cache import ResizeCache
+from vlmalign.data.films.resize import Recipe
+from vlmalign.data.films.resize_cache import ResizeCache
 from vlmalign.types import Grid, Patches
 
 

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlmalign.data.cases import SIZES, Case, Finding, draw_case
-from vlmalign.data.institutions import Institution
-from vlmalign.data.looks import Look
-from vlmalign.data.phantom import render, render_lateral
-from vlmalign.data.schema import LabelSchema
+from vlmalign.data.phantoms.cases import SIZES, Case, Finding, draw_case
+from vlmalign.data.phantoms.institutions import Institution
+from vlmalign.data.phantoms.looks import Look
+from vlmalign.data.phantoms.phantom import render, render_lateral
+from vlmalign.data.sources.schema import LabelSchema
 
 
 @dataclass(frozen=True)

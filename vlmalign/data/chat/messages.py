@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vlmalign.data.tables import inside
+from vlmalign.data.sources.tables import inside
 
 #: one turn: {"role": ..., "content": text or [{"type": "text", "text": ...} | {"type": "image", "image": key}]};
 #: an assistant's may also hold "weight", the loss weight of its tokens (default 1)

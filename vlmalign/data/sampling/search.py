@@ -42,7 +42,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from vlmalign.data.sampler_pool import Pool
+from vlmalign.data.sampling.pool import Pool
 
 _KICK = 4  # films replaced at random before the exchange is repeated
 _KICKED = 4000  # films of all sets times repeats: small sets need the repeats, large ones hardly gain by them

@@ -6,8 +6,8 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-from vlmalign.data import chexpert, mimic, nih
-from vlmalign.data.films import Films
+from vlmalign.data.sources import chexpert, mimic, nih
+from vlmalign.data.sources.films import Films
 
 #: format -> reader: `reader(root, **options) -> Films`.
 DATASETS = {

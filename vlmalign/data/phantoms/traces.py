@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from vlmalign.data.institutions import WIDE_MEDIASTINUM
+from vlmalign.data.phantoms.institutions import WIDE_MEDIASTINUM
 
 #: From this many sentences on, findings are told in the short form, so that a trace stays under about 60 words.
 _MANY = 5

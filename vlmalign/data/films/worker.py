@@ -1,6 +1,6 @@
 """The worker process that reads films: file to small film, one a message, until its pipe closes.
 
-It is started as a fresh interpreter (see `film_pool`) and imports NumPy and Pillow only: it is ready in a fraction of a
+It is started as a fresh interpreter (see `pool`) and imports NumPy and Pillow only: it is ready in a fraction of a
 second and takes some 50 MB. What it sends is uint8, a twelfth of the tower's float32 for a grey film.
 """
 
@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vlmalign.data.images import BadImage
-from vlmalign.data.resize import Recipe, load_film
-from vlmalign.data.resize_cache import CacheCounts, ResizeCache
+from vlmalign.data.films.images import BadImage
+from vlmalign.data.films.resize import Recipe, load_film
+from vlmalign.data.films.resize_cache import CacheCounts, ResizeCache
 
 
 class Start(NamedTuple):

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vlmalign.data.cases import PREVALENCE, Case, Finding
-from vlmalign.data.looks import Look
-from vlmalign.data.schema import CHEXPERT, NIH14, LabelSchema
+from vlmalign.data.phantoms.cases import PREVALENCE, Case, Finding
+from vlmalign.data.phantoms.looks import Look
+from vlmalign.data.sources.schema import CHEXPERT, NIH14, LabelSchema
 
 #: A lesion of this radius (film units) or more is a mass.
 MASS_RADIUS = 0.115

@@ -14,11 +14,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from vlmalign.data.films import Films
-from vlmalign.data.institutions import NIH_LIKE, Institution
-from vlmalign.data.nih_table import COLUMNS, TABLE, NihTable, finding_matrix, read_nih_table
-from vlmalign.data.schema import NIH14
-from vlmalign.data.synthetic import (
+from vlmalign.data.phantoms.institutions import NIH_LIKE, Institution
+from vlmalign.data.phantoms.synthetic import (
     Film,
     Study,
     plan_studies,
@@ -27,7 +24,10 @@ from vlmalign.data.synthetic import (
     write_films,
     write_truth,
 )
-from vlmalign.data.tables import find_table, read_table
+from vlmalign.data.sources.films import Films
+from vlmalign.data.sources.nih_table import COLUMNS, TABLE, NihTable, finding_matrix, read_nih_table
+from vlmalign.data.sources.schema import NIH14
+from vlmalign.data.sources.tables import find_table, read_table
 
 __all__ = ["Nih14", "NihExtract", "NihTable", "read_nih_table", "write_synthetic", "write_synthetic_extract"]
 

@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from vlmalign.data.messages import Message
+from vlmalign.data.chat.messages import Message
 
 #: roles of which templates may write the text in another form (Llama 3.1: results of tools as JSON), and the answers,
 #: each of which is looked for in its own place

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vlmalign.data.sampler_pool import Pool, encode
-from vlmalign.data.sampler_search import Goal, greedy, improve, label_counts
+from vlmalign.data.sampling.pool import Pool, encode
+from vlmalign.data.sampling.search import Goal, greedy, improve, label_counts
 
 
 @dataclass(frozen=True)

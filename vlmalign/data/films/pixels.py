@@ -18,11 +18,11 @@ from PIL import Image
 from transformers import AutoImageProcessor, BaseImageProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from vlmalign.data.images import BadImage
-from vlmalign.data.levels import level_table, look_up
-from vlmalign.data.reading import PixelReader, TwoStepReader
-from vlmalign.data.resize import Recipe, load_film
-from vlmalign.data.resize_cache import ResizeCache
+from vlmalign.data.films.images import BadImage
+from vlmalign.data.films.levels import level_table, look_up
+from vlmalign.data.films.reading import PixelReader, TwoStepReader
+from vlmalign.data.films.resize import Recipe, load_film
+from vlmalign.data.films.resize_cache import ResizeCache
 from vlmalign.types import Grid, Patches
 
 __all__ = ["PIXELS", "DynamicResolution", "FixedSquares", "PixelReader", "image_size", "open_pixels"]

@@ -22,13 +22,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vlmalign.data.film_worker import Reply, Start, Task
-from vlmalign.data.images import BadImage
-from vlmalign.data.reading import TwoStepReader
-from vlmalign.data.resize_cache import CacheCounts, ResizeCache
+from vlmalign.data.films.images import BadImage
+from vlmalign.data.films.reading import TwoStepReader
+from vlmalign.data.films.resize_cache import CacheCounts, ResizeCache
+from vlmalign.data.films.worker import Reply, Start, Task
 from vlmalign.types import Patches
 
-_BOOT = "import sys; sys.path[:] = {path!r}; from vlmalign.data.film_worker import serve; serve({descriptor})"
+_BOOT = "import sys; sys.path[:] = {path!r}; from vlmalign.data.films.worker import serve; serve({descriptor})"
 
 
 class _Request(NamedTuple):

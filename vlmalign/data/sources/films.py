@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from vlmalign.data.schema import LabelSchema
-from vlmalign.data.tables import inside, stays_inside
+from vlmalign.data.sources.schema import LabelSchema
+from vlmalign.data.sources.tables import inside, stays_inside
 from vlmalign.types import Example
 
 

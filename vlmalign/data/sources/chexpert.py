@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from vlmalign.data.films import Films
-from vlmalign.data.institutions import CHEXPERT_LIKE, Institution
-from vlmalign.data.schema import CHEXPERT
-from vlmalign.data.synthetic import Film, plan_studies, split_counts, truth_row, write_films, write_truth
-from vlmalign.data.tables import find_table, inside, label_values, positives, read_table
+from vlmalign.data.phantoms.institutions import CHEXPERT_LIKE, Institution
+from vlmalign.data.phantoms.synthetic import Film, plan_studies, split_counts, truth_row, write_films, write_truth
+from vlmalign.data.sources.films import Films
+from vlmalign.data.sources.schema import CHEXPERT
+from vlmalign.data.sources.tables import find_table, inside, label_values, positives, read_table
 
 RELEASES = ("CheXpert-v1.0", "CheXpert-v1.0-small")
 COLUMNS = ("Path", "Sex", "Age", "Frontal/Lateral", "AP/PA")

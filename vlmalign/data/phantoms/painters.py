@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vlmalign.data.cases import Finding
+from vlmalign.data.phantoms.cases import Finding
 
 MIDLINE = 0.02
 CHEST = 0.80  #: half the inner width of the chest

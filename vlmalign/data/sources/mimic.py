@@ -13,10 +13,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from vlmalign.data.films import Films
-from vlmalign.data.institutions import MIMIC_LIKE, Institution
-from vlmalign.data.schema import CHEXPERT
-from vlmalign.data.synthetic import (
+from vlmalign.data.phantoms.institutions import MIMIC_LIKE, Institution
+from vlmalign.data.phantoms.synthetic import (
     Film,
     Study,
     plan_studies,
@@ -25,7 +23,9 @@ from vlmalign.data.synthetic import (
     write_films,
     write_truth,
 )
-from vlmalign.data.tables import find_table, label_values, positives, read_table
+from vlmalign.data.sources.films import Films
+from vlmalign.data.sources.schema import CHEXPERT
+from vlmalign.data.sources.tables import find_table, label_values, positives, read_table
 
 VERSIONS = ("2.1.0", "2.0.0")
 SPLITS = ("train", "validate", "test")

@@ -12,9 +12,9 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-from vlmalign.data.cases import KINDS, PREVALENCE, Case, Finding, draw_case
-from vlmalign.data.looks import Look, apply_look
-from vlmalign.data.painters import CHEST, MIDLINE, PAINTERS, Film, edge
+from vlmalign.data.phantoms.cases import KINDS, PREVALENCE, Case, Finding, draw_case
+from vlmalign.data.phantoms.looks import Look, apply_look
+from vlmalign.data.phantoms.painters import CHEST, MIDLINE, PAINTERS, Film, edge
 
 __all__ = ["KINDS", "PREVALENCE", "Case", "Finding", "Look", "draw_case", "render", "render_lateral"]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from vlmalign.data.schema import NIH14, unknown_label
-from vlmalign.data.tables import read_table
+from vlmalign.data.sources.schema import NIH14, unknown_label
+from vlmalign.data.sources.tables import read_table
 
 TABLE = "Data_Entry_2017_v2020.csv"
 #: As parsed: the two bracketed names come out in two parts each.

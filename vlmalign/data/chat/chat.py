@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from vlmalign.data.image_text import IMAGE_TEXT, ImageText
-from vlmalign.data.images import BadImage
-from vlmalign.data.messages import ControlTokens, Message, check_messages, for_template, image_keys, label_weight
-from vlmalign.data.turns import write
+from vlmalign.data.chat.image_text import IMAGE_TEXT, ImageText
+from vlmalign.data.chat.messages import ControlTokens, Message, check_messages, for_template, image_keys, label_weight
+from vlmalign.data.chat.turns import write
+from vlmalign.data.films.images import BadImage
 from vlmalign.types import Group, Segment
 
 __all__ = ["Chat", "Message", "open_chat", "read_stop_ids"]

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, features
 
-from vlmalign.data.images import decode_image, read_film
-from vlmalign.data.resize_cache import ResizeCache
+from vlmalign.data.films.images import decode_image, read_film
+from vlmalign.data.films.resize_cache import ResizeCache
 
 #: Counts up when the pixels that `resize_film` makes of the same bytes change: older cache entries are then not found.
 RULES = 1

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vlmalign.data.bounded_folder import BoundedFolder
+from vlmalign.data.films.bounded_folder import BoundedFolder
 
 _MAGIC = b"vlmfilm1"
 #: magic, key, height, width, channels; the CRC-32 of all that and of the pixels stands behind them

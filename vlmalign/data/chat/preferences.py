@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlmalign.data.chat import Chat
-from vlmalign.data.images import BadImage
-from vlmalign.data.messages import Message, check_messages, label_weight
-from vlmalign.data.tables import inside
+from vlmalign.data.chat.chat import Chat
+from vlmalign.data.chat.messages import Message, check_messages, label_weight
+from vlmalign.data.films.images import BadImage
+from vlmalign.data.sources.tables import inside
 from vlmalign.types import Group, Segment
 
 #: why a pair can be refused

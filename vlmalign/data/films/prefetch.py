@@ -17,9 +17,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from vlmalign.data.film_pool import FilmPool
-from vlmalign.data.reading import TwoStepReader
-from vlmalign.data.resize_cache import CacheCounts
+from vlmalign.data.films.pool import FilmPool
+from vlmalign.data.films.reading import TwoStepReader
+from vlmalign.data.films.resize_cache import CacheCounts
 from vlmalign.types import Grid, Patches
 
 Item = TypeVar("Item")

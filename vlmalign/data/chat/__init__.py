@@ -1,0 +1,1 @@
+"""Conversations to tokens through a checkpoint's own chat template."""

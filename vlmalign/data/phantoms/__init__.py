@@ -1,0 +1,1 @@
+"""Invented chest films with known truth, in the real on-disk formats."""

@@ -1,0 +1,1 @@
+"""Drawing small sets in which every label has enough films."""

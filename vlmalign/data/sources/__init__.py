@@ -1,0 +1,1 @@
+"""What lies on disk, read as examples: the real formats of chest-film data sets, tables and rows."""
