@@ -31,7 +31,8 @@ def facts(results: dict[str, Any], dataset: str, subset: str) -> list[tuple[str,
         if row["dataset"] == dataset
     ]
     best, name = max(rivals, key=lambda rival: rival[0]["value"])
-    gain = results["reward"]["gain_in_standard_errors"]
+    reward = results["rewards"]["grpo"]
+    gain = reward["gain_in_standard_errors"]
     return [
         (
             f"{dataset}, macro-F1 of {subset} labels: SFT {_text(sft)}, best baseline ({name}) {_text(best)}; "
@@ -39,7 +40,7 @@ def facts(results: dict[str, Any], dataset: str, subset: str) -> list[tuple[str,
             sft["value"] - best["value"] >= MARGIN and sft["low"] > best["high"],
         ),
         (
-            f"GRPO reward {results['reward']['first']['mean']:.3f} -> {results['reward']['last']['mean']:.3f}, "
+            f"GRPO reward {reward['first']['mean']:.3f} -> {reward['last']['mean']:.3f}, "
             f"{gain:+.1f} standard errors (more than {STANDARD_ERRORS:.0f})",
             gain > STANDARD_ERRORS,
         ),
@@ -51,8 +52,8 @@ def _text(interval: dict[str, Any]) -> str:
 
 
 def main(run: Path) -> int:
-    results = json.loads((run / "evaluation" / "results.json").read_text(encoding="utf-8"))
-    found = facts(results, "mimic-like test", "all 14")
+    results = json.loads((run / "scores" / "test" / "results.json").read_text(encoding="utf-8"))
+    found = facts(results, "mimic-like", "all 14")
     for text, holds in found:
         print(("holds: " if holds else "DOES NOT HOLD: ") + text)
     return 0 if all(holds for _, holds in found) else 1

@@ -17,7 +17,7 @@ done
 
 environment run
 cd "$repository"
-"$python" -m vlmalign.cli chexreason configs/chexreason/quickstart.yaml --run "$run" "$@"
+"$python" -m vlmalign.cli run configs/chexreason/quickstart.yaml --run "$run" "$@"
 
 echo "quickstart: $SECONDS s in all, environment included"
 if [[ -f "$run/report.html" ]]; then

@@ -1,8 +1,16 @@
 #!/usr/bin/env bash
 # bash scripts/test.sh [pytest arguments]
 #
-# Formatting, lint and every test that is not marked `study` or `soak`. Needs only Python 3.11 or newer and pip.
+# Formatting, lint and every test that is not marked `full` or `soak`. Needs only Python 3.11 or newer and pip.
 # Arguments go to pytest: `bash scripts/test.sh -k config -x`.
+#
+# bash scripts/test.sh full [pytest arguments]
+#
+# The same with the tests marked `full`: everything but `soak`.
+#
+# bash scripts/test.sh half 0|1 [pytest arguments]
+#
+# One half of the tests marked `full`, alone; the other number runs the other half.
 #
 # bash scripts/test.sh parity --count N [--seed S] [--family F] [--write FOLDER]
 #
@@ -10,11 +18,14 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_environment.sh"
 
-whole_run() {
+check_style() {
   "$python" -m ruff format --check --quiet --output-format concise . || fail "some files are not formatted; run: ruff format ."
   "$python" -m ruff check --quiet --output-format concise . || fail "ruff found the problems above"
-  # Two processes, whole files each: most of the time goes into compiling, which uses one core.
-  "$python" -m pytest -m "not study and not soak" -n 2 --dist loadfile "$@"
+}
+
+run_tests() { # run_tests MARKERS [pytest arguments]
+  # Two processes, whole files each, in conftest.py's order: most of the time goes into compiling, which uses one core.
+  "$python" -m pytest -m "$1" -n 2 --dist loadfile --no-loadscope-reorder "${@:2}"
 }
 
 environment test
@@ -37,5 +48,18 @@ if [[ "${1:-}" == parity ]]; then
   exit
 fi
 
-whole_run "$@"
+case "${1:-}" in
+full)
+  check_style
+  run_tests "not soak" "${@:2}"
+  ;;
+half)
+  [[ "${2:-}" == [01] ]] || fail "half 0 or half 1, found: half ${2:-}"
+  run_tests "full and not soak" --half "$2" "${@:3}"
+  ;;
+*)
+  check_style
+  run_tests "not full and not soak" "$@"
+  ;;
+esac
 echo "tests: passed, $SECONDS s in all"

@@ -1,6 +1,8 @@
 """Set before anything of vlmalign is imported: shape checks on every annotated call, CPU, exact float32, one compile cache."""
 
 import atexit
+import ctypes
+import gc
 import json
 import os
 import shutil
@@ -8,7 +10,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,48 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="vlmalign-compiled-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+#: bytes; above this much a process gives up what it has compiled before it begins another test file
+MOST_RESIDENT = 1 << 30
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--half", type=int, choices=(0, 1), help="run this half of the tests marked `full`, and no others")
+
+
+def half_of(file: str) -> int:
+    """0 or 1, always the same for one file of tests: its tests share what is compiled and trained for them."""
+    return zlib.crc32(file.encode()) % 2
+
+
+#: Rooms whose files take longest come first, lest one process be left alone with a long one at the end.
+LONG = ("studies", "training", "objectives", "rollout", "models", "planning", "parity")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.parent.name) if item.path.parent.name in LONG else len(LONG))
+    if (half := config.getoption("--half")) is None:
+        return
+    kept, others = [], []
+    for item in items:
+        mine = item.get_closest_marker("full") and half_of(item.path.relative_to(REPOSITORY).as_posix()) == half
+        (kept if mine else others).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=others)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory() -> Iterator[None]:
+    """Compiled programs of earlier files are dropped once they fill the memory; what is needed again is in the cache on disk."""
+    yield
+    statm = Path("/proc/self/statm")
+    if "jax" not in sys.modules or not statm.exists():
+        return
+    if int(statm.read_text().split()[1]) * os.sysconf("SC_PAGESIZE") > MOST_RESIDENT:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed pages between those that are in use
 
 
 @pytest.fixture(scope="session")

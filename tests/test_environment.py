@@ -106,3 +106,12 @@ def test_a_newer_python_beside_an_old_one_is_found(tmp_path, old_python):
     recent.chmod(0o755)
     done = source_environment("find_python", PYTHON="", PATH=f"{old_python.parent}{os.pathsep}{os.environ['PATH']}")
     assert done.stdout.strip() == "python3.12"
+
+
+@pytest.mark.parametrize(("asked", "expected"), [("1", "unset /a folder/bytecode"), ("", "unset unset")])
+def test_byte_code_is_kept_with_the_environment_where_it_may_not_lie_beside_the_sources(asked, expected):
+    shown = 'echo "${PYTHONDONTWRITEBYTECODE:-unset} ${PYTHONPYCACHEPREFIX:-unset}"'
+    done = source_environment(
+        f'unset PYTHONPYCACHEPREFIX; keep_byte_code "/a folder/bytecode"; {shown}', PYTHONDONTWRITEBYTECODE=asked
+    )
+    assert done.stdout.strip() == expected

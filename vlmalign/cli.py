@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlmalign import __version__, distributed
+from vlmalign.answering import command as answer_command
 from vlmalign.evaluation import harness_command
 from vlmalign.exporting import command as export_command
 from vlmalign.host_memory import computes_on_cpu, keep_freed_memory
@@ -28,7 +29,7 @@ class Command(NamedTuple):
 
 
 def _study_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/chexreason/quickstart.yaml")
+    parser.add_argument("config", metavar="STUDY.yaml", help="YAML file of a study, such as configs/quickstart.yaml")
     parser.add_argument(
         "--set",
         dest="overrides",
@@ -36,13 +37,22 @@ def _study_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         default=[],
-        help="change settings of the file: --set seed=1 sft.learning_rate=1e-4 stages.0.steps=10",
+        help="change settings of the file: --set seed=1 stages.sft.optimiser.learning_rate=1e-4",
     )
     parser.add_argument("--run", metavar="DIR", help="run folder; short for --set run=DIR")
 
 
 def _training_arguments(parser: argparse.ArgumentParser) -> None:
     _study_arguments(parser)
+    parser.add_argument(
+        "--only", metavar="NAME", nargs="+", action="extend", default=[],
+        help="make only these artefacts and what they are made from (vlmalign status lists the names)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--redo", metavar="NAME", nargs="+", action="extend", default=[],
+        help="set these artefacts aside, and all that was made from them, and make them again",
+    )  # fmt: skip
+    parser.add_argument("--dry", action="store_true", help="say what would be done, and do nothing")
     several = parser.add_argument_group(
         "several processes",
         "read from SLURM, Open MPI or Kubernetes, or set by scripts/launch_ssh.py, unless given here",
@@ -73,33 +83,26 @@ def _run_folder_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run, finished or not")
 
 
-def _chexreason(arguments: argparse.Namespace) -> None:
-    from vlmalign.config import load_config
-    from vlmalign.studies.chexreason.config import ChexReasonConfig
-    from vlmalign.studies.chexreason.run import run
+def _run(arguments: argparse.Namespace) -> None:
+    from vlmalign.studies.engine.chain import load_study
 
+    config = load_study(arguments.config, _overrides(arguments))
     _begin(arguments)
-    config, before = _settled(load_config(ChexReasonConfig, arguments.config, _overrides(arguments)))
-    run(config, before=before)
+    from vlmalign.planning.auto import settled
+    from vlmalign.studies.engine.run import Asked, run
+
+    asked = Asked(tuple(arguments.only), tuple(arguments.redo), arguments.dry)
+    run(config, Path(arguments.config), asked, settle=lambda config: settled(config, _say))
 
 
-def _align(arguments: argparse.Namespace) -> None:
-    from vlmalign.config import load_config
-    from vlmalign.studies.align.config import AlignConfig
-    from vlmalign.studies.align.run import run
-
-    _begin(arguments)
-    config, before = _settled(load_config(AlignConfig, arguments.config, _overrides(arguments)))
-    run(config, Path(arguments.config), before=before)
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
-def _settled(config: Any) -> tuple[Any, Any]:
-    """With what the config leaves to the plan ("auto") chosen for the devices here; and as an earlier start of the run
-    chose it for the devices that it had, which the run goes on with on these."""
-    from vlmalign.planning.auto import as_before, settled
+def _status(arguments: argparse.Namespace) -> None:
+    from vlmalign.studies.engine.status import print_status
 
-    found = settled(config, lambda line: print(line, file=sys.stderr, flush=True))
-    return found, as_before(config, found)
+    print_status(arguments.run)
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -130,8 +133,10 @@ def _overrides(arguments: argparse.Namespace) -> list[str]:
 
 
 COMMANDS = (
-    Command("align", "SFT, DPO, GRPO and PPO on your own JSON Lines", _training_arguments, _align),
-    Command("chexreason", "chest films with reasoning: SFT, GRPO, evaluation", _training_arguments, _chexreason),
+    Command("run", "make a study: data, training, answers, scores, report", _training_arguments, _run),
+    Command("align", "the same; for studies that are a list of stages", _training_arguments, _run),
+    Command("status", "what of a run is done, under way, waiting or stale", _run_folder_arguments, _status),
+    Command("answer", "ask a model one question, about films or none", answer_command.arguments, answer_command.run),
     Command("preview", "show a conversation as it is trained on", _preview_arguments, _preview),
     Command("report", "write report.html and the completion pages of a run again", _run_folder_arguments, _report),
     Command(
@@ -146,8 +151,9 @@ COMMANDS = (
 )
 
 _EPILOG = """examples:
-  vlmalign chexreason configs/chexreason/quickstart.yaml
-  vlmalign chexreason configs/chexreason/quickstart.yaml --set seed=1 --run runs/seed1
+  vlmalign run configs/quickstart.yaml
+  vlmalign run configs/quickstart.yaml --set seed=1 --run runs/seed1
+  vlmalign status runs/seed1
   vlmalign report runs/seed1
 
 A run that was interrupted continues when the same command is given again."""

@@ -28,7 +28,7 @@ class Config(BaseModel):
     several kinds a tag: `objective: Sft | Grpo = Field(discriminator="kind")` with `kind: Literal["sft"] = "sft"`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, populate_by_name=True)
 
 
 class ConfigError(ValueError):
@@ -81,7 +81,7 @@ def load_config(cls: type[AnyConfig], path: str | Path, overrides: Iterable[str]
 
 def dump_config(config: Config) -> str:
     """YAML text of every setting, defaults included, from which `load_config` makes an equal config."""
-    return write_yaml(config.model_dump(mode="json"))
+    return write_yaml(config.model_dump(mode="json", by_alias=True))
 
 
 _EXPECTED = {  # pydantic's error type -> what YAML calls the thing it wants

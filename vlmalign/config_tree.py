@@ -58,19 +58,21 @@ def _complete_section(
     path: tuple[str | int, ...],
     problems: list[str],
 ) -> dict[str, Any]:
+    keys = {field.alias or name: name for name, field in model.model_fields.items()}
     for key in data:
-        if key not in model.model_fields:
-            known = nearest(str(key), list(model.model_fields))
+        if key not in keys:
+            known = nearest(str(key), list(keys))
             hint = f"; the nearest known key is {join((*path, known))}" if known else "; this section has no keys"
             problems.append(f"{join((*path, key))}: unknown key{hint}")
     filled: dict[str, Any] = {}
     for name, field in model.model_fields.items():
         stated = isinstance(default, model)
         value = getattr(default, name) if stated else field.get_default(call_default_factory=True)
-        if name in data:
-            filled[name] = complete(field.annotation, data[name], value, (*path, name), problems)
+        key = field.alias or name
+        if key in data:
+            filled[key] = complete(field.annotation, data[key], value, (*path, key), problems)
         elif value is not PydanticUndefined:
-            filled[name] = to_jsonable_python(value, inf_nan_mode="constants")
+            filled[key] = to_jsonable_python(value, inf_nan_mode="constants", by_alias=True)
     return filled
 
 

@@ -16,13 +16,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Example:
-    """One film of a data set, as its reader found it on disk."""
+    """One case of a source as its reader found it on disk: a film, a record, a question, a row of turns."""
 
     id: str  #: unique within the data set (MIMIC: dicom id; CheXpert: relative path; NIH: image index)
     patient: str  #: unique within the data set; splits and bootstraps are by patient
-    image: Path  #: checked to lie inside the data root
-    labels: tuple[str, ...]  #: positive labels, in the order of the data set's schema
-    meta: Mapping[str, Any] = field(default_factory=dict)  #: study, view, sex, age, ... where the format has them
+    image: Path | None = None  #: checked to lie inside the data root; None: no film
+    labels: tuple[str, ...] = ()  #: positive labels, in the order of the data set's schema
+    meta: Mapping[str, Any] = field(default_factory=dict)  #: study, view, sex, age, ... or the columns of a row
 
 
 class Grid(NamedTuple):

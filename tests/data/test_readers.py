@@ -19,14 +19,20 @@ from PIL import Image
 from vlmalign.data.films.images import load_image
 from vlmalign.data.phantoms.institutions import BASE, NIH_LIKE
 from vlmalign.data.sources.chexpert import CheXpert, read_study_table
-from vlmalign.data.sources.formats import DATASETS, WRITERS, open_dataset
+from vlmalign.data.sources.formats import SOURCES
 from vlmalign.data.sources.mimic import MimicCxrJpg
 from vlmalign.data.sources.nih import Nih14, NihExtract, read_nih_table
 from vlmalign.data.sources.schema import CHEXPERT, NIH14
 from vlmalign.data.sources.tables import inside, label_values, read_table
+from vlmalign.data.sources.xray import Archive
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
+WRITERS = {kind: source.write for kind, source in SOURCES.items() if issubclass(source, Archive)}
 MIMIC_TABLES = ("metadata", "split", "chexpert", "negbio")
+
+
+def _opened(kind, root, **options):
+    return SOURCES[kind](kind=kind, root=root, **options).open(Path)
 
 
 def _real(*parts):
@@ -74,10 +80,10 @@ def _truth(root):
 # ---- every format -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("format", DATASETS)
+@pytest.mark.parametrize("format", WRITERS)
 def test_what_is_written_is_read(tmp_path, format):
     rows = WRITERS[format](tmp_path, films=40, seed=3, size=32)
-    films = open_dataset(format, tmp_path)
+    films = _opened(format, tmp_path)
     truth = _truth(tmp_path)
     assert len(rows) == len(truth) == 40
     assert films.skipped == []
@@ -111,15 +117,13 @@ def test_no_patient_is_in_two_splits_and_some_have_several_films(tmp_path):
     assert sum(map(len, patients)) == len(set.union(*patients)) < 120
 
 
-def test_unknown_formats_folders_and_options_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"'chexpart' \(nearest known: chexpert"):
-        open_dataset("chexpart", tmp_path)
+def test_unknown_folders_and_options_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder"):
-        open_dataset("chexpert", tmp_path / "absent")
+        _opened("chexpert", tmp_path / "absent")
     with pytest.raises(FileNotFoundError, match=r"metadata\.csv\.gz.*check that the root"):
-        open_dataset("mimic-cxr-jpg", tmp_path)
+        _opened("mimic-cxr-jpg", tmp_path)
     with pytest.raises(ValueError, match=r"validate.*'valid'"):
-        open_dataset("mimic-cxr-jpg", tmp_path, split="valid")
+        MimicCxrJpg(tmp_path, split="valid")
     with pytest.raises(ValueError, match="chexpert labels, nih-like gives nih14"):
         WRITERS["mimic-cxr-jpg"](tmp_path, films=3, seed=0, institution=NIH_LIKE)
     with pytest.raises(ValueError, match="unknown splits"):
@@ -458,6 +462,49 @@ def test_nih_table_needs_no_images(nih):
         Nih14(nih)
 
 
+def test_nih_split_lists_as_people_save_them(nih):
+    whole = (nih / "test_list.txt").read_text()
+    names = whole.split()
+    (nih / "test_list.txt").write_text("\ufeff" + whole.replace("\n", "\r\n"))
+    assert list(Nih14(nih, "test").ids()) == names
+    for text in (whole.replace(names[2], f"images_001/images/{names[2]}"), whole.replace(".png", ".jpg")):
+        (nih / "test_list.txt").write_text(text)
+        with pytest.raises(
+            ValueError, match=rf"of its 6 names are not in .*, the first '.*; .* such as '{names[0][:8]}|0000"
+        ):
+            Nih14(nih, "test")
+    (nih / "test_list.txt").write_text("\n")
+    with pytest.raises(ValueError, match=r"Data_Entry.*: no film is left of split 'test'$"):
+        Nih14(nih, "test")
+    (nih / "Data_Entry_2017_v2020.csv").rename(nih / "Data_Entry_2017.csv")  # as the first release called it
+    assert len(Nih14(nih)) == 26
+
+
+@pytest.mark.parametrize("kind", ["mimic-cxr-jpg", "nih-cxr14", "nih-extract"])
+def test_views_that_no_film_has_are_named(tmp_path, kind):
+    WRITERS[kind](tmp_path, films=12, seed=0, size=16)
+    with pytest.raises(ValueError, match=r"no film is left of .*views ap, pa \(the table has (AP|PA)"):
+        _opened(kind, tmp_path, views=["ap", "pa"])
+
+
+def test_a_table_with_a_header_only(nih, chexpert):
+    for path, use in ((nih / "Data_Entry_2017_v2020.csv", Nih14), (chexpert / "train.csv", CheXpert)):
+        path.write_text(path.read_text().splitlines()[0] + "\n")
+        with pytest.raises(ValueError, match=rf"{path.name}: no film is left"):
+            use(path.parent)
+
+
+def test_an_extract_needs_four_columns(tmp_path):
+    WRITERS["nih-extract"](tmp_path, films=6, seed=2, size=16)
+    _edit(tmp_path / "labels.csv", lambda frame: frame.drop(columns=["age", "gender", "view"]))
+    assert NihExtract(tmp_path)[0].meta == {}
+    with pytest.raises(ValueError, match="missing column 'view'"):
+        NihExtract(tmp_path, views=["AP"])
+    _edit(tmp_path / "labels.csv", lambda frame: frame.drop(columns=["path"]))
+    with pytest.raises(ValueError, match=r"missing column 'path' \(found: image_index, finding_labels, patient_id\)"):
+        NihExtract(tmp_path)
+
+
 def test_extract_paths_stay_inside(tmp_path):
     WRITERS["nih-extract"](tmp_path, films=6, seed=2, size=16)
     whole = (tmp_path / "labels.csv").read_text()
@@ -540,7 +587,7 @@ def test_real_nih_table():
 
 @pytest.mark.parametrize(("folder", "films", "size"), [("nih_images_tiny64", 1000, 64), ("nih_images", 300, 512)])
 def test_real_nih_extracts(folder, films, size):
-    extract = open_dataset("nih-extract", _real(folder), on_bad="skip")
+    extract = _opened("nih-extract", _real(folder), on_bad="skip")
     assert len(extract) == films
     assert extract.skipped == []
     frame = pd.read_csv(extract.table)

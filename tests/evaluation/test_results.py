@@ -85,6 +85,26 @@ def test_a_bad_subset_is_named(subset):
         evaluate_predictions(ROWS, LABELS, subsets={"mine": subset})
 
 
+def test_unknown_names_are_counted_and_are_never_the_empty_set():
+    rows = [
+        {**row("1", "p", [], []), "unknown": []},
+        {**row("2", "q", [], []), "unknown": ["Flu", "flu", "x" * 99]},
+        {**row("3", "r", ["a"], ["a"]), "unknown": ["flu"]},
+        row("4", "s", ["a"], []),  # rows from before unknown names were counted
+    ]
+    results = evaluate_predictions(rows, LABELS, draws=20)
+    assert results["unknown_rate"] == 0.5
+    assert results["unknown_names"] == [{"name": "flu", "count": 2}, {"name": "x" * 60, "count": 1}]
+    assert results["blocks"]["all"]["exact_match"] == 0.5  # 1 and 3
+
+
+def test_a_film_may_have_several_samples():
+    rows = [{**ROWS[0], "sample": 0}, {**ROWS[0], "sample": 1, "predicted": []}]
+    assert evaluate_predictions(rows, LABELS, draws=20)["n"] == 2
+    with pytest.raises(ValueError, match="found it in row 1 too"):
+        evaluate_predictions([rows[0], rows[0]], LABELS)
+
+
 def test_no_rows_are_refused():
     with pytest.raises(ValueError, match="at least one prediction row, found none"):
         evaluate_predictions([], LABELS)

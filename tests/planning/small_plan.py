@@ -1,16 +1,18 @@
-"""A ChexReason run of a tiny Gemma 3 with a tower, as the tests of planning plan it."""
+"""A study of a tiny Gemma 3 with a tower, SFT then GRPO on films, as the tests of planning plan it."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from vlmalign.config import load_config
-from vlmalign.planning.inputs import read_lengths, read_model
-from vlmalign.planning.workload import Workload, read_workload
-from vlmalign.studies.chexreason.config import ChexReasonConfig
+from vlmalign.planning.devices import find_device
+from vlmalign.planning.lengths import Given
+from vlmalign.planning.study import workloads_of
+from vlmalign.planning.target import Target
+from vlmalign.planning.workload import Workload
+from vlmalign.studies.engine.chain import load_study
+from vlmalign.studies.engine.config import StudyConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-MEDGEMMA = REPOSITORY / "tests" / "models" / "full_size" / "medgemma-4b.json"
 CONFIG = REPOSITORY / "configs" / "chexreason" / "medgemma_4b.yaml"
 
 SMALL: dict[str, Any] = {
@@ -43,37 +45,40 @@ SMALL: dict[str, Any] = {
 }
 #: two prompts of four completions of 16 tokens
 OVERRIDES = (
-    "model.lora.rank=2",
-    "grpo.prompts=2",
-    "grpo.rollout.rows=2",
-    "grpo.rollout.completion=16",
-    "grpo.shapes.rows=2",
-    "grpo.shapes.completion_multiple=16",
-    "grpo.shapes.prompt_multiple=16",
-    "sft.batch=2",
-    "sft.shapes.rows=2",
-    "sft.shapes.completion_multiple=16",
-    "sft.shapes.prompt_multiple=16",
+    "stages.base.lora.rank=2",
+    "stages.grpo.prompts=2",
+    "stages.grpo.rollout.rows=2",
+    "stages.grpo.rollout.completion=16",
+    "stages.grpo.shapes.rows=2",
+    "stages.grpo.shapes.completion_multiple=16",
+    "stages.grpo.shapes.prompt_multiple=16",
+    "stages.sft.batch=2",
+    "stages.sft.shapes.rows=2",
+    "stages.sft.shapes.completion_multiple=16",
+    "stages.sft.shapes.prompt_multiple=16",
 )
 
 
-def config_of(*overrides: str) -> ChexReasonConfig:
-    return load_config(ChexReasonConfig, CONFIG, [*OVERRIDES, *overrides])
+def unopened(device, count, axes, sampling_axes) -> Target:
+    """Of devices that nothing is compiled for."""
+    return Target(device, count, axes=axes, sampling_axes=sampling_axes)
+
+
+def only_workload(config: StudyConfig, model_config: Path | str, *, count: int = 1, **given: int) -> Workload:
+    """The study's only workload."""
+    device = find_device("a100-80")
+    ((workload, _),) = workloads_of(
+        config, lambda dtype: device, count, model_configs={"": str(model_config)}, given=Given(**given), make_target=unopened
+    )
+    return workload
 
 
 def small_workload(folder: Path, *overrides: str, count: int = 1, sizes: dict[str, Any] = SMALL) -> Workload:
     file = folder / "config.json"
     file.write_text(json.dumps(sizes), encoding="utf-8")
-    config = config_of(*overrides)
-    model = read_model(config.model, file)
-    lengths = read_lengths(config, model, prompt=12, answer=None, completion=None)
-    return read_workload(config, model, lengths, count=count)
+    return only_workload(load_study(CONFIG, [*OVERRIDES, *overrides]), file, count=count, prompt=12)
 
 
 def medgemma(*overrides: str, count: int = 1) -> Workload:
     """The real one, as its config file plans it."""
-    config = load_config(ChexReasonConfig, CONFIG, overrides)
-    model = read_model(config.model, MEDGEMMA)
-    return read_workload(
-        config, model, read_lengths(config, model, prompt=456, answer=None, completion=None), count=count
-    )
+    return only_workload(load_study(CONFIG, overrides), "medgemma-4b", count=count, prompt=456)

@@ -43,14 +43,14 @@ def test_a_shallow_model_is_compiled_as_it_is(tmp_path):
     assert depths_of(workload.model) == (4,)
     target = open_target(HERE, 1)
     where = places(target, workload.model)
-    (job,) = shallow_jobs(lambda model: micro_job(model, workload.grpo, where, target), workload.model)
+    (job,) = shallow_jobs(lambda model: micro_job(model, workload["grpo"], where, target), workload.model)
     assert job.name == "grpo gradients"
     assert draw_out("grpo gradients", [linear(4)], workload.model) == replace(linear(4), name="grpo gradients")
 
 
 @pytest.fixture(scope="module")
 def five(tmp_path_factory):
-    return small_workload(tmp_path_factory.mktemp("five"), "model.remat=full", sizes=deep(5))
+    return small_workload(tmp_path_factory.mktemp("five"), "stages.base.remat=full", sizes=deep(5))
 
 
 def test_memory_of_gradients_is_linear_in_the_layers(five):
@@ -58,7 +58,7 @@ def test_memory_of_gradients_is_linear_in_the_layers(five):
     target = open_target(HERE, 1)
 
     def make(model):
-        return micro_job(model, five.grpo, places(target, model), target)
+        return micro_job(model, five["grpo"], places(target, model), target)
 
     def compiled(job):
         return read_compiled(job.name, lower(job, target).compile(compiler_options=QUICK))
@@ -78,7 +78,7 @@ def test_what_is_known_is_not_compiled_and_scales_the_others(five, monkeypatch):
     compiled = []
 
     def stand_in(workload, stage, target):
-        compiled.append((workload.model.remat, workload.grpo.rows))
+        compiled.append((workload.model.remat, workload["grpo"].rows))
         return replace(linear(9), memory=Memory(0, 0, 1 << 20, 0))
 
     monkeypatch.setattr("vlmalign.planning.search._compiled", stand_in)
@@ -99,14 +99,14 @@ def test_for_the_gpu_that_is_here_the_very_program_is_compiled(five, monkeypatch
     """A CPU, where a plan is a rehearsal, is told apart from a GPU that will run what was compiled."""
     compiled = []
 
-    def job(model, *, update, target):
+    def job(model, update, where, target):
         return Job(update.name, None, (len(model.config.decoder.layers),))
 
     def stand_in(jobs, target, say):
         compiled.extend(job.arguments[0] for job in jobs)
         return {job.name: linear(job.arguments[0]) for job in jobs}
 
-    monkeypatch.setattr("vlmalign.planning.search.gradients_job", job)
+    monkeypatch.setattr("vlmalign.planning.search.micro_job", job)
     monkeypatch.setattr("vlmalign.planning.search.compile_all", stand_in)
     found = _compiled(five, "grpo", Target(HERE, 1, (Mock(spec=jax.devices()[0], platform=platform),)))
     assert compiled == layers

@@ -27,7 +27,7 @@ A100 = find_device("a100-80")
 
 @pytest.fixture(scope="module")
 def real():
-    return medgemma("grpo.rollout.completion=512")
+    return medgemma("stages.grpo.rollout.completion=512")
 
 
 def test_every_rematerialisation_has_its_cost():
@@ -59,7 +59,7 @@ def test_forward_is_two_operations_per_weight_and_token():
 
 def test_lora_trains_in_four_operations_per_weight_or_six_with_rematerialisation(real):
     """Attention, head and adapter aside, which the same difference takes away."""
-    update = real.grpo
+    update = real["grpo"]
     none = cost.gradients(changed(real, "grpo", Candidate("none", 8)).model, update, 1)
     full = cost.gradients(changed(real, "grpo", Candidate("full", 8)).model, update, 1)
     config = real.model.config.decoder
@@ -79,7 +79,7 @@ def test_decoding_is_bound_by_weights_and_caches(real):
     """Of 512 steps for 8 x 4: weights 512 times, the prompts' caches 512 times, own caches as long as they are then."""
     from vlmalign.rollout.completions import Generator
 
-    work, model = real.rollout, base_of(real.model)
+    work, model = real["grpo"].rollout, base_of(real.model)
     made = Generator(model, None, (), work.rows, work.group, work.completion, work.sampling)
     assert [s.length for s in made.shapes[:4]] == [64, 128, 256, 512]
     _, decode = cost.rollout(real.model, work, made, rows=8, length=512)
@@ -94,13 +94,14 @@ def test_decoding_is_bound_by_weights_and_caches(real):
 
 def test_devices_share_the_work(real):
     """Eight devices take an eighth of the rows' operations; weights are read by every one of them."""
-    one, eight = times(real, A100, 1), times(medgemma("grpo.rollout.completion=512", count=8), A100, 8)
+    one, eight = times(real, A100, 1), times(medgemma("stages.grpo.rollout.completion=512", count=8), A100, 8)
     by_name = {part.name: part for part in eight.parts}
     for part in one.parts:
         assert by_name[part.name].cost.flops == pytest.approx(part.cost.flops / 8, rel=0.02), part.name
-    assert eight.grpo_step < one.grpo_step < 8 * eight.grpo_step
+    assert eight.stages[1].step < one.stages[1].step < 8 * eight.stages[1].step
     assert one.hours(1, 0.5) == pytest.approx(2 * one.total / 3600)
-    assert one.epoch == pytest.approx(1000 / 8 * one.grpo_step)
+    assert one.stages[1].epoch == pytest.approx(1000 / 8 * one.stages[1].step)
+    assert one.stages[0].epoch == pytest.approx(2000 / 8 * one.stages[0].step)
 
 
 def test_phases_hold_what_stays(tmp_path):
@@ -114,7 +115,7 @@ def test_phases_hold_what_stays(tmp_path):
     assert (gradients.parameters, gradients.adapter) == (base, 3 * adapter)
     assert gradients.optimiser == pytest.approx(2 * adapter, abs=64)
     assert found["sft gradients"].adapter == 2 * adapter
-    decode = found["rollout decode"]
+    decode = found["grpo decode"]
     changed = sum(v.size * v.dtype.itemsize for n, v in model.shapes.items() if n in changed_names(model))
     assert decode.parameters == base + changed  # the merged copies
     assert decode.cache == 2 * (16 + 4 * 16) * sizes.cache_bytes(model)  # prompts of 12 tokens, padded to 16
@@ -122,20 +123,20 @@ def test_phases_hold_what_stays(tmp_path):
 
 
 def test_no_reference_without_penalty(tmp_path):
-    workload = small_workload(tmp_path, "grpo.beta=0.0")
+    workload = small_workload(tmp_path, "stages.grpo.objective.beta=0.0")
     assert "grpo reference" not in {phase.name for phase in phases(workload, {}, Target(A100, 1))}
-    assert "ref_logp" not in workload.grpo.recorded
+    assert "ref_logp" not in workload["grpo"].recorded
 
 
 def test_rows_divide_over_the_devices(tmp_path):
     workload = small_workload(tmp_path, count=8)
-    assert (workload.grpo.rows, workload.sft.rows, workload.rollout.rows) == (8, 8, 8)
+    assert (workload["grpo"].rows, workload["sft"].rows, workload["grpo"].rollout.rows) == (8, 8, 8)
 
 
 def test_candidates_fastest_first(real):
-    found = list(candidates(real.grpo, 1, ("full", "none")))
+    found = list(candidates(real["grpo"], 1, ("full", "none")))
     assert found == [Candidate(remat, rows) for remat in ("none", "full") for rows in (8, 4, 2, 1)]
-    assert list(candidates(real.grpo, 8, ("none",))) == [Candidate("none", 8)]
+    assert list(candidates(real["grpo"], 8, ("none",))) == [Candidate("none", 8)]
 
 
 def test_a_cut_over_tensor_shares_out_no_rows(real):
@@ -152,18 +153,19 @@ def test_sft_asks_for_the_next_policy_where_none_of_its_rows_fit(tmp_path, monke
     """GRPO would keep everything; SFT fits only where everything is made again, and both take that."""
     asked = []
 
-    def choose(workload, stage, target, say, *, policies, known, scales):
+    def choose(workload, stage, target, say, *, policies, rows, known, scales):
+        assert rows is None, "what the config states is tried as well as the rest"
         asked.append((stage, policies))
         assert scales == ({policies[0]: 0.9} if stage == "sft" else {}), "SFT hears of what GRPO's program took"
         found = next((p for p in policies if stage == "grpo" or p == "full"), None)
         return Choice(stage, None if found is None else Candidate(found, 2), (), scales={policies[0]: 0.9})
 
-    monkeypatch.setattr("vlmalign.planning.plan.choose_rows", choose)
+    monkeypatch.setattr("vlmalign.planning.search.choose_rows", choose)
     plan = make_plan(small_workload(tmp_path), Target(A100, 1), search=True, say=lambda text: None)
     assert plan.proposed.model.remat == "full"
     assert [stage for stage, _ in asked] == ["grpo", "sft"] * len(REMAT)
     assert record(plan, share=0.5)["nothing_fits"] == []
-    monkeypatch.setattr("vlmalign.planning.plan.choose_rows", lambda *a, **k: Choice("grpo", None, ()))
+    monkeypatch.setattr("vlmalign.planning.search.choose_rows", lambda *a, **k: Choice("grpo", None, ()))
     plan = make_plan(small_workload(tmp_path), Target(A100, 1), search=True, say=lambda text: None)
     assert plan.proposed is None
     assert record(plan, share=0.5)["nothing_fits"] == ["grpo"]

@@ -44,7 +44,7 @@ def compiled(workload):
 
 def test_every_program_of_a_run(compiled):
     assert set(compiled) == {
-        "encode", "merge", "rollout prefill", "rollout decode", "grpo reference", "grpo gradients", "sft gradients",
+        "encode", "merge", "grpo prefill", "grpo decode", "grpo reference", "grpo gradients", "sft gradients",
         "sft optimiser", "grpo optimiser",
     }  # fmt: skip
 
@@ -53,7 +53,7 @@ def test_arguments_are_what_the_phases_hold(workload, compiled):
     """The compiler counts the same bytes of arguments as arithmetic does: parameters, sums, batch."""
     programs = {name: read_compiled(name, each) for name, each in compiled.items()}
     found = {phase.name: phase for phase in phases(workload, programs, open_target(HERE, 1))}
-    assert {phase.how for name, phase in found.items() if not name.startswith("evaluation")} == {"compiled"}
+    assert {phase.how for name, phase in found.items() if not name.startswith("answers")} == {"compiled"}
     model = workload.model
     adapter = 4 * adapter_weights(model)
     merge = programs["merge"].memory
@@ -203,7 +203,7 @@ def test_every_device_compiles(device):
 @needs_plug_in
 def test_eight_gpus_reduce_the_adapters_gradients_and_nothing_else(tmp_path):
     """Collectives of the real training step on a described A100 x 8; cuDNN's attention in the tower, as there."""
-    workload = small_workload(tmp_path, "model.dtype=bfloat16", count=8)
+    workload = small_workload(tmp_path, "stages.base.dtype=bfloat16", count=8)
     target = open_target(find_device("a100-80"), 8)
     plan = make_plan(workload, target, search=False, say=lambda text: None)
     reduced = plan.programs["grpo gradients"].findings.collectives
@@ -212,7 +212,7 @@ def test_eight_gpus_reduce_the_adapters_gradients_and_nothing_else(tmp_path):
     # In float32, although the adapter is used in bfloat16 (`models.product`); beside a few metrics.
     adapter = 4 * adapter_weights(workload.model)
     assert adapter <= sum(each.bytes for each in reduced) <= adapter + 1024
-    for name in ("encode", "merge", "rollout prefill", "rollout decode", "grpo reference", "grpo optimiser"):
+    for name in ("encode", "merge", "grpo prefill", "grpo decode", "grpo reference", "grpo optimiser"):
         assert plan.programs[name].findings.collectives == (), name
     assert plan.programs["encode"].findings.calls["__cudnn$fmhaSoftmax"] == workload.model.config.vision.layers
     assert plan.fits

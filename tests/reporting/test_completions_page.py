@@ -14,7 +14,7 @@ import pytest
 from vlmalign.objectives.advantages import group_advantages
 from vlmalign.reporting import completions
 from vlmalign.reporting.completion_rows import Completion, PromptGroup
-from vlmalign.reporting.completions import write_completions
+from vlmalign.reporting.completions import LOG, StagePages
 from vlmalign.reporting.html import write_report
 from vlmalign.reporting.visible_text import plain, visible
 from vlmalign.rollout.completions import Completion as Sampled
@@ -62,6 +62,11 @@ def write_log(run: Path, rows, *, stage: str = "grpo", tail: bytes = b"") -> Pat
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"".join(json.dumps(each).encode() + b"\n" for each in rows) + tail)
     return path
+
+
+def write_completions(run: Path) -> list[StagePages]:
+    """The pages of every folder that holds a log."""
+    return completions.write_completions(run, [path.parent.relative_to(run).as_posix() for path in run.rglob(LOG)])
 
 
 VOID = {"meta", "img", "br", "link", "input", "hr", "wbr"}  # elements that have no end tag
@@ -179,7 +184,7 @@ def test_the_index_counts_as_one_counts_by_hand(index):
 
 def test_what_is_written_is_told(run):
     (stage,) = write_completions(run)
-    assert stage == ("grpo", run / "grpo" / "completions.html", 2, 11)
+    assert stage == ("grpo", run / "grpo" / "completions.html", 2, 11, ["valid", "jaccard", "judge"])
 
 
 def test_a_step_counts_as_one_counts_by_hand(step):
@@ -354,7 +359,7 @@ def test_a_long_completion_is_folded_and_whole(tmp_path):
     start, end = (span.raw for span in summary.all("span", **{"class": "excerpt"}))
     assert long.startswith(start)
     assert long.endswith(end)
-    assert f"{len(long) - len(start) - len(end):,} more letters" in summary.text
+    assert f"{len(long) - len(start) - len(end):,} more characters" in summary.text
     assert cells[1].text == "empty"
 
 
@@ -369,7 +374,7 @@ def test_a_number_that_is_not_finite_is_told_by_its_name(tmp_path):
 
 def group_of(rewards) -> PromptGroup:
     known = [None if np.isnan(reward) else float(reward) for reward in rewards]
-    return PromptGroup("0", (), "", [Completion(0, "", 1, True, reward, {}, 0.0, {}) for reward in known])
+    return PromptGroup("0", (), "", {}, [Completion(0, "", 1, True, reward, {}, 0.0, {}) for reward in known])
 
 
 def test_a_group_is_flat_where_training_found_it_flat():
@@ -406,9 +411,9 @@ def test_what_training_writes_can_be_read(tmp_path):
 
 
 def test_an_empty_log_says_so_and_no_log_makes_no_page(tmp_path):
-    assert write_completions(tmp_path) == []
-    assert "completions" not in write_report(tmp_path).read_text(encoding="utf-8")
-    assert list(tmp_path.iterdir()) == [tmp_path / "report.html"]
+    (tmp_path / "config.yaml").write_text("seed: 0")
+    assert "completions.html" not in write_report(tmp_path).read_text(encoding="utf-8")
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "report.html"}
     write_log(tmp_path, [])
     (stage,) = write_completions(tmp_path)
     assert (stage.steps, stage.completions) == (0, 0)
@@ -434,7 +439,7 @@ def test_a_log_of_nothing_but_a_torn_line(tmp_path):
     write_completions(tmp_path)
     page = read(tmp_path / "grpo" / "completions.html")
     assert "1 torn line" in page.text
-    assert "200,010 letters, the first 2,000 shown" in page.text
+    assert "200,010 characters, the first 2,000 shown" in page.text
     assert len(page.one("pre").raw) == 2000
 
 
@@ -475,11 +480,12 @@ def without(name: str) -> bytes:
         (json.dumps(ROWS[2] | {"step": 0}).encode(), "line 3: expected steps in order, found step 0 after 1"),
         (
             json.dumps(ROWS[1] | {"sample": 2, "prompt": "Mrs Example"}).encode(),
-            "line 3: expected prompt and images of",
+            "line 3: expected prompt, images and columns of",
         ),
     ],
 )
 def test_a_damaged_line_is_named_and_not_quoted(tmp_path, line, message):
+    (tmp_path / "config.yaml").write_text("seed: 0")
     path = write_log(tmp_path, ROWS)
     lines = path.read_bytes().split(b"\n")
     lines[2] = line
@@ -492,13 +498,44 @@ def test_a_damaged_line_is_named_and_not_quoted(tmp_path, line, message):
 
 
 def test_the_report_links_to_the_pages_of_every_stage(tmp_path):
-    write_log(tmp_path, ROWS)
-    write_log(tmp_path, ROWS[:7], stage="second & last")
+    (tmp_path / "study.yaml").write_text("stages: {}")
+    for stage, rows in (("grpo", ROWS), ("second & last", ROWS[:7])):
+        write_log(tmp_path / "stages", rows, stage=stage)
+        folder = tmp_path / "stages" / stage
+        (folder / "begun.json").write_text(json.dumps({"kind": "grpo", "parents": {}}))
+        (folder / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
     page = read(write_report(tmp_path))
     links = {a.text: a.attributes["href"] for a in page.all("a")}
-    assert links["11 completions of 2 steps"] == "grpo/completions.html"
-    assert links["7 completions of 1 step"] == "second%20%26%20last/completions.html"
-    assert (tmp_path / "second & last" / "completions.html").is_file()
+    assert links["11 completions of 2 steps"] == "stages/grpo/completions.html"
+    assert links["7 completions of 1 step"] == "stages/second%20%26%20last/completions.html"
+    folder = tmp_path / "stages" / "second & last"
+    for page, href in (
+        ("completions.html", "../../report.html"),
+        ("completions/step_000001.html", "../../../report.html"),
+    ):
+        assert href in {a.attributes["href"] for a in read(folder / page).all("a")}
+
+
+def test_the_truth_stands_beside_the_completions(tmp_path):
+    columns = {"truth": ["Edema", "<b>Fracture"], "view": None}
+    write_log(tmp_path, [row(1, 0, sample, float(sample), columns=columns) for sample in range(2)])
+    write_completions(tmp_path)
+    (group,) = groups(read(tmp_path / "grpo" / "completions" / "step_000001.html"))
+    shown = {div.one("dt").text: div.one("dd").text for div in group.one("dl").all("div")}
+    assert shown == {"truth": "Edema, <b>Fracture", "view": ""}
+    write_log(tmp_path, [row(1, 0, 0, 1.0, columns=columns), row(1, 0, 1, 1.0, columns={})])
+    with pytest.raises(ValueError, match="line 2: expected prompt, images and columns"):
+        write_completions(tmp_path)
+
+
+def test_the_index_draws_the_mean_reward(run, index, tmp_path):
+    (curve,) = index.all("svg")
+    assert (
+        curve.attributes["aria-label"] == "Mean reward over 2 steps: mean 0.4514 in the first fifth, 0.5 in the last."
+    )
+    write_log(tmp_path, [row(1, 0, 0, None)])
+    write_completions(tmp_path)
+    assert read(tmp_path / "grpo" / "completions.html").all("svg") == [], "no reward is known"
 
 
 def picture(path: Path) -> Path:
@@ -570,9 +607,9 @@ def test_a_key_that_is_no_file_is_never_a_link(tmp_path, key, words):
     assert image_items(tmp_path, [key]) == [(f"{words} no such file here".strip(), None, False)]
 
 
-@pytest.mark.parametrize(("name", "most"), [("MOST_COMPLETIONS", 5), ("MOST_LETTERS", 100)])
+@pytest.mark.parametrize(("name", "most"), [("MOST_COMPLETIONS", 5), ("MOST_CHARACTERS", 100)])
 def test_a_large_step_has_several_pages_and_nothing_is_left_out(tmp_path, monkeypatch, name, most):
-    # 7 groups of 2 completions, 12 letters each, below prompts of 11 letters: two groups fit on a page by either limit.
+    # 7 groups of 2 completions, 12 characters each, below prompts of 11: two groups fit on a page by either limit.
     rows = [row(1, p, k, 0.5 if p == 4 else float(k)) for p in range(7) for k in (0, 1)]
     write_log(tmp_path, rows)
     monkeypatch.setattr(completions, name, most)
@@ -625,4 +662,4 @@ def test_the_pages_need_nothing_else(step, index):
     for page in (step, index):
         assert page.all("link") == []
         assert not any("src" in each.attributes for each in page.all("script"))
-        assert not re.search(r"@import|url\(", page.one("style").raw)
+        assert not any(re.search(r"@import|url\(", style.raw) for style in page.all("style"))

@@ -3,169 +3,25 @@
 import html.parser
 import json
 import re
+import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from run_folders import FORK, metrics, write_align, write_chexreason, write_json, write_lines, write_stage, write_study
 
-from vlmalign.evaluation.bootstrap import paired_difference
-from vlmalign.evaluation.f1 import label_matrix
-from vlmalign.evaluation.results import evaluate_predictions
-from vlmalign.reporting import curves
+from vlmalign.reporting import curves, training
+from vlmalign.reporting.boards import boards
 from vlmalign.reporting.examples import choose_examples
 from vlmalign.reporting.html import write_report
+from vlmalign.reporting.record import Stage
 from vlmalign.reporting.run_folder import read_run
+from vlmalign.reporting.score_file import numbers
+from vlmalign.reporting.styles import set_styles, stage_styles
 
-LABELS = ("No Finding", "Cardiomegaly", "Edema", "Pneumonia", "Hernia & Co")
-SHARED = ("No Finding", "Edema", "Pneumonia")
-DATASETS = {"home": ("in-schema", LABELS), "away": ("cross-schema", SHARED)}
-SKILL = {"base": 0.3, "sft": 0.75, "grpo": 0.85}
-
-
-def write_json(path: Path, value) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value), encoding="utf-8")
-
-
-def write_lines(path: Path, rows) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def answers(rng, stage: str, dataset: str, labels: tuple[str, ...], truths, images) -> list[dict]:
-    """Prediction rows of one stage: each label is told right with the stage's skill; the last label never occurs."""
-    rows = []
-    for film, truth in enumerate(truths):
-        told = [label for label in labels[:-1] if (label in truth) == (rng.random() < SKILL[stage] or label in truth)]
-        valid = bool(rng.random() < 0.95)
-        text = f"The {'heart is large' if film % 2 else 'lungs are clear'} on film {film}."
-        rows.append(
-            {
-                "stage": stage,
-                "dataset": dataset,
-                "id": f"film-{film:04d}",
-                "patient": f"p{film // 2}",
-                "truth": truth,
-                "predicted": told if valid else [],
-                "valid": valid,
-                "reason": None if valid else "expected one solution block, found none",
-                "reasoning": text if valid else "",
-                "completion": f"<think>{text}</think><solution>{', '.join(told)}</solution>" if valid else text,
-                "tokens": 30,
-                "stopped": True,
-                "image": str(images[film % len(images)]),
-            }
-        )
-    return rows
-
-
-def write_run(run: Path, *, films: int = 40, steps: int = 30, labels=None, draws: int = 50, images=None) -> Path:
-    """A run folder as a finished run leaves it. `labels`: data set -> (role, labels)."""
-    datasets = labels or DATASETS
-    home = next(iter(datasets.values()))[1]
-    rng = np.random.default_rng(0)
-    if images is None:
-        (run / "images").mkdir(parents=True)
-        images = []
-        for number in range(2):
-            path = run / "images" / f"{number}.png"
-            Image.fromarray(rng.integers(0, 255, (8, 8), np.uint8)).save(path)
-            images.append(path.relative_to(run))
-    (run / "config.yaml").parent.mkdir(parents=True, exist_ok=True)
-    (run / "config.yaml").write_text("seed: 0\ngrpo:\n  beta: 0.15  # KL\n", encoding="utf-8")
-    write_json(
-        run / "environment.json",
-        {"python": "3.12", "packages": {"jax": "0.11.0", "grain": None}, "cpu_count": 2, "matmul_gflops": 91.25},
-    )
-    write_lines(
-        run / "timing.jsonl",
-        [{"stage": "sft", "seconds": 40.5}, {"stage": "grpo", "seconds": 60.0}, {"stage": "sft", "seconds": 20.0}],
-    )
-    sizes = {"pool": (3000, 2100), "sft": (600, 540), "rl": (300, 280), "validation": (200, 190)}
-    common = rng.dirichlet(np.full(len(home), 0.8))
-    balanced = 0.06 + 0.5 * common
-    sets = {
-        name: {
-            "films": size,
-            "patients": patients,
-            "counts": {
-                label: int(size * (balanced if name in ("sft", "rl") else common)[place])
-                for place, label in enumerate(home)
-            },
-        }
-        for name, (size, patients) in sizes.items()
-    }
-    write_json(run / "data" / "coverage.json", {"labels": list(home), "floor": 0.05, "sets": sets})
-    write_lines(
-        run / "data" / "skipped.jsonl",
-        [{"dataset": "home", "id": "film-9", "path": "films/9.jpg", "reason": "truncated image"}],
-    )
-    line = np.linspace(0, 1, steps)
-    write_lines(
-        run / "sft" / "metrics.jsonl",
-        [
-            {"step": step + 1, "loss": 0.4 + 2.5 * np.exp(-5 * x) + 0.05 * rng.normal(), "grad_norm": 1.0}
-            for step, x in enumerate(line)
-        ],
-    )
-    write_lines(
-        run / "grpo" / "metrics.jsonl",
-        [
-            {
-                "step": step + 1,
-                "reward": 0.45 + 0.12 * x + 0.06 * rng.normal(),
-                "valid": min(1.0, 0.93 + 0.06 * x + 0.01 * rng.normal()),
-                "jaccard": None if step == 3 else 0.5,
-                "length": 34 + 6 * x + rng.normal(),
-                "kl": 0.03 * x + 0.002 * abs(rng.normal()),
-                "entropy": 0.6 - 0.15 * x + 0.02 * rng.normal(),
-            }
-            for step, x in enumerate(line)
-        ],
-    )
-    predictions, results, baselines, differences = [], [], [], []
-    for name, (_role, labels_) in datasets.items():
-        truths = [sorted(set(rng.choice(labels_[:-1], size=1 + film % 2)), key=labels_.index) for film in range(films)]
-        subsets = {"all": labels_} if labels_ != home else {"all": labels_, "shared": datasets[list(datasets)[-1]][1]}
-        told = {}
-        for stage in SKILL:
-            told[stage] = answers(rng, stage, name, labels_, truths, images)
-            scores = evaluate_predictions(told[stage], labels_, subsets=subsets, draws=draws)
-            results.append({"stage": stage, "dataset": name, "results": scores})
-            predictions += told[stage]
-        for trivial, answer in (("all positive", list(labels_)), ("most frequent set", [labels_[0]])):
-            rows = [row | {"predicted": answer, "valid": True} for row in told["base"]]
-            scores = evaluate_predictions(rows, labels_, subsets=subsets, draws=draws)
-            baselines.append({"name": trivial, "dataset": name, "results": scores})
-        matrices = [label_matrix([row["predicted"] for row in told[stage]], labels_) for stage in ("sft", "grpo")]
-        paired = paired_difference(
-            label_matrix(truths, labels_), *matrices, [row["patient"] for row in told["sft"]], draws=draws
-        )
-        differences.append(
-            {"dataset": name, "from": "sft", "to": "grpo", "subset": "all"}
-            | {"macro": paired.macro._asdict(), "micro": paired.micro._asdict()}
-        )
-    write_lines(run / "evaluation" / "predictions.jsonl", predictions)
-    write_json(
-        run / "evaluation" / "results.json",
-        {
-            "datasets": [
-                {"name": name, "role": role, "labels": list(labels_), "n": films, "patients": -(-films // 2)}
-                for name, (role, labels_) in datasets.items()
-            ],
-            "results": results,
-            "baselines": baselines,
-            "differences": differences,
-            "reward": {
-                "first": {"mean": 0.461, "standard_error": 0.011, "steps": steps // 5},
-                "last": {"mean": 0.563, "standard_error": 0.012, "steps": steps // 5},
-                "gain": 0.102,
-                "gain_in_standard_errors": 6.3,
-            },
-        },
-    )
-    return run
+SCORES = "scores/findings/results.json"
+ANSWERS = "answers/findings/grpo-hard/home/predictions.jsonl"
 
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}  # elements that have no end tag
@@ -215,14 +71,20 @@ def read(run: Path) -> str:
     return write_report(run).read_text(encoding="utf-8")
 
 
+def visible(run: Path) -> str:
+    return Page(read(run)).text
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    return write_run(tmp_path_factory.mktemp("reports") / "first-light")
+    return write_study(tmp_path_factory.mktemp("reports") / "fork")
 
 
 @pytest.fixture(scope="module")
 def text(run) -> str:
-    return read(run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(run.parent)
+        return read(Path(run.name))
 
 
 @pytest.fixture(scope="module")
@@ -230,41 +92,161 @@ def page(text) -> Page:
     return Page(text)
 
 
-def copy_run(source: Path, target: Path) -> Path:
-    for path in source.rglob("*"):
-        if path.is_file() and path.name != "report.html":
-            (target / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
-            (target / path.relative_to(source)).write_bytes(path.read_bytes())
-    return target
-
-
 @pytest.fixture
 def own(run, tmp_path) -> Path:
     """A copy of the run folder that a test may damage."""
-    return copy_run(run, tmp_path / "own")
+    return Path(shutil.copytree(run, tmp_path / "own", ignore=shutil.ignore_patterns("*.html")))
 
 
-def test_a_finished_run_has_every_section(page):
-    assert "Not there yet" not in page.text
-    assert "not there yet" not in page.text
-    # coverage, overview, six curves, F1 per label of two data sets
-    figures = [tag for tag in page.tags if tag == "figure"]
-    assert len(figures) == 2 + 6 + 2
-    for section in ("Headline", "Label coverage", "Training curves", "F1 per label", "Paired", "Trivial", "Example"):
-        assert section in page.text
-    assert "Mean reward was 0.461 (standard error 0.011)" in page.text
-    assert "vlmalign chexreason first-light/config.yaml" in page.text
-    assert "1 min 0 s" in page.text, "the two parts of SFT are added up: 40.5 s + 20 s"
-    assert "2 min 0 s" in page.text, "all stages: 120.5 s"
+def sections(page: Page) -> list[str]:
+    """The headings of the sections, as the navigation lists them."""
+    return [name for name in page.ids if f"#{name}" in page.references and re.fullmatch("[a-z-]+", name)]
+
+
+# ---------------------------------------------------------------- a study: a fork with two answers entries
+
+
+def test_a_finished_study_has_every_section(page):
+    assert sections(page) == [
+        *("headline", "scores", "reading", "coverage", "training", "labels", "differences", "baselines", "cases"),
+        *("left-out", "provenance"),
+    ]
+    assert "Time 3 min 2 s" in page.text, "four stages of 40.5 s, one of them continued for 20 s"
     assert "91.25" in page.text
-    assert "beta: 0.15 # KL" in page.text
+    assert "from: sft} # note" in page.text
+    assert "also used to choose or to watch (peek): away." in page.text
     assert "truncated image" in page.text
+
+
+def test_stages_stand_in_graph_order_with_the_stage_they_go_on_from(run, page, tmp_path):
+    assert re.search(
+        r"base model sft SFT from base .* grpo-hard GRPO from sft .* grpo-nuanced GRPO from sft .* dpo DPO from sft",
+        page.text,
+    )
+    # Neither the order of the YAML nor that of the names puts a child before its parent.
+    (tmp_path / "study.yaml").write_text(
+        "stages: {a: {kind: grpo}, b: {kind: sft}, p: {kind: adapter, from: z}, z: {kind: model}}"
+    )
+    for name, kind, parent in (("a", "grpo", "b"), ("b", "sft", "p")):
+        write_stage(tmp_path / "stages" / name, kind, parent, np.random.default_rng(0), 2)
+    assert [(stage.name, stage.parent) for stage in read_run(tmp_path).stages] == [
+        ("z", None),
+        ("p", "z"),
+        ("b", "p"),
+        ("a", "b"),
+    ]
+
+
+def test_the_headline_says_what_happened_good_or_bad(run, text):
+    results = json.loads((run / SCORES).read_text())
+    fell = [
+        f"{row['dataset']}: macro-F1 fell by {-row['macro']['value']:.3f} against {row['from']}"
+        for row in results["differences"]
+        if row["macro"]["high"] < 0
+    ]
+    assert fell, "a stage of the fork makes the scores worse"
+    headline = text[text.index('id="headline"') : text.index("<details")]
+    bad = re.findall(r'<p class="bad">(.*?)</p>', headline[: headline.index("</ul>")])
+    assert [line[: len(said)] for line, said in zip(bad, fell, strict=True)] == fell
+    rewards = [row["reward"] for row in read_run(run).stages[2].metrics]
+    first, last = rewards[:6], rewards[-6:]
+    gain = (np.mean(last) - np.mean(first)) / np.sqrt((np.var(first, ddof=1) + np.var(last, ddof=1)) / 6)
+    assert f"over 30 updates (+{gain:.1f} standard errors)." in headline
+    assert re.search(r"grpo-nuanced</strong>.*?over 30 updates: no clear change \(", headline, re.S)
+    assert "The chosen answer had the higher reward in 53 % of pairs at first, in 77 % in the end" in headline
+
+
+def test_updates_with_nothing_to_compare_are_said():
+    rows = [{"step": step, "reward": 0.0, "flat_groups": 1.0 if step > 2 else 0.5} for step in range(1, 31)]
+    said = training.sentences(Stage("rl", "grpo", "sft", "stages/rl", rows), [])
+    assert [tone for _, tone in said] == ["", "bad"]
+    assert said[1].text == "28 of 30 updates had nothing to compare: in every group all rewards were equal."
+    (alone,) = training.sentences(Stage("rl", "grpo", "sft", "stages/rl", rows[:2]), [])
+    assert alone.text == "Mean reward 0 → 0 over 2 updates."
+
+
+def test_scores_are_those_of_the_results_file(run, page):
+    for row in json.loads((run / SCORES).read_text())["results"]:
+        for block in row["results"]["blocks"].values():
+            for name in ("macro", "macro_all", "micro"):
+                score = block[name]
+                assert f"{score['value']:.3f} {score['low']:.3f} to {score['high']:.3f}" in page.text
+    # both averages of the in-schema set: over all its labels, and over those that the data sets share
+    assert "all, 5 labels" in page.text
+    assert "shared, 3 labels" in page.text
+
+
+def test_unknown_names_stand_beside_the_answers_that_are_not_valid(page):
+    assert "Not valid Unknown names" in page.text
+    assert page.text.count("20.0 % 8 oedema 4 wet lung") == 2, "the base model, on both data sets"
+
+
+def test_scores_of_other_tasks_are_a_table_of_their_numbers(page):
+    assert (
+        "medqa in-schema 12 cases of 12 patients Score sft grpo-hard accuracy 0.417 0.170 to 0.670 0.667 0.420 to 0.920 "
+        "not valid 0.0 % 0.0 % with unknown names 0.0 % 0.0 %"
+    ) in page.text
+    assert "Truth: B" in page.text
+    assert "Answer: C" in page.text
+    assert "image not found" not in page.text, "a question has no film"
+
+
+def test_every_kind_of_task_gives_its_numbers():
+    score = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9}
+    common = {
+        "kind": "x",
+        "n": 9,
+        "patients": 9,
+        "fail_rate": 0.0,
+        "unknown_rate": 0.0,
+        "unknown_names": [],
+        "draws": 9,
+    }
+    fields = {"accuracy": score, "fields": {"grade": {"kind": "ordinal", "n": 9, "macro_f1": score, "per_option": []}}}
+    checks = {"prompts": score, "by_kind": {"words": {"n": 4, "share": 0.25}}}
+    assert list(numbers(common | fields)) == ["accuracy", "grade: macro f1"]
+    assert numbers(common | checks) == {
+        "prompts": score,
+        "words: share": {"value": 0.25, "low": None, "high": None},
+    }
+    assert list(numbers(common | {"tokens": score, "stopped": score})) == ["tokens", "stopped"]
+
+
+def test_stages_of_one_kind_look_different(run):
+    styles = stage_styles(read_run(run))
+    assert list(styles) == list(FORK)
+    assert styles["grpo-hard"].colour == styles["grpo-nuanced"].colour != styles["dpo"].colour
+    assert len({style.mark for style in styles.values()}) == len(styles)
+    many = set_styles((f"arm {number}", "grpo") for number in range(14))
+    assert len({style.mark for style in many.values()}) == 14
+
+
+def test_sets_of_one_source_stand_beside_its_pool_and_one_without_films_is_no_column(run):
+    (source, coverage), *others = read_run(run).coverage.items()
+    assert (source, others) == ("films", [])
+    assert list(coverage["sets"]) == ["pool", "train.sft", "train.rl", "home"]
+    assert "test" in json.loads((run / "sets" / "train" / "coverage.json").read_text())["sets"]
+    assert coverage["floor"] == 0.05
+
+
+def test_every_stage_has_its_curves(text):
+    drawn = re.findall(r'aria-label="([\w-]+): ([\w/]+) over 30 steps', text)
+    found = {stage: [column for name, column in drawn if name == stage] for stage in FORK}
+    assert found["base"] == []
+    assert found["sft"] == ["loss", "validation/loss", "grad_norm"], "with one loss the objective is that loss"
+    assert found["dpo"] == ["objective", "rewards/accuracies", "rewards/margins", "validation/loss", "grad_norm"]
+    reward = ["reward", "validation/reward", "valid", "length", "kl", "entropy", "flat_groups"]
+    assert found["grpo-hard"] == found["grpo-nuanced"] == [*reward, "jaccard", "stopped", "grad_norm"]
 
 
 def test_the_page_needs_nothing_else(text, page):
     assert len(page.ids) == len(set(page.ids))
     for reference in page.references:
-        assert reference.startswith("data:image/jpeg;base64,") or reference.removeprefix("#") in page.ids, reference
+        assert (
+            reference.startswith("data:image/jpeg;base64,")
+            or reference.removeprefix("#") in page.ids
+            or reference.endswith("/completions.html")
+        ), reference
     for name in re.findall(r"url\(([^)]*)\)", text):
         assert name.removeprefix("#") in page.ids
     assert "script" not in page.tags
@@ -272,117 +254,128 @@ def test_the_page_needs_nothing_else(text, page):
     assert "@import" not in text
 
 
-def test_the_same_folder_gives_the_same_page(run, text, tmp_path):
-    assert read(copy_run(run, tmp_path / "first-light")) == text
+def test_the_same_folder_by_the_same_path_gives_the_same_page(own, text, monkeypatch):
+    monkeypatch.chdir(own.parent)
+    own.rename("fork")
+    assert read(Path("fork")) == text
 
 
-def test_scores_are_those_of_the_results_file(run, page):
-    results = json.loads((run / "evaluation" / "results.json").read_text())["results"]
-    for row in results:
-        for block in row["results"]["blocks"].values():
-            for name in ("macro", "macro_all", "micro"):
-                score = block[name]
-                assert f"{score['value']:.3f} {score['low']:.3f} to {score['high']:.3f}" in page.text
-    # both averages of the in-schema set: over all its labels, and over those that the data sets share
-    assert "all: 5 labels" in page.text
-    assert "shared: 3 labels" in page.text
+@pytest.mark.parametrize("path", ["runs/my run", "fork", "."])
+def test_the_command_to_repeat_names_the_folder_as_it_was_given(run, tmp_path, monkeypatch, path):
+    folder = tmp_path / path
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(run / "study.yaml", folder)
+    monkeypatch.chdir(tmp_path)
+    (command,) = re.findall(r"<pre>(vlmalign .*)</pre>", read(Path(path)))
+    words = shlex.split(command.replace("&#39;", "'"))
+    assert words[:2] == ["vlmalign", "run"]
+    assert Path(words[2]).read_text() == (run / "study.yaml").read_text(), "it can be pasted"
+    assert words[3] == "--run"
+    assert not Path(words[4]).exists()
+    assert Path(words[4]).resolve().parent == folder.resolve().parent
 
 
 def test_undefined_is_a_word_and_never_zero(run, text):
-    results = json.loads((run / "evaluation" / "results.json").read_text())["results"]
+    results = json.loads((run / SCORES).read_text())["results"]
     never = results[0]["results"]["blocks"]["all"]["per_label"][-1]
     assert never["support"] == 0
     assert never["f1"]["value"] is None
     row = re.search(r"<tr><th scope=\"row\">Hernia &amp; Co</th><td class=\"num\">0</td>(.*?)</tr>", text, re.S)
     assert row
-    assert row[1].count("undefined</span>") == 3
+    assert row[1].count("undefined</span>") == len(FORK)
     assert "0.0" not in row[1]
     figure = text[text.index('aria-label="F1 per label on home') :]
     assert figure[: figure.index("</svg>")].count(">undefined<") == 1, "one word for all stages"
 
 
-def test_model_text_cannot_become_markup(own):
-    path = own / "evaluation" / "predictions.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    attack = '<script>alert(1)</script><img src=http://x.test/a onerror=y>" onload="z {{ 7 * 7 }} \ud800'
-    for row in rows:
-        row |= {"id": row["id"] + attack, "reasoning": attack, "completion": attack, "reason": attack}
-    write_lines(path, rows)
-    (own / "evaluation" / "results.json").unlink()
-    write_lines(own / "data" / "skipped.jsonl", [dict.fromkeys(("dataset", "id", "path", "reason"), attack)])
-    text = read(own)
-    hostile = Page(text)
-    assert "script" not in hostile.tags
-    assert not any("x.test" in reference for reference in hostile.references)
-    assert "<script>alert(1)</script>" in hostile.text
-    assert "{{ 7 * 7 }} ?" in hostile.text
+# ---------------------------------------------------------------- runs that have less
 
 
-def test_names_in_figures_cannot_become_markup(own):
-    (own / "sft" / "metrics.jsonl").unlink()
-    (own / "grpo" / "metrics.jsonl").unlink()
-    name = '<script>"$x_1$'
-    for path in (own / "evaluation" / "results.json", own / "data" / "coverage.json"):
-        path.write_text(path.read_text().replace('"Edema"', json.dumps(name)).replace('"home"', json.dumps(name)))
-    hostile = Page(read(own))
-    assert "script" not in hostile.tags
-    assert name in hostile.text
+def test_a_study_that_has_only_begun(tmp_path):
+    (tmp_path / "study.yaml").write_text("stages: {base: {kind: model}, sft: {kind: sft, from: base}}\n")
+    page = Page(read(tmp_path))
+    assert sections(page) == ["provenance"]
+    write_json(
+        tmp_path / "stages" / "sft" / "begun.json", {"kind": "sft", "parents": {"from": {"node": "stages/base"}}}
+    )
+    assert "No update has been recorded." in visible(tmp_path)
+    write_lines(tmp_path / "stages" / "sft" / "metrics.jsonl", metrics("sft", np.random.default_rng(0), 12))
+    page = Page(read(tmp_path))
+    assert sections(page) == ["headline", "training", "provenance"]
+    assert "Under way: 12 updates so far." in page.text
 
 
-PARTS = {
-    "config.yaml": ["configuration has not been written"],
-    "environment.json": ["machine has not been recorded"],
-    "timing.jsonl": ["no stage has ended"],
-    "data/coverage.json": ["training sets have not been drawn"],
-    "sft/metrics.jsonl": ["SFT has recorded no step"],
-    "grpo/metrics.jsonl": ["GRPO has recorded no step"],
-    "evaluation/predictions.jsonl": ["no film has been answered"],
-    "evaluation/results.json": ["no model has been evaluated", "no two stages", "no baseline"],
-}
-
-
-def test_an_empty_folder_says_that_nothing_is_there_yet(tmp_path):
-    text = Page(read(tmp_path)).text
-    for sentences in PARTS.values():
-        assert all(sentence in text for sentence in sentences)
-    assert "no film has been read" in text
-
-
-@pytest.mark.parametrize("part", ["data/coverage.json", "evaluation/results.json"])
-def test_a_part_that_is_empty_or_absent_is_said_to_be_missing_and_nothing_else_is(own, part):
-    (own / part).write_text("")
-    empty = read_run(own)
-    (own / part).unlink()
-    assert read_run(own) == empty
-    text = Page(read(own)).text
-    found = {file for file, sentences in PARTS.items() if sentences[0] in text}
-    assert found == {part}
-
-
-def test_a_run_that_stopped_before_grpo(own):
-    (own / "grpo" / "metrics.jsonl").unlink()
-    (own / "data" / "skipped.jsonl").unlink()
-    path = own / "evaluation" / "results.json"
-    content = json.loads(path.read_text())
-    results = [row for row in content["results"] if row["stage"] != "grpo"]
-    write_json(path, {"datasets": content["datasets"], "results": results[::-1], "reward": None})
-    text = Page(read(own)).text
-    assert re.search(r"[0-9] base model → 0\.[0-9]{3} after SFT (?!→)", text)
-    assert "after GRPO" not in text[: text.index("Paired differences")]
-    assert "Best trivial baseline" not in text
-    assert "no baseline has been scored" in text
-    assert "None: every film that was asked for could be read." in text
+def test_answers_of_one_data_set_by_two_entries_are_told_apart(own):
+    shutil.copytree(own / "scores" / "findings", own / "scores" / "sampled")
+    titles = [board.title for board in boards(read_run(own))]
+    assert titles == ["home, findings", "away, findings", "medqa", "home, sampled", "away, sampled"]
 
 
 def test_films_that_cannot_be_shown_are_said_to_be_so(own):
-    for file in ("evaluation/results.json", "sft/metrics.jsonl", "grpo/metrics.jsonl"):
-        (own / file).unlink()
     (own / "images" / "0.png").write_bytes(b"no image")
     (own / "images" / "1.png").unlink()
+    for room in ("scores", "stages", "sets"):
+        shutil.rmtree(own / room)
     page = Page(read(own))
+    assert sections(page) == ["cases", "provenance"]
     assert "img" not in page.tags
-    assert "film not readable" in page.text
-    assert "film not found" in page.text
+    assert "image not readable" in page.text
+    assert "image not found" in page.text
+
+
+# ---------------------------------------------------------------- folders of version 0.1
+
+
+def test_a_chexreason_run_of_version_01(tmp_path):
+    page = Page(read(write_chexreason(tmp_path / "old")))
+    assert sections(page) == [
+        *("headline", "scores", "reading", "coverage", "training", "labels", "differences", "baselines", "cases"),
+        "provenance",
+    ]
+    assert "grpo GRPO from sft Mean reward 0." in page.text
+    assert f"vlmalign chexreason {tmp_path / 'old' / 'config.yaml'}" in page.text
+    assert "the command belongs to that version" in page.text
+
+
+def test_an_align_run_of_version_01(tmp_path):
+    run = write_align(tmp_path / "old")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    page = Page(read(run))
+    assert sections(page) == ["headline", "training", "left-out", "provenance"]
+    assert "01-sft SFT from base Loss" in page.text
+    assert "03-ppo PPO from 02-dpo Mean reward" in page.text
+    first, last = re.search(r"01-sft 30 updates 40.5 s loss ([\d.]+) ([\d.]+) validation/loss", page.text).groups()
+    rows = [json.loads(line)["loss"] for line in (run / "01-sft" / "metrics.jsonl").read_text().splitlines()]
+    assert (float(first), float(last)) == pytest.approx((np.mean(rows[:6]), np.mean(rows[-6:])), rel=1e-3)
+    assert "01-sft 6 too long" in page.text
+    assert f"vlmalign align {run / 'config.yaml'}" in page.text
+    assert {path: path.read_bytes() for path in before} == before
+
+
+# ---------------------------------------------------------------- hostile and damaged folders
+
+
+def test_model_text_cannot_become_markup(own):
+    attack = '<script>alert(1)</script><img src=http://x.test/a onerror=y>" onload="z {{ 7 * 7 }} \ud800'
+    for path in (own / "answers").rglob("predictions.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows:
+            row |= {"id": row["id"] + attack, "reasoning": attack, "completion": attack, "reason": attack}
+            row |= {"unknown": [attack], "predicted": [attack] if isinstance(row["predicted"], list) else attack}
+        write_lines(path, rows)
+    results = json.loads((own / SCORES).read_text())
+    results["results"][0]["results"]["unknown_names"] = [{"name": attack, "count": 1}]
+    write_json(own / SCORES, results)
+    write_lines(own / "sets" / "train" / "skipped.jsonl", [dict.fromkeys(("id", "path", "reason"), attack)])
+    name = '<script>"$x_1$'  # of a label and of a data set, in tables and figures
+    for path in (own / SCORES, own / "sets" / "train" / "coverage.json"):
+        path.write_text(path.read_text().replace('"Edema"', json.dumps(name)).replace('"home"', json.dumps(name)))
+    hostile = Page(read(own))
+    assert name in hostile.text
+    assert "script" not in hostile.tags
+    assert not any("x.test" in reference for reference in hostile.references)
+    assert "<script>alert(1)</script>" in hostile.text
+    assert "{{ 7 * 7 }} U+D800" in hostile.text
 
 
 def broken_line(path: Path, number: int, line: bytes) -> None:
@@ -394,61 +387,62 @@ def broken_line(path: Path, number: int, line: bytes) -> None:
 @pytest.mark.parametrize(
     ("file", "number", "line", "message"),
     [
-        ("grpo/metrics.jsonl", 3, b'{"step": 3, "rew', "line 3: expected JSON, found Unterminated string"),
-        ("grpo/metrics.jsonl", 4, b"", "line 4: expected JSON, found Expecting value"),
-        ("sft/metrics.jsonl", 2, b'{"step": 2, "loss": NaN}', "line 2: expected JSON, found NaN"),
-        ("sft/metrics.jsonl", 2, b'{"loss": 1}', "line 2: expected 'step', found no such entry"),
+        ("stages/dpo/metrics.jsonl", 3, b'{"step": 3, "rew', "line 3: expected JSON, found Unterminated string"),
+        ("stages/dpo/metrics.jsonl", 4, b"", "line 4: expected JSON, found Expecting value"),
+        ("stages/sft/metrics.jsonl", 2, b'{"step": 2, "loss": NaN}', "line 2: expected JSON, found NaN"),
+        ("stages/sft/metrics.jsonl", 2, b'{"loss": 1}', "line 2: expected 'step', found no such entry"),
+        ("stages/sft/made.json", 1, b'{"kind": "sft"}', "expected 'parents', found no such entry"),
         ("timing.jsonl", 1, b'{"stage": "\xff"}', "line 1: expected JSON, found bytes that are not UTF-8"),
         ("timing.jsonl", 2, b'{"stage": "sft", "seconds": true}', "line 2, seconds: expected a number, found true"),
-        ("data/skipped.jsonl", 1, b"[]", "line 1: expected an object, found a list"),
-        ("data/coverage.json", 1, b'{"labels": ["a"], "floor": 0.05}', "expected 'sets', found no such entry"),
-        ("evaluation/results.json", 1, b'{"datasets": [],\n"results": [}', "line 2: expected JSON"),
-        ("config.yaml", 2, b"grpo: }", "line 2: not YAML"),
+        ("sets/train/skipped.jsonl", 1, b"[]", "line 1: expected an object, found a list"),
+        ("sets/train/coverage.json", 1, b'{"labels": ["a"], "floor": 0.05}', "expected 'sets', found no such entry"),
+        (ANSWERS, 2, b'{"stage": "sft", "reasoning": "Mrs Example has', "line 2: expected JSON"),
+        (ANSWERS, 2, b'{"stage": "sft", "dataset": "Mrs Example"}', "line 2: expected 'id'"),
+        (SCORES, 1, b'{"datasets": [],\n"results": [}', "line 2: expected JSON"),
+        ("study.yaml", 2, b"seed: }", "line 2: not YAML"),
     ],
 )
-def test_a_malformed_file_is_named_with_its_line(run, tmp_path, file, number, line, message):
-    (tmp_path / file).parent.mkdir(exist_ok=True)
-    (tmp_path / file).write_bytes((run / file).read_bytes())
-    broken_line(tmp_path / file, number, line)
+def test_a_malformed_file_is_named_with_its_line_and_not_quoted(own, file, number, line, message):
+    broken_line(own / file, number, line)
     with pytest.raises(ValueError) as caught:
-        write_report(tmp_path)
-    assert f"{tmp_path / file}" in str(caught.value)
+        write_report(own)
+    assert f"{own / file}" in str(caught.value)
     assert message in str(caught.value)
-    assert not (tmp_path / "report.html").exists()
+    assert "Example" not in str(caught.value)
+    assert not (own / "report.html").exists()
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["results"][0].update(stage="ppo"), "expected the stage to be one of"),
         (lambda c: c["results"][0].update(dataset="moon"), "found 'moon'"),
         (lambda c: c["results"].append(c["results"][0]), "found it twice"),
-        (lambda c: c["datasets"][0].update(role="test"), "expected the role to be one of"),
         (lambda c: c["baselines"][0].pop("results"), "baselines, item 1: expected 'results'"),
         (
+            lambda c: c["results"][1]["results"].update(unknown_names={"Oedema": 1}),
+            "results, sft on home, unknown_names: expected a list, found an object",
+        ),
+        (
             lambda c: c["results"][1]["results"]["blocks"]["all"]["macro"].update(value="high"),
-            "results, item 2, results, blocks, all, macro, value: expected a number, found text",
+            "results, sft on home, blocks, all, macro, value: expected a number, found text",
         ),
     ],
 )
-def test_results_that_do_not_fit_are_named(run, tmp_path, change, message):
-    content = json.loads((run / "evaluation" / "results.json").read_text())
+def test_results_that_do_not_fit_are_named(own, change, message):
+    content = json.loads((own / SCORES).read_text())
     change(content)
-    write_json(tmp_path / "evaluation" / "results.json", content)
+    write_json(own / SCORES, content)
     with pytest.raises(ValueError, match=re.escape(message)):
-        write_report(tmp_path)
-
-
-def test_an_error_does_not_quote_a_patients_text(own):
-    broken_line(own / "evaluation" / "predictions.jsonl", 2, b'{"stage": "sft", "reasoning": "Mrs Example has')
-    with pytest.raises(ValueError, match=r"predictions\.jsonl, line 2") as caught:
         write_report(own)
-    assert "Example" not in str(caught.value)
 
 
-def test_no_run_folder(tmp_path):
-    with pytest.raises(ValueError, match="expected a run folder, found none at"):
-        write_report(tmp_path / "nowhere")
+@pytest.mark.parametrize("folder", ["nowhere", "."])
+def test_no_run_folder(tmp_path, folder):
+    with pytest.raises(ValueError, match=r"expected a run folder, found neither study\.yaml nor config\.yaml in"):
+        write_report(tmp_path / folder)
+
+
+# ---------------------------------------------------------------- parts
 
 
 def test_a_run_of_many_steps_is_thinned_and_keeps_its_mean():
@@ -459,13 +453,57 @@ def test_a_run_of_many_steps_is_thinned_and_keeps_its_mean():
     assert thinned.steps[0] == 0
 
 
+def test_fifths_are_of_what_was_recorded():
+    known = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
+    values = np.full(50, np.nan)
+    values[::10] = known
+    assert curves.fifths(curves.Curve(np.arange(50.0), values)) == (1.0, 5.0)
+
+
+@pytest.mark.parametrize(("value", "ticks"), [(0.0, "−0.8 −0.4 0 0.4 0.8"), (0.25, "0.15 0.2 0.25 0.3 0.35")])
+def test_a_number_that_never_moves_has_room_on_its_axis_and_steps_are_whole(value, ticks):
+    svg = curves.curve_figure(curves.Curve(np.arange(1.0, 3), np.full(2, value)), "flat", "red")
+    assert re.findall(r">([^<]+)</text>", svg) == [*ticks.split(), "1", "2", "step"]
+
+
+def test_a_curve_has_a_gap_where_nothing_was_recorded():
+    values = np.array([0.0, 1.0, np.nan, np.nan, *range(9)])
+    svg = curves.curve_figure(curves.Curve(np.arange(1.0, 14), values), "loss & <co>", "red")
+    recorded = re.search(r'd="([^"]*)"[^>]*stroke-opacity="\.35"/><path', svg)[1]
+    assert re.sub("[^ML]", "", recorded) == "MLM" + 8 * "L"
+    assert 'aria-label="loss &amp; &lt;co&gt; over 13 steps' in svg
+
+
 def test_examples_are_right_then_wrong_with_new_truths_first_in_any_order_of_rows(run):
-    rows = [json.loads(line) for line in (run / "evaluation" / "predictions.jsonl").read_text().splitlines()]
-    chosen = choose_examples(rows, "home", run, per_kind=2)
+    rows = [row for row in read_run(run).entries[0].predictions if row["dataset"] == "home"]
+    chosen = choose_examples(rows, list(FORK), run, per_kind=2)
     assert [film.right for film in chosen] == [True, True, False, False]
-    assert {film.stage for film in chosen} == {"grpo"}
-    assert all(set(film.others) == {"base", "sft"} for film in chosen)
-    truths = [sorted(film.hits + film.missed) for film in chosen]
+    assert {film.stage for film in chosen} == {"dpo"}
+    assert all(set(film.others) == set(FORK) - {"dpo"} for film in chosen)
+    truths = [film.truth for film in chosen]
     assert truths[0] != truths[1]
     assert truths[2] != truths[3]
-    assert choose_examples(rows[::-1], "home", run, per_kind=2) == chosen
+    assert choose_examples(rows[::-1], list(FORK), run, per_kind=2) == chosen
+
+
+@pytest.mark.parametrize(
+    ("truth", "predicted", "unknown", "right", "shown"),
+    [
+        (["Edema"], ["Fracture", "Edema"], [], False, (["Edema"], [], ["Fracture"])),
+        (["Edema", "Fracture"], ["Fracture", "Edema"], [], True, (["Edema", "Fracture"], [], [])),
+        ([], [], [], True, ([], [], [])),
+        ([], [], ["Fluid"], False, ([], [], [])),
+        ([{"kind": "words"}, {"kind": "title"}], [True, False], [], False, (["kind: words"], ["kind: title"], [])),
+        ({"grade": 2, "side": None}, {"grade": 2, "side": "left"}, [], True, ([], [], [])),
+        ({"grade": 2, "side": None}, {"grade": 3, "side": "left"}, [], False, ([], [], [])),
+        ("B", "B", [], True, ([], [], [])),
+        (None, None, [], None, ([], [], [])),
+    ],
+)
+def test_an_answer_of_any_task_is_right_or_wrong_or_neither(tmp_path, truth, predicted, unknown, right, shown):
+    row = {"stage": "sft", "dataset": "d", "id": "1", "valid": True, "reason": None, "reasoning": "", "image": None}
+    row |= {"completion": "Rest.", "truth": truth, "predicted": predicted, "unknown": unknown}
+    (found,) = choose_examples([row], ["sft"], tmp_path)
+    assert found.right is right
+    assert (found.hits, found.missed, found.false_alarms) == shown
+    assert (found.text, found.unknown, found.picture_problem) == ("Rest.", unknown, None)

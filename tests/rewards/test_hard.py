@@ -34,6 +34,10 @@ def test_examples_in_the_documentation_hold():
         (answer("Edema"), [], LONG, (True, 0.0, 0.0, 0.0)),
         (answer("Edema, Flu"), ["Edema"], LONG, (True, 1.0, 0.0, 1.0)),  # unknown names are filtered out
         (answer("Edema, Edema"), ["Edema"], LONG, (True, 1.0, 0.0, 1.0)),
+        (answer("Flu"), [], LONG, (True, 0.0, 0.0, 0.0)),  # unknown names alone are not the empty set
+        (answer("Flu"), ["Edema"], SHORT, (True, 0.0, 0.2, -0.2)),
+        (answer("none"), [], LONG, (True, 1.0, 0.0, 1.0)),
+        (answer("- edema\n- **Fracture**."), ["Edema", "Fracture"], LONG, (True, 1.0, 0.0, 1.0)),
         ("Edema", ["Edema"], LONG, (False, 0.0, 0.0, 0.0)),
         ("Edema", ["Edema"], SHORT, (False, 0.0, 0.0, 0.0)),
         ("", [], SHORT, (False, 0.0, 0.0, 0.0)),  # no J = 1 for saying nothing at all

@@ -3,7 +3,8 @@
 import pytest
 
 from vlmalign.rewards.json_answer import JsonReward
-from vlmalign.rewards.json_schema import check_schema, read_json, violations
+from vlmalign.rewards.json_schema import check_schema, violations
+from vlmalign.tasks.json_text import read_json
 
 DOSE = {
     "type": "object",

@@ -1,14 +1,16 @@
 """The ready-made rewards, case by case by hand, and in parity with TRL where TRL has the same one."""
 
+import pickle
 import time
 
 import pytest
 
-from vlmalign.rewards.choice import ChoiceReward, choice_letters
+from vlmalign.rewards.choice import ChoiceReward
 from vlmalign.rewards.collapse import label_collapse
 from vlmalign.rewards.constraints import ConstraintShare
 from vlmalign.rewards.contract import Row, text_of
 from vlmalign.rewards.form import FormatReward
+from vlmalign.rewards.hard import HardReward
 from vlmalign.rewards.labels import LabelOverlap
 from vlmalign.rewards.length import LengthBand
 from vlmalign.rewards.nuanced import NuancedReward
@@ -16,6 +18,8 @@ from vlmalign.rewards.nv_reason import nv_reason_ct, nv_reason_cxr
 from vlmalign.rewards.pattern import PatternReward
 from vlmalign.rewards.repetition import RepetitionPenalty
 from vlmalign.rewards.runner import RewardRunner
+from vlmalign.tasks.choice_letters import choice_letters
+from vlmalign.tasks.label_reader import LabelReader
 
 LABELS = ("Fracture", "Edema", "Pneumonia", "No Finding")
 
@@ -49,10 +53,16 @@ def test_the_text_of_a_completion(completion, text):
         (answer("Edema") * 2, 0.0, 0.0),
         ("Edema", 0.0, 0.0),
         ("", 0.0, 0.0),
+        ("<solution>Edema</solution>", 0.0, 0.0),
     ],
 )
 def test_form(text, form, alone):
     assert (FormatReward().score(text), FormatReward(alone=True).score(text)) == (form, alone)
+
+
+def test_the_form_may_be_another():
+    text = "<solution>Edema</solution>"
+    assert [FormatReward(form=form).score(text) for form in ("think", "solution", "plain")] == [0.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -84,11 +94,29 @@ def test_overlap_of_label_sets(solution, truth, jaccard, f1):
         ({"normal": "No Finding"}, answer("No Finding, Edema"), ["Edema"], 0.0),
         ({"normal": "No Finding", "count_unknown": True}, answer("No Finding, Flu"), ["No Finding"], 0.0),
         ({"normal": "No Finding", "empty_is_normal": True}, answer(""), ["No Finding"], 1.0),
-        ({"normal": "No Finding", "empty_is_normal": True}, answer("Flu"), ["No Finding"], 1.0),
+        ({"normal": "No Finding", "empty_is_normal": True}, answer("Flu"), ["No Finding"], 0.0),
+        ({}, answer("- **edema**\n- Fracture."), ["Edema", "Fracture"], 1.0),
+        ({}, answer("Flu"), [], 0.0),
+        ({"measure": "f1"}, answer("Flu"), [], 0.0),
+        ({}, answer("none"), [], 1.0),
     ],
 )
 def test_what_label_overlap_can_be_told(settings, text, truth, expected):
     assert LabelOverlap(LABELS, **settings).score(text, truth=truth) == expected
+
+
+@pytest.mark.parametrize("built", [
+    lambda reader: HardReward(reader, min_tokens=0),
+    lambda reader: LabelOverlap(reader, alone=True),
+    lambda reader: NuancedReward(reader, FREQUENCY),
+])  # fmt: skip
+def test_label_rewards_take_a_tasks_reader_in_place_of_the_names(built):
+    reader = LabelReader(LABELS, (("Edema", ("oedema",)),), "solution")
+    columns = {"truth": [["Edema"]], "completion_tokens": [9]}
+    here, there = built(reader), pickle.loads(pickle.dumps(built(reader)))
+    told, plain = ["<solution>Oedema.</solution>"], [answer("Edema")]
+    assert here(["p"], told, **columns) == there(["p"], told, **columns) == built(LABELS)(["p"], plain, **columns)
+    assert built(LABELS)(["p"], told, **columns) != here(["p"], told, **columns)
 
 
 def test_a_label_row_of_another_task_has_no_reward():
@@ -211,6 +239,7 @@ FREQUENCY = (0.1, 0.3, 0.2, 0.4)
         (answer("No Finding"), ["Edema"], (0, 0, 40, 0, -40)),
         (answer(""), ["Edema"], (0, 0, 0, 0, 0)),
         (answer("Edema"), [], (0, 0, 30, 0, -30)),
+        (answer("Flu"), [], (0, 0, 0, 100, -100)),  # not the empty set
         (answer("Edema, Flu, Edema"), ["Edema"], (100, 50, 0, 125, 25)),
         (f"So: {answer('Edema')}", ["Edema"], (100, 50, 0, 25, 125)),
         ("Edema", ["Edema"], (0, 0, 0, 100, -100)),
@@ -238,6 +267,12 @@ def test_collapse_prices_the_dominant_label_once_the_window_is_full():
     assert state["window"] == [["Edema"], ["Fracture"], ["Fracture", "Edema"], ["No Finding"]]
     # exactly the share is not more than the share
     assert update(rows("Edema"), state)[0] == [0.0]
+
+
+def test_collapse_reads_as_the_task_does():
+    _, update = label_collapse(LabelReader(LABELS, (("Edema", ("oedema",)),)), window=2, share=0.5)
+    rewards, state = update(rows("- Oedema."), {"window": [["Edema"], ["Edema"]]})
+    assert (rewards, state["window"]) == ([-80.0], [["Edema"], ["Edema"]])
 
 
 def test_a_collapse_price_for_everyone_is_the_same_for_the_whole_group():
@@ -281,6 +316,7 @@ def test_published_sets_by_hand():
     ("build", "message"),
     [
         (lambda: LabelOverlap(LABELS, measure="dice"), "jaccard or f1, found 'dice'"),
+        (lambda: FormatReward(form="json"), "one of think, solution, plain, found 'json'"),
         (lambda: LabelOverlap(LABELS, normal="Healthy"), "one of the labels"),
         (lambda: LabelOverlap(LABELS, empty_is_normal=True), "needs normal"),
         (lambda: LabelOverlap(LABELS).score("", truth=["Flu"]), r"found \['Flu'\]; map or drop"),
@@ -301,6 +337,7 @@ def test_published_sets_by_hand():
         (lambda: label_collapse(LABELS, share=1.0), "0 < share < 1"),
         (lambda: ConstraintShare().score("", constraints=[{"kind": "rhyme"}]), "found 'rhyme'"),
         (lambda: ConstraintShare().score("", constraints=[{"kind": "words", "max": 3}]), "wrong arguments"),
+        (lambda: ConstraintShare().score("", constraints=[{"kind": "forbidden", "words": "no"}]), "list of words"),
     ],
 )
 def test_mistakes_are_told(build, message):

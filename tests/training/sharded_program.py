@@ -1,11 +1,15 @@
 """Run by test_sharded.py in a process with eight devices: training and sampling on meshes beside one device, as JSON.
 
-A covering set: every pair of objective, input, trained parameters and mesh occurs. The head runs over five tokens at a
-time, so that the loop over chunks is there on every device; the second micro-batch is half padding.
+    sharded_program.py few     every objective, input, kind of trained parameters and mesh once; what is sent between devices
+    sharded_program.py rest    with the few, every pair of these; dropout, replicas, and sampling
+
+The head runs over five tokens at a time, so that the loop over chunks is there on every device; the second micro-batch
+is half padding.
 """
 
 import json
 import re
+import sys
 from functools import cache, partial
 from unittest.mock import patch
 
@@ -48,19 +52,26 @@ MESHES = {
 #: optimiser -> (updates, what it is). AdamW divides a gradient by its size: one of 1e-8, which is rounding beside others
 #: of 1, would move its parameter by the learning rate this way or that, whatever the mesh. Such are left to `eps`.
 OPTIMISERS = {"sgd": (1, optax.sgd(0.5)), "adamw": (5, optax.adamw(1e-4, eps=1e-6))}
-CASES = [
-    ("sft", "text", "lora", "data 8", "adamw"),
-    ("sft", "image", "all", "fsdp 8", "sgd"),
-    ("sft", "text", "all", "data 2 fsdp 2 tensor 2", "adamw"),
-    ("dpo", "image", "lora", "data 8", "sgd"),
-    ("dpo", "text", "all", "fsdp 8", "adamw"),
-    ("dpo", "image", "lora", "data 2 fsdp 2 tensor 2", "sgd"),
-    ("grpo", "text", "lora", "fsdp 8", "sgd"),
-    ("grpo", "image", "all", "data 8", "sgd"),
-    ("grpo", "text", "all", "data 2 fsdp 2 tensor 2", "adamw"),
-    ("sft", "text", "lora", "replicas 2 data 4", "adamw"),
-    ("sft dropout", "text", "lora dropout", "data 8", "adamw"),
-]
+TEXT_ADAPTER = ("sft", "text", "lora", "data 8", "adamw")
+IMAGE_ADAPTER = ("dpo", "image", "lora", "data 8", "sgd")
+TEXT_WHOLE = ("dpo", "text", "all", "fsdp 8", "adamw")
+CASES = {
+    "few": [
+        TEXT_ADAPTER,
+        IMAGE_ADAPTER,
+        TEXT_WHOLE,
+        ("grpo", "text", "all", "data 2 fsdp 2 tensor 2", "adamw"),
+    ],
+    "rest": [
+        ("sft", "image", "all", "fsdp 8", "sgd"),
+        ("sft", "text", "all", "data 2 fsdp 2 tensor 2", "adamw"),
+        ("dpo", "image", "lora", "data 2 fsdp 2 tensor 2", "sgd"),
+        ("grpo", "text", "lora", "fsdp 8", "sgd"),
+        ("grpo", "image", "all", "data 8", "sgd"),
+        ("sft", "text", "lora", "replicas 2 data 4", "adamw"),
+        ("sft dropout", "text", "lora dropout", "data 8", "adamw"),
+    ],
+}
 
 
 @cache
@@ -261,7 +272,7 @@ def error(call) -> str:
 
 
 def refusals() -> dict[str, str]:
-    own = trainer(*CASES[0][:3], "adamw", "data 8")
+    own = trainer(*TEXT_ADAPTER[:3], "adamw", "data 8")
     params, frozen = parameters("text", "lora")
     batch = put([group(0, [3, 4], [5])], Layout(16, 1, 6), rows=4, images=None)
     placed = reshard(frozen, own.placement)
@@ -271,33 +282,42 @@ def refusals() -> dict[str, str]:
     }
 
 
-def main() -> None:
-    step.token_logprobs = partial(token_logprobs, chunk=5)
-    assert jax.device_count() == 8
-    compared = [compare(*case) for case in CASES]
+def traffic() -> dict:
+    """What training sends between devices, beside the shapes of what there is to send."""
     fsdp, shapes = where("text", "all", "fsdp 8"), model("text", "all").shapes
-    found = {
-        "cases": compared,
+    return {
         "lora": {
             kind: {
                 "collectives": training_collectives(*case),
                 "adapter": [list(x.shape) for x in parameters(kind, "lora")[0].values()],
             }
-            for kind, case in (("text", CASES[0]), ("image", CASES[3]))
+            for kind, case in (("text", TEXT_ADAPTER), ("image", IMAGE_ADAPTER))
         },
         "fsdp": {
-            "collectives": training_collectives(*CASES[4]),
+            "collectives": training_collectives(*TEXT_WHOLE),
             "cut": [list(shapes[name].shape) for name, place in fsdp.shardings.items() if any(place.spec)],
             "parameters": [list(x.shape) for x in shapes.values()],
         },
-        "rollouts": {
-            "whole": rollout(MeshSettings(), (), fsdp),
-            "tensor": rollout(MeshSettings(data=4, tensor=2), (TENSOR,), fsdp),
-        },
         "refusals": refusals(),
     }
+
+
+def rollouts() -> dict:
+    fsdp = where("text", "all", "fsdp 8")
+    return {
+        "whole": rollout(MeshSettings(), (), fsdp),
+        "tensor": rollout(MeshSettings(data=4, tensor=2), (TENSOR,), fsdp),
+        "parameters": [list(x.shape) for x in model("text", "all").shapes.values()],
+    }
+
+
+def main(which: str) -> None:
+    step.token_logprobs = partial(token_logprobs, chunk=5)
+    assert jax.device_count() == 8
+    found = {"cases": [compare(*case) for case in CASES[which]]}
+    found |= traffic() if which == "few" else {"rollouts": rollouts()}
     print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

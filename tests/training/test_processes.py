@@ -1,7 +1,7 @@
 """Two and four processes train as one does, end together when one is killed, and go on in another number.
 
-Everything is on this machine, with CPU collectives: `processes_program.py` under the ssh launcher's local transport. Each
-process has one device; what they are held against is one process.
+Everything is on this machine, with CPU collectives: `processes_program.py` under the ssh launcher's local transport. There
+are four devices, shared out to the processes; what they are held against is one process with one device.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 
 TOLERANCE = 1e-5
+#: four compile twice as much as two, for as little training
+PROCESSES = [2, pytest.param(4, marks=pytest.mark.full)]
 #: compiling is what these tests pay for
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
@@ -78,7 +80,7 @@ def assert_same_params(found: Path, expected: Path) -> None:
         assert gap <= TOLERANCE * max(1, np.max(np.abs(other[name]))), name
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", PROCESSES)
 @pytest.mark.parametrize("kind", ["sft", "dpo", "grpo"])
 def test_metrics_and_parameters_are_those_of_one_process(trained, kind, processes):
     found, expected = trained(processes) / kind, trained(1) / kind
@@ -91,7 +93,7 @@ def test_metrics_and_parameters_are_those_of_one_process(trained, kind, processe
     assert metrics[-1]["objective"] != metrics[0]["objective"]
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", PROCESSES)
 def test_the_same_completions_and_rewards_come_from_any_number_of_processes(trained, processes):
     """Five prompts a round, so that shares differ in size; one prompt has no label, some answers cannot be scored."""
     found, expected = trained(processes) / "grpo", trained(1) / "grpo"
@@ -108,9 +110,10 @@ def test_the_same_completions_and_rewards_come_from_any_number_of_processes(trai
     assert sum(line["reward"] is not None for line in scored) > 50
 
 
-def test_a_checkpoint_goes_to_any_mesh_and_number_of_processes(repository, trained):
-    """Written by four processes, fsdp 4; every array, moments too, is exactly what was written."""
-    done = start(repository, "restored", trained(4), processes=1, devices=4)
+@pytest.mark.parametrize("processes", PROCESSES)
+def test_a_checkpoint_goes_to_any_mesh_and_number_of_processes(repository, trained, processes):
+    """Written by several processes, fsdp 4; every array, moments too, is exactly what was written."""
+    done = start(repository, "restored", trained(processes), processes=1, devices=4)
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert {name: result["same"] for name, result in found.items()} == {
@@ -122,6 +125,7 @@ def test_a_checkpoint_goes_to_any_mesh_and_number_of_processes(repository, train
     assert found["data 2 fsdp 2"]["cut"] > 15
 
 
+@pytest.mark.full
 def test_a_killed_process_ends_the_run_which_goes_on_in_another_number(repository, trained, tmp_path):
     begun = time.monotonic()
     done = start(repository, "killed", tmp_path, processes=4, devices=1)

@@ -1,4 +1,4 @@
-"""Intervals for F1 by resampling patients: films of one patient are not independent, so patients are drawn whole.
+"""Intervals for F1 and for shares by resampling patients: films of one patient are not independent, so patients are drawn whole.
 
 A draw takes as many patients as there are, with replacement. Scoring a draw needs only how often each patient was
 drawn, because tp, fp and fn add up over patients:
@@ -64,6 +64,37 @@ def bootstrap_f1(
     return _intervals(point, drawn, level, n=len(truth), patients=len(counts))
 
 
+def bootstrap_ratio(
+    hits: Sequence[float],
+    of: Sequence[float],
+    patients: Sequence[str],
+    *,
+    draws: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """sum(hits) / sum(of) with its patient-level percentile interval: an accuracy, a mean, a share of constraints.
+
+    One entry per answer; `of` is 0 where an answer does not count. `n` is the number of answers that do. The result
+    depends on the seed and the set of rows, not on their order. Raises as `bootstrap_f1`.
+    """
+    if len(hits) == 0 or not len(hits) == len(of) == len(patients):
+        raise ValueError(
+            f"expected one patient per answer and at least one answer, found {len(patients)} for {len(hits)} answers"
+            "; pass the patient column of the same rows"
+        )
+    _check_settings(draws, level)
+    names, owner = np.unique(np.asarray(patients), return_inverse=True)  # sorted: order of answers cannot matter
+    sums = np.zeros((len(names), 2))
+    np.add.at(sums, owner, np.stack([np.asarray(hits, float), np.asarray(of, float)], axis=1))
+    drawn = np.concatenate([weights @ sums for weights in resample_weights(len(names), draws=draws, seed=seed)])
+    with np.errstate(invalid="ignore", divide="ignore"):  # 0 / 0 is undefined, as a draw or as a whole
+        ratios = np.where(drawn[:, 1] > 0, drawn[:, 0] / drawn[:, 1], np.nan)
+        total = sums.sum(axis=0)
+        value = total[0] / total[1] if total[1] > 0 else float("nan")
+    return _interval(value, ratios, level, n=int(np.count_nonzero(of)), patients=len(names))
+
+
 def paired_difference(
     truth: Bool[np.ndarray, "film label"],
     first: Bool[np.ndarray, "film label"],
@@ -124,10 +155,7 @@ def _drawn_scores(
     systems: list[Int[np.ndarray, "patient 3 label"]], draws: int, level: float, seed: int
 ) -> list[Float[np.ndarray, "draw score"]]:
     """Scores of each system in each draw, all systems on the same draws."""
-    if draws < 1:
-        raise ValueError(f"draws must be >= 1, found {draws}; set e.g. 1000")
-    if not 0 < level < 1:
-        raise ValueError(f"level must lie between 0 and 1, found {level}; set e.g. 0.95")
+    _check_settings(draws, level)
     patients, _, labels = systems[0].shape
     blocks: list[list[np.ndarray]] = [[] for _ in systems]
     for weights in resample_weights(patients, draws=draws, seed=seed):
@@ -145,15 +173,24 @@ def _intervals(
     n: int,
     patients: int,
 ) -> F1Intervals:
-    tails = [50 * (1 - level), 50 * (1 + level)]  # percent
-
     def interval(value: float, draws: Float[np.ndarray, "draw"]) -> Interval:
-        defined = draws[~np.isnan(draws)]
-        undefined = len(draws) - len(defined)
-        if np.isnan(value) or len(defined) == 0 or patients == 1:
-            return Interval(none_if_nan(value), None, None, n, patients, undefined)
-        low, high = np.percentile(defined, tails)
-        return Interval(float(value), float(low), float(high), n, patients, undefined)
+        return _interval(value, draws, level, n=n, patients=patients)
 
     *label, micro, macro, macro_all = map(interval, point, drawn.T)
     return F1Intervals(tuple(label), micro, macro, macro_all)
+
+
+def _interval(value: float, drawn: Float[np.ndarray, "draw"], level: float, *, n: int, patients: int) -> Interval:
+    defined = drawn[~np.isnan(drawn)]
+    undefined = len(drawn) - len(defined)
+    if np.isnan(value) or len(defined) == 0 or patients == 1:
+        return Interval(none_if_nan(value), None, None, n, patients, undefined)
+    low, high = np.percentile(defined, [50 * (1 - level), 50 * (1 + level)])
+    return Interval(float(value), float(low), float(high), n, patients, undefined)
+
+
+def _check_settings(draws: int, level: float) -> None:
+    if draws < 1:
+        raise ValueError(f"draws must be >= 1, found {draws}; set e.g. 1000")
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie between 0 and 1, found {level}; set e.g. 0.95")

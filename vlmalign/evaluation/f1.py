@@ -108,10 +108,12 @@ def evaluate(
     labels: tuple[str, ...],
     *,
     valid: Bool[np.ndarray, "film"],
+    unknown_only: Bool[np.ndarray, "film"] | None = None,
 ) -> F1Report:
-    """All scores of one system. A film whose completion is not valid has an empty row in `predicted`.
+    """All scores of one system. A film whose completion is not valid has an empty row in `predicted`, and so has one
+    that names nothing but what is no label (`unknown_only`; None: there is none).
 
-    It then costs recall, and never counts as an exact match, not even where the true set is empty.
+    Both then cost recall, and never count as an exact match, not even where the true set is empty.
     Raises ValueError if there is no film or a name is missing for a column.
     """
     if len(truth) == 0:
@@ -120,6 +122,7 @@ def evaluate(
         raise ValueError(
             f"expected one name per column, found {len(labels)} labels for {truth.shape[1]} columns; pass one schema"
         )
+    says = valid if unknown_only is None else valid & ~unknown_only
     counts = Counts(*outcomes(truth, predicted).sum(axis=0))
     values = f1_values(counts)
     precision = _ratio(counts.tp, counts.tp + counts.fp)
@@ -144,7 +147,7 @@ def evaluate(
         macro=none_if_nan(values.macro),
         macro_labels=sum(score.support > 0 for score in scores),
         macro_all=float(values.macro_all),
-        exact_match=float((valid & (truth == predicted).all(axis=1)).mean()),
+        exact_match=float((says & (truth == predicted).all(axis=1)).mean()),
         fail_rate=float((~valid).mean()),
     )
 

@@ -37,7 +37,7 @@ from vlmalign.models.model import Model
 from vlmalign.randomness import key_for
 from vlmalign.rollout.sampling import Sampling
 from vlmalign.weights.adapter import load_adapter
-from vlmalign.weights.checkpoint import load_config, load_params, read_json
+from vlmalign.weights.checkpoint import load_config, load_params, read_json, stored_dtype
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ class VlmalignLM(TemplateLM):
         folder = Path(str(path))  # the harness's parser turns a folder called 7 into a number
         self.path, self.adapter = folder, None if adapter is None else Path(str(adapter))
         config = load_config(folder)
-        self.model = Model(config, dtype=_dtype(folder) if dtype == "auto" else dtype)
+        self.model = Model(config, dtype=stored_dtype(folder) if dtype == "auto" else dtype)
         options = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
         self.tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, **options
@@ -321,20 +321,6 @@ def read_sampling(settings: Mapping[str, Any]) -> Sampling:
     if not settings.get("temperature"):
         raise ValueError("do_sample needs a temperature above 0; set it in the task or with gen_kwargs")
     return Sampling(temperature=float(settings["temperature"]), top_p=float(settings.get("top_p") or 1.0))
-
-
-def _dtype(folder: Path) -> str:
-    """The dtype a checkpoint was saved in, by its config.json."""
-    config = read_json(folder / "config.json")
-    for part in (config, config.get("text_config") or {}):
-        if found := part.get("dtype") or part.get("torch_dtype"):
-            if found == "float16":
-                raise ValueError(
-                    f"{folder} was saved in float16, which the activations of these models overflow; "
-                    "set dtype to bfloat16 or float32"
-                )
-            return found
-    return "float32"
 
 
 def _warn_of_penalties(folder: Path) -> None:

@@ -1,7 +1,7 @@
-"""Prediction rows -> the results of an evaluation, ready for JSON; and the predictions file itself (JSON Lines).
+"""Prediction rows of labels -> the results of an evaluation, ready for JSON; and the predictions file (JSON Lines).
 
-A prediction row is one film: `id`, `patient`, `truth` and `predicted` (lists of labels), `valid`, and whatever else the
-caller keeps. *In-schema* evaluation uses the labels the model was trained on; *cross-schema* evaluation uses a reduced
+A prediction row is one answer: `id`, `patient`, `truth` and `predicted` (lists of labels), `valid`, `unknown` (names that
+are no labels; may be missing), `sample` where a film is answered several times, and whatever else the caller keeps. *In-schema* evaluation uses the labels the model was trained on; *cross-schema* evaluation uses a reduced
 list, to which the caller maps both truth and predictions before calling.
 
 Averages over different label sets cannot be compared. So results come in named blocks, one per label subset: report
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,8 +25,10 @@ from vlmalign.evaluation.f1 import evaluate, label_matrix
 
 Row = Mapping[str, Any]
 
-_FIELDS = {"id": str, "patient": str, "truth": list, "predicted": list, "valid": bool}
+_IDENTITY = {"id": str, "patient": str, "valid": bool}
 _JSON_NAMES = {str: "a string", list: "a list", bool: "true or false"}
+#: how many of the unknown names results list, and how much of each
+_NAMES, _CHARACTERS = 10, 60
 
 
 class LabelBlock(TypedDict):
@@ -59,6 +62,8 @@ class Results(TypedDict):
     n: int  #: films
     patients: int
     fail_rate: float  #: share of completions that are not valid
+    unknown_rate: float  #: share of completions that name something which is no label
+    unknown_names: list[dict[str, Any]]  #: {"name", "count"}: the most frequent of these, by completions
     draws: int
     level: float
     seed: int
@@ -77,20 +82,23 @@ def evaluate_predictions(
     """Scores with patient-level intervals, one block per label subset (None: one block, "all", of all `labels`).
 
     Rows are checked first: every label in `labels` and listed once, no film twice, nothing predicted by an invalid
-    completion. All blocks share the same resamples. Raises ValueError naming the row.
+    completion. A completion of unknown names only is no exact match, not even where the true set is empty. All blocks
+    share the same resamples. Raises ValueError naming the row.
     """
     subsets = {"all": labels} if subsets is None else subsets
-    _check_rows(rows, labels)
+    check_rows(rows, {"truth": list, "predicted": list})
+    _check_labels(rows, labels)
     _check_subsets(subsets, labels)
     truth = label_matrix([row["truth"] for row in rows], labels)
     predicted = label_matrix([row["predicted"] for row in rows], labels)
     valid = np.array([row["valid"] for row in rows], bool)
+    unknown_only = np.array([bool(row.get("unknown")) and not row["predicted"] for row in rows], bool)
     patients = [row["patient"] for row in rows]
 
     blocks: dict[str, Block] = {}
     for name, subset in subsets.items():
         columns = [labels.index(label) for label in subset]
-        report = evaluate(truth[:, columns], predicted[:, columns], subset, valid=valid)
+        report = evaluate(truth[:, columns], predicted[:, columns], subset, valid=valid, unknown_only=unknown_only)
         intervals = bootstrap_f1(
             truth[:, columns], predicted[:, columns], patients, draws=draws, level=level, seed=seed
         )
@@ -110,11 +118,30 @@ def evaluate_predictions(
         n=len(rows),
         patients=len(set(patients)),
         fail_rate=float((~valid).mean()),
+        unknown_rate=unknown_rate(rows),
+        unknown_names=unknown_names(rows),
         draws=draws,
         level=level,
         seed=seed,
         blocks=blocks,
     )
+
+
+def unknown_rate(rows: Sequence[Row]) -> float:
+    """Share of completions that give a name which the task does not know."""
+    return sum(bool(row.get("unknown")) for row in rows) / len(rows)
+
+
+def unknown_names(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The most frequent unknown names, cut to 60 characters, each with the number of completions that give it.
+
+    >>> unknown_names([{"unknown": ["flu", "flu"]}, {"unknown": ["cold", "Flu"]}])
+    [{'name': 'flu', 'count': 2}, {'name': 'cold', 'count': 1}]
+    """
+    counts: Counter[str] = Counter()
+    for row in rows:
+        counts.update(dict.fromkeys(name.casefold()[:_CHARACTERS] for name in row.get("unknown", ())))
+    return [{"name": name, "count": count} for name, count in counts.most_common(_NAMES)]
 
 
 def write_predictions(path: Path, rows: Iterable[Row]) -> None:
@@ -156,21 +183,33 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _check_rows(rows: Sequence[Row], labels: tuple[str, ...]) -> None:
+def check_rows(rows: Sequence[Row], fields: Mapping[str, type]) -> None:
+    """Raises ValueError, naming the row, where there is none, where one lacks id, patient, valid or one of `fields` of its
+    type, and where an answer is there twice."""
     if not rows:
         raise ValueError("expected at least one prediction row, found none; check the predictions file")
-    seen: dict[str, int] = {}
+    seen: dict[Any, int] = {}
     for number, row in enumerate(rows, start=1):
-        where = f"row {number} (id {row.get('id')!r})"
-        for field, kind in _FIELDS.items():
+        where = _where(number, row)
+        for field, kind in {**_IDENTITY, **fields}.items():
             if not isinstance(row.get(field), kind):
                 found = type(row[field]).__name__ if field in row else "no such field"
                 raise ValueError(
                     f"{where}: expected {field} to be {_JSON_NAMES[kind]}, found {found}; write the row again"
                 )
-        if row["id"] in seen:
-            raise ValueError(f"{where}: expected every film once, found it in row {seen[row['id']]} too; drop one")
-        seen[row["id"]] = number
+        key = row["id"], row.get("sample")
+        if key in seen:
+            raise ValueError(f"{where}: expected every film once, found it in row {seen[key]} too; drop one")
+        seen[key] = number
+
+
+def _where(number: int, row: Row) -> str:
+    return f"row {number} (id {row.get('id')!r})"
+
+
+def _check_labels(rows: Sequence[Row], labels: tuple[str, ...]) -> None:
+    for number, row in enumerate(rows, start=1):
+        where = _where(number, row)
         for field in ("truth", "predicted"):
             names = row[field]
             if unlisted := sorted(set(names) - set(labels)):

@@ -1,12 +1,16 @@
 """Log-probabilities of given continuations. All continuations of one context are one group: its prompt is computed once.
 
+`score_groups` takes groups, with images or without; `score` takes (context, continuation) pairs of token ids.
+
 Batches are planned so that few programs compile: lengths grow in steps of at most a half, and requests of like shape
 run together under a budget of tokens.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -14,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlmalign.data.groups import collate
 from vlmalign.models.model import Model, Params
 from vlmalign.objectives.logprobs import score_logits
+from vlmalign.rollout.features import FeatureStore, assemble
 from vlmalign.shapes import Array, Bool, Float
 from vlmalign.types import Group, GroupBatch, Layout, Segment
 
@@ -38,6 +42,18 @@ class Score(NamedTuple):
 
     logp: float  #: natural logarithm of the whole continuation's probability, summed in float64
     greedy: bool  #: each of its tokens is the most likely one at its place
+
+
+class ContinuationScores(NamedTuple):
+    """Of one continuation, by token."""
+
+    logp: np.ndarray  #: [length] float32: natural logarithm of each token's probability, given all before it
+    greedy: np.ndarray  #: [length] bool: the token is the most likely one at its place
+
+    @property
+    def total(self) -> float:
+        """Natural logarithm of the whole continuation's probability, summed in float64."""
+        return float(self.logp.sum(dtype=np.float64))
 
 
 class Scored(NamedTuple):
@@ -157,6 +173,37 @@ def check_tokens(model: Model, params: Params, batch: GroupBatch, *, chunk: int 
     return TokenChecks(*(x.reshape(-1, group, completion) for x in found))
 
 
+def score_groups(
+    model: Model,
+    params: Params,
+    groups: Sequence[Group],
+    *,
+    features: FeatureStore | None,
+    budget: int = 8192,
+    limit: int | None = None,
+    advance: Callable[[Sequence[int]], None] = lambda numbers: None,
+) -> list[list[ContinuationScores]]:
+    """Scores of every continuation of every group, in their order; each prompt and each image is computed once.
+
+    `features` encodes the images (None: there are none). At most `budget` tokens (a longer group runs alone) and
+    `limit` groups run at once. `advance` is told which groups are done, by their places in `groups`.
+    """
+    found: list[list[ContinuationScores]] = [[] for _ in groups]
+    numbered = [replace(group, id=number) for number, group in enumerate(groups)]
+    for batch in plan(numbered, budget=budget, limit=limit):
+        padded = [_with_continuations(group, batch.layout.group) for group in batch.groups]
+        images = batch.rows * max(len(group.images) for group in batch.groups)
+        arrays = assemble(padded, batch.layout, rows=batch.rows, images=images, features=features)
+        checks = jax.device_get(check_tokens(model, params, arrays))
+        for row, group in enumerate(batch.groups):
+            found[group.id] = [
+                ContinuationScores(checks.logp[row, k, : len(own)], checks.greedy[row, k, : len(own)])
+                for k, own in enumerate(group.continuations)
+            ]
+        advance([group.id for group in batch.groups])
+    return found
+
+
 def score(
     model: Model,
     params: Params,
@@ -181,23 +228,17 @@ def score(
             f"{empty} of {len(requests)} requests have an empty context or continuation; nothing can be scored there"
         )
     groups, owners = _share_contexts(requests, budget=budget)
-    known: dict[Request, Score] = {}
-    asked: dict[Request, int] = {}
-    for request in requests:
-        asked[request] = asked.get(request, 0) + 1
-    for batch in plan(groups, budget=budget, limit=limit):
-        padded = [_with_continuations(group, batch.layout.group) for group in batch.groups]
-        arrays, _ = collate(padded, batch.layout, rows=batch.rows, grid=None)
-        found = jax.device_get(check_tokens(model, params, arrays))
-        done = 0
-        for row, group in enumerate(batch.groups):
-            for k, request in enumerate(owners[group.id]):
-                length = len(request.continuation)
-                known[request] = Score(
-                    float(found.logp[row, k, :length].sum(dtype=np.float64)), bool(found.greedy[row, k, :length].all())
-                )
-                done += asked[request]
-        advance(done)
+    asked = Counter(requests)
+
+    def done(numbers: Sequence[int]) -> None:
+        advance(sum(asked[request] for number in numbers for request in owners[number]))
+
+    found = score_groups(model, params, groups, features=None, budget=budget, limit=limit, advance=done)
+    known = {
+        request: Score(one.total, bool(one.greedy.all()))
+        for own, scores in zip(owners, found, strict=True)
+        for request, one in zip(own, scores, strict=True)
+    }
     return Scored([known[request] for request in requests], len(groups))
 
 

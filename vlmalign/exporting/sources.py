@@ -18,7 +18,10 @@ from vlmalign.weights.adapter import CONFIG, load_adapter
 from vlmalign.weights.checkpoint import load_config
 from vlmalign.weights.layout import read_json
 
-#: the file of a run folder that says what was trained; a stage's folder lies beside it
+#: the records of a stage, of which the second is there once it is whole
+RECORDS = ("begun.json", "made.json")
+
+#: in runs of version 0.1, the file of a run folder that says what was trained; a stage's folder lies beside it
 RUN_CONFIG = "config.yaml"
 
 
@@ -51,7 +54,7 @@ def check_base(adapter: Path, base: Path) -> None:
     named = _named_base(adapter)
     if named and (Path(named) / "config.json").exists() and load_config(Path(named)) != load_config(base):
         raise ValueError(
-            f"{adapter} is an adapter on {named}, and {base} is another model (their config.json differ); leave out --base"
+            f"{adapter} is an adapter on {named}, and {base} is another model (their config.json differ); take it on its own base"
         )
 
 
@@ -91,12 +94,19 @@ def open_adapter(adapter: Path, config: ModelConfig) -> Found:
 
 
 def _model_section(adapter: Path) -> dict[str, Any]:
-    """`model` in the config of the run that a stage's folder belongs to; every study's config has one."""
+    """`path` of the base and `lora` of a stage's folder: from its record, or from the config of a run of version 0.1."""
     if not is_stage(adapter):
         raise ValueError(_what_it_is(adapter))
+    for name in RECORDS:
+        if (adapter / name).exists():
+            found = read_json(adapter / name)
+            model = {"path": found.get("free", {}).get("base"), "lora": found.get("settings", {}).get("lora")}
+            if not isinstance(model["path"], str) or not isinstance(model["lora"], dict):
+                raise ValueError(f"{adapter / name} names no base with an adapter: its stage trained a whole decoder")
+            return model
     path = adapter.absolute().parent / RUN_CONFIG
     if not path.exists():
-        raise ValueError(f"{adapter} is a stage's folder, but no {RUN_CONFIG} of its run lies beside it: {path}")
+        raise ValueError(f"{adapter} is a stage's folder without a record ({' or '.join(RECORDS)}); restore it")
     found = read_yaml(path.read_text(encoding="utf-8"))
     model = found.get("model") if isinstance(found, dict) else None
     if not isinstance(model, dict) or "path" not in model or not isinstance(model.get("lora"), dict):
@@ -120,7 +130,8 @@ def _what_it_is(adapter: Path) -> str:
     """Why a folder is not what was asked for."""
     if not adapter.is_dir():
         return f"{adapter} is not a folder; give a PEFT folder, or a stage's folder of a run"
-    stages = sorted(str(path) for path in adapter.iterdir() if path.is_dir() and is_stage(path))
+    below = [adapter, *([adapter / "stages"] if (adapter / "stages").is_dir() else [])]
+    stages = sorted(str(path) for folder in below for path in folder.iterdir() if path.is_dir() and is_stage(path))
     if stages:
         return f"{adapter} is a run with several stages; give the folder of one: {', '.join(stages)}"
     return f"{adapter} is neither a PEFT folder (no {CONFIG}) nor a stage's folder of a run (no checkpoints)"

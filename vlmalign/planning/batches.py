@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache, partial, wraps
 from typing import Any, NamedTuple
 
 import jax
@@ -84,13 +84,15 @@ class Parameters(NamedTuple):
     trained: Shapes
 
 
+def _kept(find: Callable[[Model], Any]) -> Callable[[Model], Any]:
+    """What `find` found of a model, whatever it rematerialises: the shapes of a large model take seconds."""
+    kept = cache(find)
+    return wraps(find)(lambda model: kept(replace(model, remat="none")))
+
+
+@_kept
 def split(model: Model) -> Parameters:
-    """The parameters of a model. Kept: finding the shapes of a large model takes seconds."""
-    return _split(replace(model, remat="none"))
-
-
-@cache
-def _split(model: Model) -> Parameters:
+    """The parameters of a model."""
     shapes = model.shapes
     trained = {name for name in shapes if (is_adapter(name) if model.lora is not None else name.startswith(DECODER))}
     return Parameters(
@@ -108,26 +110,22 @@ def trained_in(model: Model, update: Update) -> Shapes:
     return dict(found) | head
 
 
-@cache
-def _used(model: Model) -> Shapes:
-    return {name: model.shapes[name] for name in _split(model).trained}
-
-
+@_kept
 def used(model: Model) -> Shapes:
     """What is trained, in the dtypes in which the model uses it."""
-    return _used(replace(model, remat="none"))
+    return {name: model.shapes[name] for name in split(model).trained}
 
 
-@cache
+@_kept
 def whole(model: Model) -> Shapes:
     """All parameters without the adapter, as checkpoints and rollouts have them."""
     return base_of(model).shapes
 
 
-@cache
+@_kept
 def base_of(model: Model) -> Model:
     """The model without its adapter: one and the same for equal models, since it keeps what it has found out."""
-    return replace(model.without_lora(), remat="none")
+    return model.without_lora()
 
 
 def size(tree: Any) -> int:
@@ -139,19 +137,18 @@ def _share(x: jax.ShapeDtypeStruct) -> int:
     return x.size if x.sharding is None else math.prod(x.sharding.shard_shape(x.shape))
 
 
-def prompt_batch(model: Model, *, rows: int, prompt: int) -> GroupBatch:
-    """Prompts that wait for their rollout, each with one image."""
-    return _batch(model, Layout(prompt, 0, 0), rows)
+def prompt_batch(model: Model, *, rows: int, prompt: int, images: int) -> GroupBatch:
+    """Prompts that wait for their rollout, each with so many soft tokens of images."""
+    return _batch(model, Layout(prompt, 0, 0), rows, images)
 
 
 def update_batch(model: Model, update: Update) -> tuple[GroupBatch, dict[str, jax.ShapeDtypeStruct]]:
     """A micro-batch of this stage, and what is recorded about its tokens."""
     _, group, completion = update.layout
-    batch = _batch(model, update.layout, update.rows)
+    batch = _batch(model, update.layout, update.rows, update.lengths.images)
     if update.recorded:
         batch = batch._replace(
-            advantage=_array((update.rows, group), jnp.float32),
-            truncated=_array((update.rows, group), jnp.bool_),
+            advantage=_array((update.rows, group), jnp.float32), truncated=_array((update.rows, group), jnp.bool_)
         )
     values = _array((update.rows, group, completion), jnp.float32)
     return batch, dict.fromkeys(update.recorded, values)
@@ -164,12 +161,15 @@ def counts(model: Model, update: Update) -> dict[str, jax.ShapeDtypeStruct]:
     return dict.fromkeys(update.objective.counts([ones]), _array((), jnp.float32))
 
 
-def _batch(model: Model, layout: Layout, rows: int) -> GroupBatch:
+def _batch(model: Model, layout: Layout, rows: int, images: int) -> GroupBatch:
     config = model.config.decoder
     axes = (config.position_axes,) if config.position_axes > 1 else ()
     per_token = _array((rows, layout.row), jnp.int32)
     vision = model.config.vision
-    features = None if vision is None else _array((rows * vision.tokens, config.embed), jnp.dtype(model.dtype))
+    features = None
+    if vision is not None:
+        # A batch has room for an image in each row, also where no row has one.
+        features = _array((rows * max(images, vision.tokens or 1), config.embed), jnp.dtype(model.dtype))
     return GroupBatch(
         tokens=per_token,
         segment=per_token,

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 #: the device that JAX runs on, measured rather than looked up
 THIS = "this"
+#: of the roofline, for the hours to expect: what good training and decoding programs reach
+SHARE = 0.5
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from vlmalign.planning.batches import (
     Where,
     base_of,
     counts,
+    places,
     prompt_batch,
     put,
     rollout_places,
@@ -48,6 +49,15 @@ class Job(NamedTuple):
     options: Mapping[str, Any] = {}  #: for the compiler, beside the target's
     counted: bool = False  #: how its loop is launched is read off as well
     mesh: Mesh | None = None  #: in force while it is traced; None: it runs on one device, or on its arguments' own
+
+
+#: how a program is made for a model of any depth
+Make = Callable[[Model], Job]
+
+
+def made_by(job: Callable[[Model, Update, Where, Target], Job], update: Update, target: Target) -> Make:
+    """A program of a stage, for a model that need not be the workload's own."""
+    return lambda model: job(model, update, places(target, model), target)
 
 
 def encode_job(model: Model, where: Where) -> Job:
@@ -87,7 +97,7 @@ def generator(model: Model, sampled: Sampled, target: Target) -> Generator:
     )
 
 
-def rollout_jobs(name: str, model: Model, sampled: Sampled, where: Where, target: Target) -> list[Job]:
+def rollout_jobs(model: Model, sampled: Sampled, where: Where, target: Target) -> list[Job]:
     """Prefill, and a block of decoding with the largest caches."""
     base, made, where = base_of(model), generator(model, sampled, target), rollout_places(where)
     shape = max(made.shapes, key=lambda s: s.rows * s.group * s.length)
@@ -97,17 +107,17 @@ def rollout_jobs(name: str, model: Model, sampled: Sampled, where: Where, target
     per_row = jax.ShapeDtypeStruct((n,), jnp.int32)
     rows = Rows(per_row, per_row, per_row, jax.ShapeDtypeStruct((n, k), jnp.int32), per_row)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    batch = prompt_batch(base, rows=made.prefilled_at_once, prompt=sampled.prompt)
+    batch = prompt_batch(base, rows=made.prefilled_at_once, prompt=sampled.prompt, images=sampled.images)
     weights = where.sampled(_sampled_from(model, target))
     return [
         Job(
-            f"{name} prefill",
+            f"{sampled.name} prefill",
             lambda params, batch: prefill(base, params, batch),
             (weights, _put_batch(batch, where)),
             mesh=target.sampling_mesh,
         ),
         Job(
-            f"{name} decode",
+            f"{sampled.name} decode",
             lambda params, cache, shared, rows, key: decode_block(
                 base, params, cache, shared, rows, key, steps=made.steps, sampling=sampled.sampling
             ),

@@ -13,17 +13,7 @@ import jax.numpy as jnp
 
 from vlmalign.models.model import Model
 from vlmalign.models.sizes import cache_bytes
-from vlmalign.planning.batches import (
-    Where,
-    places,
-    prompt_batch,
-    size,
-    split,
-    trained_in,
-    update_batch,
-    used,
-    whole,
-)
+from vlmalign.planning.batches import Where, places, prompt_batch, size, split, trained_in, update_batch, used, whole
 from vlmalign.planning.jobs import changed_names, moments
 from vlmalign.planning.programs import Program
 from vlmalign.planning.target import Target
@@ -63,15 +53,15 @@ def phases(workload: Workload, programs: Mapping[str, Program], target: Target) 
     where = places(target, model)
     frozen, adapter = (size(where.trained(part)) for part in split(model))
     found = []
-    if model.config.vision is not None:
+    if workload.encodes:
         found.append(_phase("encode", Held(size(where.trained(whole(model)))), programs, _encoding(model)))
     for update in workload.stages:
         # The reference is kept in the dtypes of the model, by which an adapter's are float32.
         reference = frozen_copy(model, where) if update.objective.needs_reference else 0
         trained = size(where.trained(trained_in(model, update)))
         held = Held(frozen, trained + reference, size(moments(model, update, where)))
-        if update is workload.grpo:
-            found += _rollout("rollout", workload.rollout, model, held, programs, target)
+        if update.rollout is not None:
+            found += _rollout(update.name, update.rollout, model, held, programs, target)
         batch = size(update_batch(model, update)) // shares
         if reference:
             found.append(
@@ -82,8 +72,10 @@ def phases(workload: Workload, programs: Mapping[str, Program], target: Target) 
             _phase(f"{update.name} gradients", summed, programs, batch + _training(model, update, where, shares), batch)
         )
         found.append(_phase(f"{update.name} optimiser", summed, programs, trained))
-    for sampled in workload.evaluation[:1]:  # their shapes differ in nothing but how few films there may be
-        found += _rollout("evaluation", sampled, model, Held(frozen, adapter), programs, target)
+    if workload.evaluation:  # the one with the largest caches stands for all
+        largest = max(workload.evaluation, key=lambda e: e.rows * (e.prompt + e.group * e.completion))
+        held = Held(frozen, adapter) if workload.stages else None
+        found += _rollout("answers", largest, model, held, programs, target)
     return found
 
 
@@ -108,42 +100,51 @@ def _phase(name: str, held: Held, programs: Mapping[str, Program], estimate: int
 
 
 def _rollout(
-    name: str, sampled: Sampled, model: Model, held: Held, programs: Mapping[str, Program], target: Target
+    name: str, sampled: Sampled, model: Model, held: Held | None, programs: Mapping[str, Program], target: Target
 ) -> list[Phase]:
-    """The adapter is merged into a copy of every weight; then prompts and completions have their caches."""
-    where, shapes, count = places(target, model), whole(model), target.sampling_shares
-    tensor = target.sampling_axes.tensor
-    changed = {name: shapes[name] for name in changed_names(model)}
-    merged = programs["merge"].memory.outputs if "merge" in programs else size(where.trained(changed))
-    if target.mesh is not None and (target.axes.fsdp, tensor) != (1, 1):
-        # What training has cut is brought to where rollouts read it, the shares that it is brought from beside it.
-        copy = size(where.sampled(shapes))
-        merging = _phase("merge", held, programs, merged)
-        merging = merging._replace(parameters=merging.parameters + copy)
+    """The adapter is merged into a copy of every weight; then prompts and completions have their caches. `held` None: of a
+    model that is not trained, which is read as it is."""
+    where, count, tensor = places(target, model), target.sampling_shares, target.sampling_axes.tensor
+    if held is None:
+        held, found = Held(size(where.sampled(whole(model)))), []
     else:
-        copy = merged
-        merging = _phase("merge", held, programs, merged)
-    held = held._replace(parameters=held.parameters + copy)
+        held, found = _merging(name, model, held, programs, target)
     rows, item = -(-sampled.rows // count), jnp.dtype(model.dtype).itemsize
     # Heads are cut between devices and never across: what does not divide is whole on each.
     kv = cache_bytes(model) // (tensor if model.config.decoder.kv_heads % tensor == 0 else 1)
     prompts, own = rows * sampled.prompt * kv, rows * sampled.group * sampled.completion * kv
-    batch = size(prompt_batch(model, rows=sampled.rows, prompt=sampled.prompt)) // count
+    batch = size(prompt_batch(model, rows=sampled.rows, prompt=sampled.prompt, images=sampled.images)) // count
     some = rows if count > 1 else max(1, rows // 4)
     prefill = some * (
         sampled.prompt * kv + _scores(model, Layout(sampled.prompt, 0, 0)) + _wide(model, sampled.prompt) * item
     )
     logits = rows * sampled.group * model.config.decoder.vocab * 4
+
+    def phase(part: str, cache: int, estimate: int, batch: int = 0) -> Phase:
+        made = _phase(f"{sampled.name} {part}", held._replace(cache=cache), programs, estimate, batch)
+        return made._replace(name=f"{name} {part}")
+
     return [
-        merging._replace(name=f"{name} merge"),
-        _phase(f"{name} prefill", held._replace(cache=prompts), programs, batch + prefill, batch),
-        _phase(
-            f"{name} decode",
-            held._replace(cache=prompts + own),
-            programs,
-            3 * logits,
-        ),
+        *found,
+        phase("prefill", prompts, batch + prefill, batch),
+        phase("decode", prompts + own, 3 * logits),
     ]
+
+
+def _merging(
+    name: str, model: Model, held: Held, programs: Mapping[str, Program], target: Target
+) -> tuple[Held, list[Phase]]:
+    """What is held once the adapter is merged, and the phase of merging."""
+    where, shapes = places(target, model), whole(model)
+    merged = size(where.trained({name: shapes[name] for name in changed_names(model)}))
+    if "merge" in programs:
+        merged = programs["merge"].memory.outputs
+    phase, copy = _phase("merge", held, programs, merged)._replace(name=f"{name} merge"), merged
+    if target.mesh is not None and (target.axes.fsdp, target.sampling_axes.tensor) != (1, 1):
+        # What training has cut is brought to where rollouts read it, the shares that it is brought from beside it.
+        copy = size(where.sampled(shapes))
+        phase = phase._replace(parameters=phase.parameters + copy)
+    return held._replace(parameters=held.parameters + copy), [phase]
 
 
 # ---------------------------------------------------------------- estimates, for want of a compiler: rough

@@ -6,18 +6,25 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from vlmalign.models.decoder import REMAT
-from vlmalign.models.model import Model
-from vlmalign.planning.batches import Where, places
-from vlmalign.planning.cost import FORWARD_AGAIN
+from vlmalign.planning.batches import places
 from vlmalign.planning.depth import draw_out, shallow_jobs
-from vlmalign.planning.jobs import Job, apply_job, encode_job, merge_job, micro_job, reference_job, rollout_jobs
+from vlmalign.planning.jobs import (
+    Job,
+    Make,
+    apply_job,
+    encode_job,
+    made_by,
+    merge_job,
+    micro_job,
+    reference_job,
+    rollout_jobs,
+)
 from vlmalign.planning.memory import Phase, phases, usable
 from vlmalign.planning.programs import Program, compile_all
 from vlmalign.planning.schedule import Times, times
-from vlmalign.planning.search import Candidate, Choice, changed, choose_rows, stage_of
+from vlmalign.planning.search import Choice, choose_all
 from vlmalign.planning.target import Target
-from vlmalign.planning.workload import Update, Workload
+from vlmalign.planning.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -65,11 +72,7 @@ def make_plan(
     found = tuple(phases(workload, programs, target))
     timing = times(workload, target.device, target.count)
     plan = Plan(target, workload, programs, found, timing, (), None, (), None)
-    return _improved(plan, say) if search else plan
-
-
-#: how a program is made for a model of any depth
-Make = Callable[[Model], Job]
+    return _improved(plan, say) if search and workload.stages else plan
 
 
 def jobs(workload: Workload, target: Target) -> list[Job]:
@@ -82,27 +85,25 @@ def _training(workload: Workload, target: Target) -> dict[str, Make]:
     """The programs whose compilation takes long where layers are many; the longest first."""
     found = {}
     for update in workload.stages:
-        found[f"{update.name} gradients"] = _made(micro_job, update, target)
+        found[f"{update.name} gradients"] = made_by(micro_job, update, target)
         if update.objective.needs_reference:
-            found[f"{update.name} reference"] = _made(reference_job, update, target)
+            found[f"{update.name} reference"] = made_by(reference_job, update, target)
     return found
 
 
 def _optimisers(workload: Workload, target: Target) -> dict[str, Make]:
-    return {f"{update.name} optimiser": _made(apply_job, update, target) for update in workload.stages}
-
-
-def _made(job: Callable[[Model, Update, Where, Target], Job], update: Update, target: Target) -> Make:
-    return lambda model: job(model, update, places(target, model), target)
+    return {f"{update.name} optimiser": made_by(apply_job, update, target) for update in workload.stages}
 
 
 def _others(workload: Workload, target: Target) -> list[Job]:
     model, where = workload.model, places(target, workload.model)
     found = []
-    if workload.rollout is not None:
-        prefill, decode = rollout_jobs("rollout", model, workload.rollout, where, target)
-        found += [decode, prefill, merge_job(model, where, target)]
-    if model.config.vision is not None:
+    for sampled in {update.rollout.name: update.rollout for update in workload.stages if update.rollout}.values():
+        prefill, decode = rollout_jobs(model, sampled, where, target)
+        found += [decode, prefill]
+    if found:
+        found.append(merge_job(model, where, target))
+    if workload.encodes:
         found.append(encode_job(model, where))
     return found
 
@@ -113,50 +114,26 @@ def _compiled(workload: Workload, target: Target, say: Callable[[str], None], qu
     for name, make in _training(workload, target).items():
         parts[name] = shallow_jobs(make, model) if quick else [make(model)]
     found = compile_all([*itertools.chain(*parts.values()), *_others(workload, target)], target, say)
-    drawn = {name: draw_out(name, [found.pop(job.name) for job in part], model) for name, part in parts.items()}
-    return drawn | found
+    return {name: draw_out(name, [found.pop(job.name) for job in part], model) for name, part in parts.items()} | found
 
 
 def _improved(plan: Plan, say: Callable[[str], None]) -> Plan:
-    """With the fastest policy under which every stage has rows that fit; GRPO, where nearly all time goes, chooses first."""
+    """With the fastest policy under which every stage has rows that fit."""
     target = plan.target
-    tried: list[Choice] = []
-    for policy in sorted(REMAT, key=FORWARD_AGAIN.__getitem__):
-        proposed, choices = _chosen(plan, policy, say)
-        tried += choices
-        if choices[-1].taken is not None:
-            break
-    else:
-        return replace(plan, choices=tuple(tried))
+    proposed, tried = choose_all(plan.workload, target, say, programs=plan.programs)
+    if proposed is None:
+        return replace(plan, choices=tried)
     programs = dict(plan.programs)
-    for choice in choices:
-        before, after = getattr(plan.workload, choice.stage), getattr(proposed, choice.stage)
-        if after.rows != before.rows:
+    for choice in tried[-len(proposed.stages) :]:
+        if proposed[choice.stage].rows != plan.workload[choice.stage].rows:
             # Compiled for other rows; it needs less than the gradients do, and is estimated.
-            programs.pop(f"{after.name} reference", None)
+            programs.pop(f"{choice.stage} reference", None)
         if choice.program is not None:
             programs[choice.program.name] = choice.program
     return replace(
         plan,
-        choices=tuple(tried),
+        choices=tried,
         proposed=proposed,
         proposed_phases=tuple(phases(proposed, programs, target)),
         proposed_times=times(proposed, target.device, target.count),
     )
-
-
-def _chosen(plan: Plan, policy: str, say: Callable[[str], None]) -> tuple[Workload, list[Choice]]:
-    """The workload with the rows that each stage chose under this policy, up to the first one for which nothing fits."""
-    proposed, choices = plan.workload, []
-    for update in reversed(plan.workload.stages):
-        known = {}
-        if f"{update.name} gradients" in plan.programs:
-            configured = Candidate(plan.workload.model.remat, update.rows)
-            known = {configured: plan.programs[f"{update.name} gradients"]}
-        stage = stage_of(update, plan.workload)
-        scales = choices[-1].scales if choices else {}
-        choices.append(choose_rows(proposed, stage, plan.target, say, policies=(policy,), known=known, scales=scales))
-        if (taken := choices[-1].taken) is None:
-            break
-        proposed = changed(proposed, stage, taken)
-    return proposed, choices

@@ -112,9 +112,6 @@ def read_compiled(name: str, compiled: jax.stages.Compiled) -> Program:
     """What is known of a compiled program."""
     stats = compiled.memory_analysis()
     memory = Memory(
-        stats.argument_size_in_bytes,
-        stats.output_size_in_bytes,
-        stats.temp_size_in_bytes,
-        stats.alias_size_in_bytes,
+        stats.argument_size_in_bytes, stats.output_size_in_bytes, stats.temp_size_in_bytes, stats.alias_size_in_bytes
     )
     return Program(name, memory, read_program(compiled.as_text()), 0.0)

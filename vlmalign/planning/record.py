@@ -1,7 +1,7 @@
 """A plan as plain data for JSON; every group of numbers says how it was come by.
 
 "compiled": the compiler's plan for the program, never run. "drawn out": so for models with fewer layers, and from them by
-what a layer adds. "arithmetic": counted from shapes. "measured": timed here. "assumed": given, or the stated guess.
+what a layer adds. "arithmetic": counted from shapes. "measured": timed here.
 """
 
 from __future__ import annotations
@@ -56,19 +56,23 @@ def record(plan: Plan, *, share: float) -> dict[str, Any]:
         "versions": {name: version(name) for name in ("jax", "jaxlib")},
         "refusal": target.refusal,
         "model": {
+            "stages": list(workload.bases),
             "family": model.config.family,
             "layers": len(model.config.decoder.layers),
             "parameters": sum(value.size for value in whole(model).values()),
-            "trained_parameters": adapter_weights(model),
+            "trained_parameters": adapter_weights(model) if workload.stages else 0,
             "dtype": model.dtype,
         },
-        "lengths": {
-            "how": "assumed",
-            "prompt_tokens": workload.lengths.prompt,
-            "answer_tokens": workload.lengths.answer,
-            "completion_tokens": workload.lengths.completion,
-            "known": workload.lengths.known,
-        },
+        "lengths": [
+            {
+                "stages": list(update.stages),
+                "prompt_tokens": update.lengths.prompt,
+                "answer_tokens": update.lengths.answer,
+                "completion_tokens": update.lengths.completion,
+                "known": dict(update.lengths.known),
+            }
+            for update in workload.stages
+        ],
         "fits": plan.fits,
         "peak_bytes": plan.peak.peak,
         "as_configured": _settings(plan, workload, plan.phases, plan.times, share),
@@ -115,7 +119,7 @@ def _calls(program: str, workload: Workload) -> int | None:
 def _gathered(plan: Plan) -> int:
     """Bytes of the weights that a rollout reads on each device where training has cut them otherwise; 0 where not."""
     target, model = plan.target, plan.workload.model
-    if plan.workload.rollout is None or target.mesh is None:
+    if target.mesh is None or all(update.rollout is None for update in plan.workload.stages):
         return 0
     if (target.axes.fsdp, target.sampling_axes.tensor) == (1, 1):
         return 0
@@ -127,9 +131,8 @@ def _settings(plan: Plan, workload: Workload, phases: tuple[Phase, ...], times: 
     peak = max(phase.peak for phase in phases)
     return {
         "remat": workload.model.remat,
-        "sft_rows": workload.sft and workload.sft.rows,
-        "grpo_rows": workload.grpo and workload.grpo.rows,
-        "rollout_rows": workload.rollout and workload.rollout.rows,
+        "rows": {update.name: update.rows for update in workload.stages},
+        "rollout_rows": {update.name: update.rollout.rows for update in workload.stages if update.rollout is not None},
         "fits": peak <= plan.usable,
         "peak_bytes": peak,
         "memory_per_device": [{**phase._asdict(), "peak": phase.peak} for phase in phases],
@@ -146,11 +149,10 @@ def _settings(plan: Plan, workload: Workload, phases: tuple[Phase, ...], times: 
                 }
                 for part in times.parts
             ],
-            "first": "SFT" if workload.sft is None else workload.sft.name.upper(),
-            "sft_step_seconds": times.sft_step,
-            "sft_epoch_seconds": times.sft_epoch,
-            "grpo_step_seconds": times.grpo_step,
-            "grpo_epoch_seconds": times.epoch,
+            "stages": [
+                {"stages": list(each.stages), "step_seconds": each.step, "epoch_seconds": each.epoch}
+                for each in times.stages
+            ],
             "roofline_gpu_hours": times.hours(count, 1.0),
             "share_of_roofline": share,
             "gpu_hours": times.hours(count, share),

@@ -18,19 +18,19 @@ def show(found: Mapping[str, Any], console: Console) -> None:
 
 
 def _parts(found: Mapping[str, Any]) -> Iterator[RenderableType]:
-    device, model, lengths = found["device"], found["model"], found["lengths"]
+    device, model = found["device"], found["model"]
     yield (
         f"{device['count']} x {device['title']}: {device['memory_bytes'] / GIB:.1f} GiB each, of which "
         f"{device['usable_bytes'] / GIB:.1f} are planned with; {device['flops_per_second'] / 1e12:.4g} TFLOP/s, "
         f"{device['bytes_per_second'] / 1e9:.0f} GB/s ({device['how']})"
     )
     yield (
-        f"{model['family']}, {model['layers']} layers, {model['parameters'] / 1e9:.3f} B parameters in {model['dtype']}, "
+        f"{', '.join(model['stages'])}: {model['family']}, {model['layers']} layers, {model['parameters'] / 1e9:.3f} B parameters in {model['dtype']}, "
         f"of which {model['trained_parameters'] / 1e6:.1f} M are trained"
     )
-    yield "tokens " + ", ".join(
-        f"{name} {lengths[f'{name}_tokens']} ({lengths['known'][name]})" for name in ("prompt", "answer", "completion")
-    )
+    for each in found["lengths"]:
+        said = ", ".join(f"{name} {each[f'{name}_tokens']} ({how})" for name, how in each["known"].items())
+        yield f"tokens of {', '.join(each['stages'])}: {said}"
     if found["refusal"]:
         yield f"Nothing was compiled; sizes are rough estimates. {found['refusal']}"
     now, better = found["as_configured"], found["proposed"]
@@ -62,8 +62,8 @@ def _parts(found: Mapping[str, Any]) -> Iterator[RenderableType]:
 
 
 def _words(settings: Mapping[str, Any]) -> str:
-    rows = {name: settings[f"{name}_rows"] for name in ("sft", "grpo", "rollout")}
-    return f"remat {settings['remat']}, rows " + ", ".join(f"{name} {n}" for name, n in rows.items() if n is not None)
+    rows = settings["rows"] | {f"rollouts of {name}": rows for name, rows in settings["rollout_rows"].items()}
+    return f"remat {settings['remat']}, rows " + ", ".join(f"{name} {n}" for name, n in rows.items())
 
 
 def _memory(title: str, settings: Mapping[str, Any], device: Mapping[str, Any]) -> Table:
@@ -139,14 +139,11 @@ def _time(title: str, settings: Mapping[str, Any]) -> Table:
             f"{seconds * part['times'] / 3600:.3g}",
         )
     table.add_section()
-    for name, key in (
-        (f"{time['first']} step", "sft_step"),
-        (f"{time['first']} epoch", "sft_epoch"),
-        ("GRPO step", "grpo_step"),
-        ("GRPO epoch", "grpo_epoch"),
-    ):
-        if time[f"{key}_seconds"]:
-            table.add_row(name, "", "", "", f"{time[f'{key}_seconds']:.3g}", "", "")
+    for each in time["stages"]:
+        for what in ("step", "epoch"):
+            if each[f"{what}_seconds"]:
+                name = f"{', '.join(each['stages'])} {what}"
+                table.add_row(name, "", "", "", f"{each[f'{what}_seconds']:.3g}", "", "")
     table.caption = (
         f"GPU-hours: {time['roofline_gpu_hours']:.3g} at the roofline, {time['gpu_hours']:.3g} at "
         f"{time['share_of_roofline']:.0%} of it"

@@ -21,14 +21,19 @@ class Part(NamedTuple):
     times: float
 
 
+class StageTime(NamedTuple):
+    """Of stages that are planned as one."""
+
+    stages: tuple[str, ...]
+    step: float  #: of a step, its share of the rollout that it learns from included
+    epoch: float  #: one pass over its data; 0 where it is not known how many cases there are
+
+
 class Times(NamedTuple):
     """Ideal seconds; real ones are these over the share of the peak that is reached."""
 
     parts: tuple[Part, ...]
-    sft_step: float  #: of the stage that learns from answers; 0 where there is none
-    sft_epoch: float  #: one pass of it over its data; 0 where the config does not say how many there are
-    grpo_step: float
-    epoch: float  #: one pass of GRPO over its prompts
+    stages: tuple[StageTime, ...]
     total: float
 
     def hours(self, count: int, share: float) -> float:
@@ -41,10 +46,8 @@ def times(workload: Workload, device: Device, count: int) -> Times:
     model, dtype = workload.model, workload.model.dtype
     parts: list[Part] = []
 
-    def add(name: str, pieces: list[Cost], often: float) -> float:
-        seconds = sum(roofline(piece, device, dtype) for piece in pieces)
-        parts.append(Part(name, sum(pieces, Cost(0.0, 0.0)), seconds, often))
-        return seconds
+    def add(name: str, piece: Cost, often: float) -> None:
+        parts.append(Part(name, piece, roofline(piece, device, dtype), often))
 
     def trained(update: Update) -> Cost:
         return cost.gradients(model, update, update.rows / count).times(update.micro_batches)
@@ -54,33 +57,31 @@ def times(workload: Workload, device: Device, count: int) -> Times:
 
     def sampled(work: Sampled) -> list[Cost]:
         made = Generator(base_of(model), None, (), work.rows, work.group, work.completion, work.sampling)
-        length = min(workload.lengths.completion, work.completion)
-        found = cost.rollout(model, work, made, rows=work.rows / count, length=length)
+        found = cost.rollout(model, work, made, rows=work.rows / count, length=work.length)
         return [piece.times(-(-work.prompts // work.rows)) for piece in found]
 
-    sft, grpo = workload.sft, workload.grpo
-    if model.config.vision is not None and workload.films:
-        add("encode a film", [cost.encode(model, 1 / count)], workload.films)
-    sft_step = add(f"{sft.name.upper()} gradients", [trained(sft)], sft.steps) if sft is not None else 0.0
-    sft_epoch = workload.sft_epoch * sft_step
-    if grpo is None:
-        return Times(tuple(parts), sft_step, sft_epoch, 0.0, 0.0, sum(part.seconds * part.times for part in parts))
-    before = len(parts)
-    assert workload.rollout is not None
-    rollouts = workload.rollout.count
-    prefill, decode = sampled(workload.rollout)
-    add("rollout prefill", [prefill], rollouts)
-    add("rollout decode", [decode], rollouts)
-    if grpo.objective.needs_reference:
-        # Where the policy scores first, the reference is recorded then, once per rollout.
-        add("GRPO reference", [scored(grpo)], rollouts if workload.scores_first else grpo.steps)
-    if workload.scores_first:
-        add("GRPO scores of the policy", [scored(grpo)], rollouts)
-    add("GRPO gradients", [trained(grpo)], grpo.steps)
-    # Per step: a rollout may serve several.
-    grpo_step = sum(part.seconds * part.times for part in parts[before:]) / grpo.steps
+    if workload.films:
+        add("encode a film", cost.encode(model, 1 / count), workload.films)
+    stages = []
+    for update in workload.stages:
+        before, name = len(parts), update.name
+        if (rollout := update.rollout) is not None:
+            prefill, decode = sampled(rollout)
+            add(f"{name} prefill", prefill, rollout.count)
+            add(f"{name} decode", decode, rollout.count)
+            if update.objective.needs_reference:
+                # Where the policy scores first, the reference is recorded then, once per rollout.
+                add(f"{name} reference", scored(update), rollout.count if update.scores_first else update.steps)
+            if update.scores_first:
+                add(f"{name} scores of the policy", scored(update), rollout.count)
+        add(f"{name} gradients", trained(update), update.steps)
+        # Per step: a rollout may serve several.
+        step = sum(part.seconds * part.times for part in parts[before:]) / update.steps
+        stages.append(StageTime(update.stages, step, update.epoch * step))
     for work in workload.evaluation:
-        add(f"{work.name}: films", [cost.encode(model, work.prompts / count)], 1)
-        add(f"{work.name}: answers", sampled(work), work.count)
-    total = sum(part.seconds * part.times for part in parts)
-    return Times(tuple(parts), sft_step, sft_epoch, grpo_step, workload.epoch * grpo_step, total)
+        if workload.encodes and work.images:
+            add(f"{work.name}: films", cost.encode(model, work.prompts / count), 1)
+        prefill, decode = sampled(work)
+        add(f"{work.name}: prefill", prefill, work.count)
+        add(f"{work.name}: decode", decode, work.count)
+    return Times(tuple(parts), tuple(stages), sum(part.seconds * part.times for part in parts))

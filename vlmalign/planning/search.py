@@ -9,26 +9,26 @@ are not worth compiling.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache
 from typing import NamedTuple
 
 from vlmalign.models.decoder import REMAT
 from vlmalign.models.model import Model
-from vlmalign.planning.batches import places, size, update_batch
+from vlmalign.planning.batches import size, update_batch
 from vlmalign.planning.cost import FORWARD_AGAIN
 from vlmalign.planning.depth import draw_out, shallow_jobs
 from vlmalign.planning.devices import THIS
 from vlmalign.planning.hlo import Findings
-from vlmalign.planning.jobs import Job, micro_job
+from vlmalign.planning.jobs import made_by, micro_job
 from vlmalign.planning.memory import phases, usable
 from vlmalign.planning.programs import Memory, Program, compile_all
 from vlmalign.planning.target import Target
 from vlmalign.planning.workload import Update, Workload
 
 #: estimates above this many times the limit are believed without compiling: those of arithmetic alone are rough, but not
-#: by half; those scaled to a compiled program of the same policy are near it (between the two stages of ChexReason, on one
+#: by half; those scaled to a compiled program of the same policy are near it (between SFT and GRPO of ChexReason, on one
 #: A100 or eight H100, scales of the four policies differ by 0 to 9 %)
 BEYOND, BEYOND_SCALED = 2.0, 1.1
 #: and scaled ones below this share of the limit, but for devices that are here
@@ -79,20 +79,47 @@ def candidates(update: Update, shares: int, policies: tuple[str, ...], rows: int
 
 
 def changed(workload: Workload, stage: str, candidate: Candidate) -> Workload:
-    """The workload with this choice for `stage`, "sft" or "grpo"."""
-    update: Update = getattr(workload, stage)
-    model = _with_remat(workload.model, candidate.remat)
-    return replace(workload, model=model, **{stage: replace(update, rows=candidate.rows)})
-
-
-def stage_of(update: Update, workload: Workload) -> str:
-    """The field of the workload that this update stands in."""
-    return "sft" if update is workload.sft else "grpo"
+    """The workload with this choice for the update of this name."""
+    stages = tuple(replace(each, rows=candidate.rows) if each.name == stage else each for each in workload.stages)
+    return replace(workload, model=_with_remat(workload.model, candidate.remat), stages=stages)
 
 
 @cache
 def _with_remat(model: Model, remat: str) -> Model:
     return replace(model, remat=remat)
+
+
+def choose_all(
+    workload: Workload,
+    target: Target,
+    say: Callable[[str], None],
+    *,
+    policies: Iterable[str] = REMAT,
+    stated: bool = False,
+    programs: Mapping[str, Program] = {},
+) -> tuple[Workload | None, tuple[Choice, ...]]:
+    """The workload with the fastest policy under which every update has rows that fit, None where none has; and all that
+    was tried. The last update, where most time goes, chooses first. `stated`: rows that the config states stand.
+
+    `programs` are those of the workload as it is.
+    """
+    tried: list[Choice] = []
+    for policy in sorted(policies, key=FORWARD_AGAIN.__getitem__):
+        found, scales = workload, {}
+        for update in reversed(workload.stages):
+            program = programs.get(f"{update.name} gradients")
+            known = {} if program is None else {Candidate(workload.model.remat, update.rows): program}
+            rows = update.rows if stated and not update.open_rows else None
+            choice = choose_rows(
+                found, update.name, target, say, policies=(policy,), rows=rows, known=known, scales=scales
+            )
+            tried.append(choice)
+            if choice.taken is None:
+                break
+            found, scales = changed(found, update.name, choice.taken), choice.scales
+        else:
+            return found, tuple(tried)
+    return None, tuple(tried)
 
 
 def choose_rows(
@@ -114,7 +141,7 @@ def choose_rows(
     limit = usable(target.device.memory)
     own = {each.remat: _scale(workload, stage, each, target, program) for each, program in known.items()}
     scales = {**scales, **own}
-    for candidate in candidates(getattr(workload, stage), target.row_shares, policies, rows):
+    for candidate in candidates(workload[stage], target.row_shares, policies, rows):
         work, program = changed(workload, stage, candidate), known.get(candidate)
         need, how = _estimate(work, stage, target), "arithmetic"
         peak, beyond = need.held + need.rough, BEYOND
@@ -123,7 +150,7 @@ def choose_rows(
             how = SCALED
             if program is None and peak <= CLEAR * limit and target.device.name != THIS:
                 memory, nothing = Memory(0, 0, peak - need.held, 0), Findings((), (), {}, 0)
-                program = Program(f"{getattr(work, stage).name} gradients", memory, nothing, 0.0, how=SCALED)
+                program = Program(f"{stage} gradients", memory, nothing, 0.0, how=SCALED)
         if program is None and target.devices and peak <= beyond * limit:
             program = _compiled(work, stage, target)
             scales[candidate.remat] = _scale(workload, stage, candidate, target, program)
@@ -142,9 +169,8 @@ class _Need(NamedTuple):
 
 
 def _estimate(workload: Workload, stage: str, target: Target) -> _Need:
-    update: Update = getattr(workload, stage)
-    (phase,) = (p for p in phases(workload, {}, target) if p.name == f"{update.name} gradients")
-    held = phase.peak - phase.working + size(update_batch(workload.model, update)) // target.row_shares
+    (phase,) = (p for p in phases(workload, {}, target) if p.name == f"{stage} gradients")
+    held = phase.peak - phase.working + size(update_batch(workload.model, workload[stage])) // target.row_shares
     return _Need(held, phase.peak - held)
 
 
@@ -154,14 +180,8 @@ def _scale(workload: Workload, stage: str, candidate: Candidate, target: Target,
 
 
 def _compiled(workload: Workload, stage: str, target: Target) -> Program:
-    update: Update = getattr(workload, stage)
-    make = partial(gradients_job, update=update, target=target)
+    make = made_by(micro_job, workload[stage], target)
     here = target.device.name == THIS and target.devices[0].platform != "cpu"
     jobs = [make(workload.model)] if here else shallow_jobs(make, workload.model)
     found = compile_all(jobs, target, lambda text: None)
-    return draw_out(f"{update.name} gradients", [found[job.name] for job in jobs], workload.model)
-
-
-def gradients_job(model: Model, *, update: Update, target: Target) -> Job:
-    """`micro_job` of a model that need not be the workload's own."""
-    return micro_job(model, update, places(target, model), target)
+    return draw_out(f"{stage} gradients", [found[job.name] for job in jobs], workload.model)

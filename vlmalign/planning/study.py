@@ -1,91 +1,92 @@
-"""A config file of either study, read for planning: its workload, and the devices that it would run on."""
+"""A study read for planning: its workloads, and the devices that they would run on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from vlmalign.config import load_config, read_yaml
 from vlmalign.mesh import AXES, TENSOR, MeshSettings, default_mesh
-from vlmalign.planning.align_workload import align_lengths, read_align
-from vlmalign.planning.devices import Device
-from vlmalign.planning.inputs import read_lengths, read_model
+from vlmalign.models.model import Model
+from vlmalign.planning.devices import SHARE, Device, find_device
+from vlmalign.planning.inputs import model_of
+from vlmalign.planning.lengths import Given, Texts
+from vlmalign.planning.read import read_workload
+from vlmalign.planning.schedule import times
 from vlmalign.planning.target import Target, build_sizes, open_target
-from vlmalign.planning.workload import Workload, read_workload
-from vlmalign.studies.align.config import AlignConfig
-from vlmalign.studies.chexreason.config import ChexReasonConfig
-
-Study = AlignConfig | ChexReasonConfig
+from vlmalign.planning.workload import Workload
+from vlmalign.studies.engine.config import StudyConfig
 
 
-def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
-    """The checked config: one with stages is of `vlmalign align`."""
-    found = read_yaml(path.read_text(encoding="utf-8")) if path.is_file() else None
-    kind = AlignConfig if isinstance(found, dict) and "stages" in found else ChexReasonConfig
-    return load_config(kind, path, overrides)
-
-
-def axes_of(config: Study) -> MeshSettings:
-    """Of training: the config's section mesh, or what suits what is trained."""
-    if config.mesh is not None:
-        return config.mesh.settings
-    return default_mesh(lora=config.model.lora is not None)
-
-
-def sampling_axes_of(config: Study) -> MeshSettings:
-    """Of rollouts: rows are shared out, and weights where the config's rollouts have a `tensor`.
-
-    Raises:
-        ValueError: where stages differ in it.
-    """
-    sections = [dict(stage).get("rollout") for stage in config.stages] if isinstance(config, AlignConfig) else None
-    found = {each.tensor for each in sections or [config.grpo.rollout] if each is not None} or {1}
-    if len(found) > 1:
-        raise ValueError(f"planned is one rollout.tensor for all stages, found {sorted(found)}; plan them one by one")
-    return MeshSettings(tensor=found.pop())
-
-
-def read_study(
-    path: Path,
-    overrides: Sequence[str],
+def workloads_of(
+    config: StudyConfig,
     device: Callable[[str], Device],
     count: int,
     *,
-    model_config: Path | None = None,
-    prompt: int | None = None,
-    answer: int | None = None,
-    completion: int | None = None,
-) -> tuple[Workload, Target]:
-    """What a config makes `count` devices do; `device` is asked for with the model's dtype.
+    model_configs: Mapping[str, str] = {},
+    given: Given = Given(),
+    only: Sequence[str] = (),
+    make_target: Callable[[Device, int, MeshSettings, MeshSettings], Target] = open_target,
+) -> list[tuple[Workload, Target]]:
+    """What a study makes `count` devices do, a workload for each model; `device` is asked for with the model's dtype.
+
+    `model_configs`: stage of kind model ("": all others) -> what `inputs.read_shape` takes. `only`: of these stages, and of
+    what they answer.
 
     Raises:
-        ValueError: for anything in file, overrides, lengths or device count that does not fit.
+        ValueError: for anything in config, stages, lengths or device count that does not fit.
     """
-    return workload_of(
-        load_study(path, overrides), device, count, model_config=model_config, prompt=prompt, answer=answer,
-        completion=completion,
-    )  # fmt: skip
+    for name in (*only, *filter(None, model_configs)):
+        if name not in config.stages:
+            raise ValueError(f"no stage is called {name!r}; the stages are {', '.join(config.stages)}")
+    models: dict[tuple[Model, str], list[str]] = {}
+    for name in only or config.in_order():
+        base = config.base_of(name)
+        model = model_of(config, name, model_configs.get(base, model_configs.get("")))
+        models.setdefault((model, config.stages[base].remat), []).append(name)
+    found, targets = [], {}
+    with TemporaryDirectory() as folder:
+        texts = Texts(config, given, Path(folder))
+        for (model, _), names in models.items():
+            trained = [stage for name, stage in config.trained.items() if name in names]
+            axes = default_mesh(lora=model.lora is not None or not trained)
+            axes = axes if config.mesh is None else config.mesh.settings
+            sizes = dict(zip(AXES, build_sizes(axes, count), strict=True))
+            workload = read_workload(config, names, model, texts, shares=count // sizes[TENSOR])
+            if workload is None:
+                continue
+            tensors = {stage.rollout.tensor for stage in trained if "rollout" in type(stage).model_fields} or {1}
+            if len(tensors) > 1:
+                raise ValueError(f"planned is one rollout.tensor at a time, found {sorted(tensors)}; choose by --stage")
+            key = (model.dtype, axes, MeshSettings(tensor=tensors.pop()))
+            if key not in targets:
+                targets[key] = make_target(device(model.dtype), count, *key[1:])
+            found.append((workload, targets[key]))
+    if not found:
+        raise ValueError("there is nothing to plan: no stage trains, and none answers a set whose size is known")
+    return found
 
 
-def workload_of(
-    config: Study,
-    device: Callable[[str], Device],
-    count: int,
-    *,
-    model_config: Path | None = None,
-    prompt: int | None = None,
-    answer: int | None = None,
-    completion: int | None = None,
-) -> tuple[Workload, Target]:
-    """`read_study` of a config that is loaded."""
-    axes = axes_of(config)
-    sizes = dict(zip(AXES, build_sizes(axes, count), strict=True))
-    shares = count // sizes[TENSOR]
-    lengths = {"prompt": prompt, "answer": answer, "completion": completion}
-    if isinstance(config, AlignConfig):
-        model = read_model(config.model, model_config, films=False)
-        workload = read_align(config, model, align_lengths(config, **lengths), count=shares)
-    else:
-        model = read_model(config.model, model_config)
-        workload = read_workload(config, model, read_lengths(config, model, **lengths), count=shares)
-    return workload, open_target(device(model.dtype), count, axes, sampling_axes_of(config))
+def hours(
+    config: StudyConfig, device_name: str, count: int, *, model_configs: Mapping[str, str] = {}
+) -> dict[str, float]:
+    """Hours that each stage trains on these devices, at `SHARE` of the roofline, by arithmetic alone; stages whose number
+    of steps is not known are left out.
+
+    Raises:
+        ValueError: for an unknown device, and as `workloads_of`.
+    """
+    device, found = find_device(device_name), {}
+
+    def unopened(device: Device, count: int, axes: MeshSettings, sampling: MeshSettings) -> Target:
+        return Target(device, count, axes=axes, sampling_axes=sampling)
+
+    read = workloads_of(config, lambda dtype: device, count, model_configs=model_configs, make_target=unopened)
+    for workload, _ in read:
+        for each in times(workload, device, count).stages:
+            for name in each.stages:
+                stage = config.stages[name]
+                steps = stage.steps or round(stage.epochs * workload[name].epoch)
+                if steps:
+                    found[name] = steps * each.step / SHARE / 3600
+    return found

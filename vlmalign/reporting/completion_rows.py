@@ -15,8 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vlmalign.reporting.json_files import parse_json
 from vlmalign.reporting.json_shape import NUMBER, Maybe, Values, check_shape
-from vlmalign.reporting.run_folder import parse_json
 
 ROW = {
     "step": int,
@@ -57,6 +57,7 @@ class PromptGroup:
     prompt_id: str
     images: tuple[str, ...]
     prompt: str
+    columns: dict[str, Any]  #: what rewards were given by name, such as the truth
     completions: list[Completion]
 
     @cached_property
@@ -123,11 +124,12 @@ def read_steps(log: CompletionFile) -> Iterator[Step]:
             step = Step(row["step"], [])
         # A prompt can come twice in a step (the data began anew); its samples count up within each group.
         if not step.groups or row["prompt_id"] != previous["prompt_id"] or row["sample"] <= previous["sample"]:
-            step.groups.append(PromptGroup(str(row["prompt_id"]), tuple(row["images"]), row["prompt"], []))
-        elif row["prompt"] != previous["prompt"] or row["images"] != previous["images"]:
+            columns = row.get("columns") or {}
+            step.groups.append(PromptGroup(str(row["prompt_id"]), tuple(row["images"]), row["prompt"], columns, []))
+        elif any(row.get(name) != previous.get(name) for name in ("prompt", "images", "columns")):
             raise ValueError(
-                f"{log.path}, line {number}: expected prompt and images of the group's line before, found others; "
-                "restore the file"
+                f"{log.path}, line {number}: expected prompt, images and columns of the group's line before, found "
+                "others; restore the file"
             )
         step.groups[-1].completions.append(_completion(row))
         previous = row
@@ -147,6 +149,7 @@ def _rows(log: CompletionFile) -> Iterator[tuple[int, dict[str, Any]]]:
             row = parse_json(line.removesuffix(b"\n"), log.path, number)
             check_shape(row, ROW, where)
             check_shape(row.get("nonfinite", {}), Values(str), f"{where}, nonfinite")
+            check_shape(row.get("columns"), Maybe(dict), f"{where}, columns")
             for name, value in {**row["parts"], "reward": row["reward"], "advantage": row["advantage"]}.items():
                 if value is not None and not _is_float(value):
                     raise ValueError(f"{where}, {name}: expected a number a float can hold, found a larger one")

@@ -1,7 +1,7 @@
 """`write_completions`: the completions log of each stage becomes pages to browse: an index, and tables step by step.
 
     <stage>/completions.jsonl                  read
-    <stage>/completions.html                   one line a step: means, counts, a link
+    <stage>/completions.html                   the mean reward as a curve; one line a step: means, counts, a link
     <stage>/completions/step_000012.html       a table for each prompt of the step
     <stage>/completions/step_000012_2.html     more prompts of it, where one page would hold too much
 
@@ -30,25 +30,27 @@ from vlmalign.reporting.completion_rows import (
     open_log,
     read_steps,
 )
+from vlmalign.reporting.curves import curve, curve_figure
 from vlmalign.reporting.image_links import ImageLink, image_links
 from vlmalign.reporting.pages import environment, stylesheet, write_page
 from vlmalign.reporting.visible_text import plain
 
 LOG = "completions.jsonl"
-MOST_COMPLETIONS = 512  # on a page: 1 MB of HTML when a completion has 1,100 letters
-MOST_LETTERS = 2_000_000  # on a page, prompts and completions
-LONG = 1_200  # letters; a longer completion is folded
-START, END = 420, 240  # letters of a folded completion that show
+MOST_COMPLETIONS = 512  # on a page: 1 MB of HTML when a completion has 1,100 characters
+MOST_CHARACTERS = 2_000_000  # on a page, prompts and completions
+LONG = 1_200  # characters; a longer completion is folded
+START, END = 420, 240  # characters of a folded completion that show
 _STEP_PAGE = re.compile(r"step_\d{6,}(_\d+)?\.html")
 
 
 class StagePages(NamedTuple):
     """The pages of one stage."""
 
-    stage: str
+    folder: str  #: of the stage, relative to the run folder
     index: Path
     steps: int
     completions: int
+    parts: list[str]  #: the components of its rewards
 
 
 class IndexRow(NamedTuple):
@@ -90,22 +92,24 @@ class Text:
         return len(self.whole) - START - END
 
 
-def write_completions(run: Path) -> list[StagePages]:
-    """Write the pages of every stage of the run folder `run` that has a log, and remove those of steps it no longer has.
+def write_completions(run: Path, folders: Sequence[str]) -> list[StagePages]:
+    """Write the pages of every stage that has a log, and remove those of steps it no longer has.
 
-    Raises ValueError, naming file and line, if a log is damaged elsewhere than in a last line that breaks off; the
-    pages of the steps before it have been written by then, and those of an earlier report remain.
+    `folders` are those of the stages, relative to the run folder `run`. Raises ValueError, naming file and line, if a
+    log is damaged elsewhere than in a last line that breaks off; the pages of the steps before it have been written by
+    then, and those of an earlier report remain.
     """
-    return [_write_stage(run, path) for path in sorted(run.glob(f"*/{LOG}"))]
+    return [_write_stage(run, folder) for folder in folders if (run / folder / LOG).is_file()]
 
 
-def _write_stage(run: Path, path: Path) -> StagePages:
-    log = open_log(path)
-    folder = path.parent / "completions"
+def _write_stage(run: Path, name: str) -> StagePages:
+    log = open_log(run / name / LOG)
+    folder = run / name / "completions"
     templates = environment()
     shared = {
         "run": run.resolve().name,
-        "stage": path.parent.name,
+        "stage": log.path.parent.name,
+        "report": "../" * len(Path(name).parts) + "report.html",
         "css": stylesheet("report.css", "completions.css"),
     }
     link = image_links(run, folder)
@@ -113,22 +117,31 @@ def _write_stage(run: Path, path: Path) -> StagePages:
     for before, step, after in _with_neighbours(read_steps(log)):
         pages = _step_pages(templates.get_template("completions_step.html"), before, step, after, link, shared)
         folder.mkdir(exist_ok=True)
-        for name, page in pages.items():
-            write_page(folder / name, page)
-        rows.append(IndexRow(step.number, [f"{folder.name}/{name}" for name in pages], figures(step.groups)))
-    index = path.parent / "completions.html"
-    write_page(index, _index(templates.get_template("completions_index.html"), log, rows, shared))
+        for file, page in pages.items():
+            write_page(folder / file, page)
+        rows.append(IndexRow(step.number, [f"{folder.name}/{file}" for file in pages], figures(step.groups)))
+    index = log.path.with_name("completions.html")
+    names = list(dict.fromkeys(part for row in rows for part in row.figures.parts))
+    write_page(index, _index(templates.get_template("completions_index.html"), log, rows, names, shared))
     _remove_others(folder, {Path(file).name for row in rows for file in row.files})
-    return StagePages(path.parent.name, index, len(rows), sum(row.figures.completions for row in rows))
+    return StagePages(name, index, len(rows), sum(row.figures.completions for row in rows), names)
 
 
-def _index(template: jinja2.Template, log: CompletionFile, rows: Sequence[IndexRow], shared: Mapping[str, str]) -> str:
+def _index(
+    template: jinja2.Template,
+    log: CompletionFile,
+    rows: Sequence[IndexRow],
+    names: Sequence[str],
+    shared: Mapping[str, str],
+) -> str:
+    line = curve([{"step": row.number, "reward": row.figures.reward} for row in rows], "reward")
     return template.render(
         **shared,
         log=LOG,
         torn=log.torn,
         rows=rows,
-        names=list(dict.fromkeys(name for row in rows for name in row.figures.parts)),
+        curve=None if line is None else curve_figure(line, "Mean reward", "var(--grpo)"),
+        names=names,
         total={
             name: sum(getattr(row.figures, name) for row in rows)
             for name in ("prompts", "completions", "unscored", "flat")
@@ -173,6 +186,7 @@ def _group(group: PromptGroup, names: Sequence[str], place: int, link: Callable[
         "id": group.prompt_id,
         "prompt": group.prompt,
         "images": [link(key) for key in group.images],
+        "columns": {name: words.in_words(value) for name, value in group.columns.items()},
         "flat": group.flat,
         "unscored": group.unscored,
         "mean": mean(group.rewards),
@@ -202,16 +216,16 @@ def _cell(value: float | None, nonfinite: str | None = None) -> Cell:
 def _split(groups: Sequence[PromptGroup]) -> list[list[PromptGroup]]:
     """The groups of a step by page. A group is never divided, however large."""
     pages: list[list[PromptGroup]] = [[]]
-    completions = letters = 0
+    completions = characters = 0
     for group in groups:
         size = len(group.completions)
         length = len(group.prompt) + sum(len(one.text) for one in group.completions)
-        if pages[-1] and (completions + size > MOST_COMPLETIONS or letters + length > MOST_LETTERS):
+        if pages[-1] and (completions + size > MOST_COMPLETIONS or characters + length > MOST_CHARACTERS):
             pages.append([])
-            completions = letters = 0
+            completions = characters = 0
         pages[-1].append(group)
         completions += size
-        letters += length
+        characters += length
     return pages
 
 

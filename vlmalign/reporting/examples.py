@@ -1,7 +1,7 @@
-"""Example films for the report: which ones, by a rule without taste, and their pixels, small enough to embed.
+"""Example cases for the report: which ones, by a rule without taste, and their films, small enough to embed.
 
-The rule: films of a data set in the order of a hash of their identifier (so file names, and with them dates and
-patients, do not decide); a film whose true labels have not been shown yet goes before one whose have.
+The rule: cases of a data set in the order of a hash of their identifier (so file names, and with them dates and
+patients, do not decide); a case whose truth has not been shown yet goes before one whose has.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,51 +18,52 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlmalign.reporting.run_folder import STAGES
+from vlmalign.reporting.record import Row
+from vlmalign.reporting.words import in_words
 
-PER_KIND = 3  # right and wrong films shown per data set
+PER_KIND = 3  # right and wrong cases shown per data set
 SIDE = 288  # px, longest side of an embedded film
-LONGEST_TEXT = 3000  # letters of a completion; a model that never stops would fill the page
+LONGEST_TEXT = 3000  # characters of a completion; a model that never stops would fill the page
 
 
 @dataclass(frozen=True)
 class Example:
-    """One film with the answer of the last stage, and the label sets other stages predicted."""
+    """One case with the answer of the last stage, and what other stages answered."""
 
     id: str
     stage: str
-    right: bool  #: a valid completion that predicts exactly the true set
-    hits: list[str]  #: true and predicted
-    missed: list[str]  #: true, not predicted
+    right: bool | None  #: a valid answer that says exactly what is true; None: the task knows no truth
+    chips: bool  #: the three lists below say all: truth and answer are labels, or the answer meets constraints or not
+    hits: list[str]  #: true and predicted; constraints that hold
+    missed: list[str]  #: true, not predicted; constraints that do not hold
     false_alarms: list[str]  #: predicted, not true
+    unknown: list[str]  #: names that the task does not know
+    truth: str  #: in words
+    answer: str  #: in words
     valid: bool
     reason: str | None
-    text: str  #: the reasoning; of a completion that is not valid, all of it
-    text_left_out: int  #: letters
-    others: dict[str, str]  #: earlier stage -> what it predicted, in words
+    text: str  #: the reasoning; of a completion that is not valid, or that has none, all of it
+    text_left_out: int  #: characters
+    others: dict[str, str]  #: another stage -> its answer, in words
     picture: str | None  #: data URI
-    picture_problem: str | None
+    picture_problem: str | None  #: why there is none; None for a case without an image
 
 
-def choose_examples(
-    predictions: Sequence[Mapping[str, Any]], dataset: str, run: Path, *, per_kind: int = PER_KIND
-) -> list[Example]:
-    """A few films of `dataset` that the last stage got right, then a few it got wrong. Rule: top of this file."""
-    rows = [row for row in predictions if row["dataset"] == dataset]
-    if not rows:
-        return []
-    last = max((row["stage"] for row in rows), key=STAGES.index)
+def choose_examples(rows: Sequence[Row], order: Sequence[str], run: Path, *, per_kind: int = PER_KIND) -> list[Example]:
+    """A few cases of one data set that the last stage of `order` got right, then a few it got wrong (or that cannot be
+    right or wrong). Rule: top of this file."""
+    last = max((row["stage"] for row in rows), key=order.index)
     shuffled = sorted(
         (row for row in rows if row["stage"] == last),
         key=lambda row: hashlib.sha256(row["id"].encode("utf-8", "replace")).digest(),
     )
-    earlier = {(row["stage"], row["id"]): row for row in rows if row["stage"] != last}
-    chosen = [
-        row
-        for right in (True, False)
-        for row in _new_truths_first(row for row in shuffled if _right(row) == right)[:per_kind]
+    others = {(row["stage"], row["id"]): row for row in rows if row["stage"] != last}
+    stages = [stage for stage in order if stage != last]
+    return [
+        _example(row, {stage: others[stage, row["id"]] for stage in stages if (stage, row["id"]) in others}, run)
+        for right in (True, False, None)
+        for row in _new_truths_first(row for row in shuffled if _right(row) is right)[:per_kind]
     ]
-    return [_example(row, earlier, run) for row in chosen]
 
 
 def film_uri(path: Path) -> str:
@@ -82,48 +84,82 @@ def film_uri(path: Path) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def _example(row: Mapping[str, Any], earlier: Mapping[tuple[str, str], Mapping[str, Any]], run: Path) -> Example:
-    truth, predicted = row["truth"], row["predicted"]
-    text = row["reasoning"] if row["valid"] else row["completion"]
+def _example(row: Row, others: Mapping[str, Row], run: Path) -> Example:
+    truth, predicted = row.get("truth"), row.get("predicted")
+    lists = isinstance(truth, list) and isinstance(predicted, list)
+    if lists and _checks(row):
+        hits, missed, false = (
+            [in_words(each) for each, held in zip(truth, predicted, strict=True) if held is kind]
+            for kind in (True, False, None)
+        )
+    elif lists:
+        hits = [label for label in truth if label in predicted]
+        missed = [label for label in truth if label not in predicted]
+        false = [label for label in predicted if label not in truth]
+    else:
+        hits, missed, false = [], [], []
+    text = (row["reasoning"] if row["valid"] else "") or row["completion"]
     picture, problem = None, None
     try:
-        picture = film_uri(run / row["image"])  # an absolute path stays as it is
+        picture = film_uri(run / row["image"]) if row["image"] else None  # an absolute path stays as it is
     except FileNotFoundError:
-        problem = "film not found"
+        problem = "image not found"
     except (OSError, ValueError):
-        problem = "film not readable"
+        problem = "image not readable"
     return Example(
         id=row["id"],
         stage=row["stage"],
         right=_right(row),
-        hits=[label for label in truth if label in predicted],
-        missed=[label for label in truth if label not in predicted],
-        false_alarms=[label for label in predicted if label not in truth],
+        chips=lists,
+        hits=hits,
+        missed=missed,
+        false_alarms=false,
+        unknown=row.get("unknown") or [],
+        truth=in_words(truth),
+        answer=_answer(row),
         valid=row["valid"],
         reason=row["reason"],
         text=text[:LONGEST_TEXT],
         text_left_out=max(0, len(text) - LONGEST_TEXT),
-        others={stage: _in_words(other) for stage in STAGES if (other := earlier.get((stage, row["id"]))) is not None},
+        others={stage: _answer(other) for stage, other in others.items()},
         picture=picture,
         picture_problem=problem,
     )
 
 
-def _in_words(row: Mapping[str, Any]) -> str:
-    if not row["valid"]:
-        return "no valid answer"
-    return ", ".join(row["predicted"]) or "no label"
+def _answer(row: Row) -> str:
+    return in_words(row.get("predicted")) if row["valid"] else "no valid answer"
 
 
-def _right(row: Mapping[str, Any]) -> bool:
-    return row["valid"] and set(row["truth"]) == set(row["predicted"])
+def _checks(row: Row) -> bool:
+    """Whether the truth is constraints, and the answer which of them hold."""
+    predicted = row["predicted"]
+    return len(predicted) == len(row["truth"]) > 0 and all(isinstance(held, bool) for held in predicted)
 
 
-def _new_truths_first(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    seen: set[frozenset[str]] = set()
+def _right(row: Row) -> bool | None:
+    truth, predicted = row.get("truth"), row.get("predicted")
+    if truth is None:
+        return None
+    if isinstance(truth, dict) and isinstance(predicted, dict):  # fields; of some the truth is not known
+        known = [name for name, value in truth.items() if value is not None]
+        return row["valid"] and all(_key(truth[name]) == _key(predicted.get(name)) for name in known)
+    if isinstance(truth, list) and isinstance(predicted, list) and _checks(row):
+        return all(predicted)
+    only_unknown = bool(row.get("unknown")) and not predicted
+    return row["valid"] and not only_unknown and _key(truth) == _key(predicted)
+
+
+def _key(value: Any) -> str:
+    """Equal for equal values; the order of a list does not count."""
+    return json.dumps(sorted(map(str, value)) if isinstance(value, list) else value, sort_keys=True)
+
+
+def _new_truths_first(rows: Iterable[Row]) -> list[Row]:
+    seen: set[str] = set()
     new, more = [], []
     for row in rows:
-        truth = frozenset(row["truth"])
+        truth = _key(row.get("truth"))
         (more if truth in seen else new).append(row)
         seen.add(truth)
     return new + more

@@ -1,139 +1,174 @@
 """`write_report`: a run folder becomes one page, `report.html`, that needs no other file, no script and no network.
 
-The same run folder gives the same page, to the byte: no date, no random identifier. Whatever a model wrote is escaped
-like everything else; only our own SVG, CSS and data URIs go in as they are.
+The same run folder under the same path gives the same page, to the byte: no date, no random identifier. Whatever a
+model wrote is escaped like everything else; only our own SVG, CSS and data URIs go in as they are.
 """
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmalign.reporting import curves, tables, words
+from vlmalign.reporting import boards, figures, training, words
 from vlmalign.reporting.completions import StagePages, write_completions
 from vlmalign.reporting.examples import PER_KIND, choose_examples
-from vlmalign.reporting.figures import coverage_figure, label_figure, overview_figure
 from vlmalign.reporting.pages import environment, stylesheet, write_page
-from vlmalign.reporting.run_folder import STAGES, RunFolder, read_run
-from vlmalign.reporting.svg import BASE, GRPO, OTHER, SFT
+from vlmalign.reporting.record import KIND_NAMES, Run, Stage
+from vlmalign.reporting.run_folder import read_run
+from vlmalign.reporting.styles import BASELINE, Style, stage_styles
 
-#: stage, column -> title, what it means. A column that was not recorded is left out.
-CURVES = (
-    ("sft", "loss", SFT, "SFT loss", "cross-entropy of the answer, nat per token"),
-    ("grpo", "reward", GRPO, "GRPO reward", "mean over the sampled answers of a step"),
-    ("grpo", "valid", GRPO, "Valid answers", "share of sampled answers in the required form"),
-    ("grpo", "length", GRPO, "Answer length", "mean, tokens"),
-    ("grpo", "kl", OTHER, "KL to the reference", "nat per token: how far from the SFT model"),
-    ("grpo", "entropy", BASE, "Entropy", "nat per token: how undecided the model is"),
-)
+SHOWN_LEFT_OUT = 50  # rows of the table of what was left out; the files have them all
 
 
 def write_report(run: Path) -> Path:
     """Write `report.html` into the run folder `run` and return its path; completions.py says which pages it links to.
 
-    Parts of the run that are not there yet are said to be so. The old report stays until the new one is complete.
+    Sections that the run does not have, or not yet, are left out. The old report stays until the new one is complete.
     Raises ValueError, naming file and line, if a file of the folder is malformed.
     """
     found = read_run(run)
     path = run / "report.html"
-    write_page(path, render(found, write_completions(run)))
+    write_page(path, render(found, write_completions(run, [stage.folder for stage in found.stages if stage.folder])))
     return path
 
 
-def render(run: RunFolder, completions: Sequence[StagePages] = ()) -> str:
+def render(run: Run, completions: Sequence[StagePages] = ()) -> str:
     """The page as text, with links to the pages of `completions`."""
-    name = run.path.resolve().name
+    styles = stage_styles(run)
+    scored = boards.boards(run)
     return (
         environment()
         .get_template("report.html")
         .render(
             run=run,
-            name=name,
-            command=f"vlmalign chexreason {shlex.quote(f'{name}/config.yaml')}",
+            name=run.path.resolve().name,
+            command=_command(run),
             css=stylesheet("report.css"),
-            completions=completions,
-            facts=tables.facts(run),
-            stage_names=words.STAGE_NAMES,
-            headings={stage: name[0].upper() + name[1:] for stage, name in words.STAGE_NAMES.items()},
-            set_names=words.SET_NAMES,
-            coverage=None if run.coverage is None else coverage_figure(run.coverage),
-            training=_training(run),
-            skipped_counts=tables.skipped_counts(run.skipped or []),
-            shown_skips=tables.SHOWN_SKIPS,
-            environment=None if run.environment is None else tables.flatten(run.environment),
+            baseline_mark=BASELINE,
+            kinds=KIND_NAMES,
+            marks={name: style.mark for name, style in styles.items()},
+            facts=_facts(run, scored),
+            stages=_stages(run, scored, styles, {pages.folder: pages for pages in completions}),
+            scored=_scored(scored, styles),
+            legend=[state for state in styles if any(board.lines and state in board.results for board in scored)],
+            reading=boards.reading(scored),
+            verdict=boards.verdict,
+            coverage=_coverage(run),
+            examples=_examples(run, styles),
             per_kind=PER_KIND,
-            difference_verdict=tables.difference_verdict,
-            **_evaluation(run),
-            examples=_examples(run),
+            left_out_counts=Counter(row["where"] for row in run.left_out),
+            shown_left_out=SHOWN_LEFT_OUT,
+            environment=_flatten(run.environment),
         )
     )
 
 
-def _training(run: RunFolder) -> dict[str, Any]:
-    """The curves as figures, and for each stage the means over the first and last fifth of all that was recorded."""
-    rows = {"sft": run.sft, "grpo": run.grpo}
-    figures: list[dict[str, Any]] = []
-    windows: dict[str, int] = {}
-    for stage, column, colour, title, meaning in CURVES:
-        line = curves.curve(rows[stage], column) if rows[stage] is not None else None
-        if line is not None:
-            svg = curves.curve_figure(line, f"{stage}-{column}", title, colour)
-            figures.append({"title": title, "meaning": meaning, "svg": svg})
-            windows[stage.upper()] = min(len(line.values), curves.rolling_window(len(line.values)))
-    recorded = {
-        stage: {name: curves.fifths(curves.curve(found, name)) for name in curves.columns(found)}
-        for stage, found in rows.items()
-        if found is not None
-    }
-    reward = run.evaluation.reward if run.evaluation is not None else None
-    return {
-        "figures": figures,
-        "windows": windows,
-        "recorded": recorded,
-        "reward": None if reward is None else tables.reward_sentence(reward),
-    }
+def _command(run: Run) -> str:
+    """What repeats the run, by the path that this command was given."""
+    config = shlex.quote(str(run.path / run.config_name))
+    if run.command:
+        return f"{run.command} {config}"
+    again = f"{run.path.resolve().name}-again"
+    beside = run.path / ".." / again if run.path.name in ("", "..") else run.path.with_name(again)
+    return f"vlmalign run {config} --run {shlex.quote(str(beside))}"
 
 
-def _evaluation(run: RunFolder) -> dict[str, Any]:
-    """Everything that comes from results.json; None and empty where it is not there yet."""
-    lines = tables.headlines(run.evaluation) if run.evaluation is not None else []
-    findings = tables.findings(lines)
-    return {
-        "headlines": lines,
-        "findings": findings,
-        "shown_stages": [stage for stage in STAGES if any(stage in line.stages for line in lines)],
-        "overview": overview_figure(lines) if lines else None,
-        "reading": tables.reading(run.evaluation) if run.evaluation is not None else "",
-        "label_sets": [_labels(run, place, finding.line) for place, finding in enumerate(findings)],
-    }
+def _facts(run: Run, scored: Sequence[boards.Board]) -> dict[str, str]:
+    """The run in numbers; only what the folder knows."""
+    known = {}
+    if trained := [stage for stage in run.stages if stage.metrics]:
+        known["Stages trained"] = words.count(len(trained))
+        known["Updates"] = words.count(sum(stage.updates for stage in trained))
+    if scored:
+        sizes = {board.dataset: board.n for board in scored}
+        known["Test sets"] = words.count(len(sizes))
+        known["Test cases"] = words.count(sum(sizes.values()))
+    if run.timing:
+        known["Time"] = words.duration(sum(run.timing.values()))
+    return known
 
 
-def _labels(run: RunFolder, place: int, line: tables.Headline) -> dict[str, Any]:
-    """F1 per label of one data set, as a figure and as a table."""
-    assert run.evaluation is not None
-    scores = run.evaluation.scores[line.dataset]
-    blocks = {stage: scores[stage]["blocks"][line.subset] for stage in line.stages}
-    best = line.baseline
-    trivial = run.evaluation.baselines[line.dataset][best.name]["blocks"][line.subset] if best else None
-    rows = zip(*(block["per_label"] for block in blocks.values()), strict=True)
-    return {
-        "line": line,
-        "svg": label_figure(f"labels-{place}", line.dataset, blocks, trivial),
-        "rows": [
+def _stages(
+    run: Run, scored: Sequence[boards.Board], styles: Mapping[str, Style], pages: Mapping[str, StagePages]
+) -> list[dict[str, Any]]:
+    """Every stage; of those that train: what they did, in sentences, numbers and curves."""
+    found = []
+    for stage in run.stages:
+        trains = stage.kind not in ("model", "adapter")
+        log = pages.get(stage.folder)
+        found.append(
             {
-                "label": labels[0]["label"],
-                "support": labels[0]["support"],
-                "f1": [label["f1"] for label in labels],
+                "stage": stage,
+                "trains": trains,
+                "sentences": training.sentences(stage, scored) if trains else [],
+                "numbers": training.headline_numbers(stage),
+                "figures": training.figures(stage, styles[stage.name], log.parts if log else ()),
+                "window": training.window(stage),
+                "recorded": training.recorded(stage),
+                "seconds": _seconds(run, stage),
+                "log": log,
             }
-            for labels in rows
-        ],
+        )
+    return found
+
+
+def _seconds(run: Run, stage: Stage) -> float | None:
+    return run.timing.get(stage.folder, run.timing.get(stage.name))
+
+
+def _scored(found: Sequence[boards.Board], styles: Mapping[str, Style]) -> list[dict[str, Any]]:
+    """Every board with its figures."""
+    return [
+        {
+            "board": board,
+            "figure": figures.scores_figure(board, styles, f"scores-{place}") if board.lines else None,
+            "labels": figures.label_figure(board, styles, f"labels-{place}") if board.lines else None,
+        }
+        for place, board in enumerate(found)
+    ]
+
+
+def _coverage(run: Run) -> list[dict[str, Any]]:
+    """Every source with the films of its sets."""
+    return [
+        {
+            "name": name,
+            **coverage,
+            "marks": {part: style.mark for part, style in figures.coverage_styles(coverage).items()},
+            "svg": figures.coverage_figure(coverage, f"coverage-{place}"),
+        }
+        for place, (name, coverage) in enumerate(run.coverage.items())
+        if coverage["labels"] and coverage["sets"]
+    ]
+
+
+def _examples(run: Run, styles: Mapping[str, Style]) -> dict[str, Any]:
+    """Title of a data set -> example cases."""
+    order = sorted(styles, key=run.place)
+    return {
+        boards.title(run, entry, name): choose_examples(rows, order, run.path)
+        for entry in run.entries
+        for name in entry.datasets
+        if (rows := [row for row in entry.predictions if row["dataset"] == name])
     }
 
 
-def _examples(run: RunFolder) -> dict[str, Any]:
-    """Data set -> example films, in the order in which the data sets were first predicted."""
-    predictions = run.predictions or []
-    names = dict.fromkeys(row["dataset"] for row in predictions)
-    return {name: choose_examples(predictions, name, run.path) for name in names}
+def _flatten(record: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested JSON as one level of names and texts.
+
+    >>> _flatten({"python": "3.12", "packages": {"jax": "0.11"}, "devices": [{"kind": "cpu"}, {"kind": "cpu"}]})
+    {'python': '3.12', 'packages: jax': '0.11', 'devices: 1: kind': 'cpu', 'devices: 2: kind': 'cpu'}
+    """
+    flat: dict[str, str] = {}
+    for key, value in record.items():
+        name = prefix + key.replace("_", " ")
+        if isinstance(value, list):
+            value = {str(place): item for place, item in enumerate(value, start=1)}
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{name}: ")
+        else:
+            flat[name] = "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return flat

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 
 import jinja2
@@ -14,6 +15,7 @@ HERE = Path(__file__).resolve().parent
 _WORDS = ("number", "signed", "bounds", "share", "count", "duration", "measured")
 
 
+@cache
 def environment() -> jinja2.Environment:
     """The templates of this folder: everything escaped, an unknown name an error."""
     made = jinja2.Environment(

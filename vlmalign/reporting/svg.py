@@ -2,8 +2,7 @@
 
 Lengths are in SVG units; the page scales a figure to the width it has, about one unit to the CSS pixel.
 Text stays text (selectable, in the page's font). Colours are names of CSS variables, so that one figure serves the
-light page, the dark page and print. They are blue, orange and greys (told apart with any colour vision), and each
-stage also has a marker of its own.
+light page, the dark page and print. Stages are also told apart by their markers (styles.py).
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ POINTS = 72  # matplotlib's inch in SVG units
 FONT = 11.5
 
 # What matplotlib is told -> what the page fills in. The left side only has to be unique.
-INK, FAINT, BAND = "#101010", "#808081", "#f0f0f1"
-BASE, SFT, GRPO, OTHER = "#6e7682", "#0072b3", "#c44e01", "#007a50"
+INK, FAINT, BAND, CARD = "#101010", "#808081", "#f0f0f1", "#fdfdfe"
+BASE, SFT, GRPO, DPO, PPO = "#6e7682", "#0072b3", "#c44e01", "#007a50", "#8a4a9e"
 _THEME = {
     INK: "var(--ink)",
     FAINT: "var(--faint)",
@@ -32,11 +31,10 @@ _THEME = {
     BASE: "var(--base)",
     SFT: "var(--sft)",
     GRPO: "var(--grpo)",
-    OTHER: "var(--other)",
+    DPO: "var(--dpo)",
+    PPO: "var(--ppo)",
+    CARD: "var(--card)",
 }
-
-STAGE_COLOURS = {"base": BASE, "sft": SFT, "grpo": GRPO}
-STAGE_MARKERS = {"base": "o", "sft": "s", "grpo": "D"}
 
 _SETTINGS = {
     "svg.fonttype": "none",

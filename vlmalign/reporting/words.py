@@ -6,11 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 UNDEFINED = "undefined"
-STAGE_NAMES = {"base": "base model", "sft": "after SFT", "grpo": "after GRPO"}
-SET_NAMES = {"pool": "pool, before sampling", "sft": "SFT set", "rl": "GRPO set", "validation": "validation set"}
-
 _MINUS = "\u2212"
-_LONGEST = 30  # letters of a label in a figure
+_LONGEST = 30  # characters of a label in a figure
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -90,21 +87,41 @@ def duration(seconds: float) -> str:
 
 
 def measured(value: float | None) -> str:
-    """A number of any size, with four significant digits; a dash where nothing was recorded.
+    """A number of any size, with four significant digits (of a large whole number all); a dash for None.
 
-    >>> measured(0.000051234), measured(341.26), measured(None)
-    ('5.123e−05', '341.3', '–')
+    What is left of a zero after rounding errors (below 1e-9) is written as 0.
+
+    >>> measured(0.000051234), measured(341.26), measured(12040.0), measured(None)
+    ('5.123e−05', '341.3', '12,040', '–')
     """
-    return "–" if value is None else f"{value:.4g}".replace("-", _MINUS)
+    if value is None:
+        return "–"
+    if abs(value) < 1e-9:
+        return "0"
+    large = abs(value) >= 10_000 and value == int(value)
+    return (f"{value:,.0f}" if large else f"{value:.4g}").replace("-", _MINUS)
 
 
-def shorten(text: str, letters: int = _LONGEST) -> str:
-    """At most `letters` letters of a text.
+def in_words(value: Any) -> str:
+    """A JSON value for a reader.
+
+    >>> in_words(["Edema", "Fracture"]), in_words([]), in_words({"grade": 2}), in_words(None)
+    ('Edema, Fracture', 'none', 'grade: 2', '')
+    """
+    if isinstance(value, dict):
+        return "; ".join(f"{key}: {in_words(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(in_words(item) for item in value) or "none"
+    return "" if value is None else str(value)
+
+
+def shorten(text: str, longest: int = _LONGEST) -> str:
+    """At most `longest` characters of a text.
 
     >>> shorten("Enlarged Cardiomediastinum", 12)
     'Enlarged Ca…'
     """
-    return text if len(text) <= letters else text[: letters - 1] + "…"
+    return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 def listed(items: list[str]) -> str:

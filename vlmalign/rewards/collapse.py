@@ -6,11 +6,11 @@ from collections import Counter
 from typing import Any
 
 from vlmalign.rewards.contract import MemoryReward, Row, text_of
-from vlmalign.rewards.parse import label_index, parse_completion
+from vlmalign.tasks.label_reader import LabelReader, label_reader
 
 
 def label_collapse(
-    labels: tuple[str, ...],
+    labels: tuple[str, ...] | LabelReader,
     *,
     window: int = 100,
     share: float = 0.7,
@@ -36,7 +36,7 @@ def label_collapse(
 
     Raises ValueError for arguments out of range.
     """
-    label_index(labels)
+    reader = label_reader(labels)
     if window < 1 or not 0 < share < 1 or not (price >= 0 and excess_price >= 0):
         raise ValueError(
             "label_collapse needs window >= 1, 0 < share < 1 and prices >= 0, found "
@@ -49,12 +49,12 @@ def label_collapse(
     def update(rows: list[Row], state: dict[str, Any]) -> tuple[list[float | None], dict[str, Any]]:
         past: list[list[str]] = state["window"]
         counts = Counter(label for prediction in past for label in prediction) if len(past) == window else Counter()
-        dominant = {label: counts[label] for label in labels if counts[label] > share * window}
+        dominant = {label: counts[label] for label in reader.labels if counts[label] > share * window}
         due = {label: price + excess_price * (count - share * window) for label, count in dominant.items()}
-        parsed = [parse_completion(text_of(row.completion), labels) for row in rows]
+        parsed = [reader.read(text_of(row.completion)) for row in rows]
         rewards: list[float | None] = []
         for found in parsed:
-            paid = [due[label] for label in labels if label in due and (everyone or label in found.predicted)]
+            paid = [due[label] for label in reader.labels if label in due and (everyone or label in found.predicted)]
             rewards.append(-float(sum(paid)))
         recent = past + [list(found.predicted) for found in parsed if found.valid]
         return rewards, {"window": recent[-window:]}

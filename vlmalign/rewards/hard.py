@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from vlmalign.rewards.contract import aligned
-from vlmalign.rewards.parse import label_index, parse_completion
+from vlmalign.tasks.label_reader import LabelReader, label_reader
 
 
 class Breakdown(NamedTuple):
@@ -33,7 +33,8 @@ class HardReward:
 
     The paper prints 250 but neither its unit nor lambda_len. Ours: |t| is the number of tokens of the whole completion
     (tags, solution and stop token included); lambda_len = 0.2 (the published reward curve reaches -0.15, so
-    lambda_len >= 0.15); J = 1 when Y and P are both empty. What is valid: see `parse_completion`.
+    lambda_len >= 0.15); J = 1 when Y is empty and the solution is too, but 0 when the solution names something unknown.
+    What is valid, and how labels are read: see `LabelReader.read`.
 
     Danger: a valid, short, wrong answer (-lambda_len) scores below an invalid one (0). A policy that is mostly wrong
     and short is paid for breaking the form; watch the share of valid completions.
@@ -41,12 +42,12 @@ class HardReward:
     Raises ValueError for a field out of range and for labels that cannot be told apart.
     """
 
-    labels: tuple[str, ...]  #: the label schema
+    labels: tuple[str, ...] | LabelReader  #: the label schema, or a task's reader of it
     min_tokens: int = 250  #: tokens, >= 0; shorter valid completions pay lambda_len; 0 turns the length term off
     lambda_len: float = 0.2  #: in [0, 1], the range of J
 
     def __post_init__(self) -> None:
-        label_index(self.labels)
+        label_reader(self.labels)
         if self.min_tokens < 0:
             raise ValueError(
                 f"min_tokens must be >= 0 tokens, found {self.min_tokens}; set 0 to turn the length term off"
@@ -58,17 +59,14 @@ class HardReward:
 
     def score(self, completion: str, *, truth: Iterable[str], completion_tokens: int) -> Breakdown:
         """One completion's reward by component. Raises ValueError for a true label outside the schema."""
-        true = frozenset(truth)
-        if unlisted := sorted(true - set(self.labels)):
-            raise ValueError(
-                f"truth must hold labels of the schema {self.labels}, found {unlisted}; map or drop them when reading"
-            )
+        reader = label_reader(self.labels)
+        true = reader.true_set(truth)
         if completion_tokens < 0:
             raise ValueError(f"completion_tokens must be >= 0, found {completion_tokens}; give the length in tokens")
-        parsed = parse_completion(completion, self.labels)
+        parsed = reader.read(completion)
         if not parsed.valid:
             return Breakdown(valid=False, jaccard=0.0, length_penalty=0.0, total=0.0)
-        overlap = jaccard(true, frozenset(parsed.predicted))
+        overlap = jaccard(true, frozenset(parsed.predicted)) if parsed.predicted or parsed.says_nothing else 0.0
         penalty = self.lambda_len if completion_tokens < self.min_tokens else 0.0
         return Breakdown(valid=True, jaccard=overlap, length_penalty=penalty, total=overlap - penalty)
 

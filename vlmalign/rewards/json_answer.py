@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vlmalign.rewards.contract import aligned
-from vlmalign.rewards.json_schema import check_schema, read_json, violations
-from vlmalign.rewards.parse import answer_of
-
-_FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*)\n[ \t]*```", re.DOTALL)
+from vlmalign.rewards.json_schema import check_schema, violations
+from vlmalign.tasks.blocks import answer_of
+from vlmalign.tasks.json_text import fenced, read_json
 
 
 @dataclass(frozen=True)
@@ -32,10 +30,8 @@ class JsonReward:
         >>> JsonReward({"type": "object", "required": ["strategy"]}).score('{"strategy": "ICSI"}')
         1.0
         """
-        answer = answer_of(completion)
-        fenced = _FENCE.fullmatch(answer)
         try:
-            value = read_json(fenced.group(1) if fenced else answer)
+            value = read_json(fenced(answer_of(completion)))
         except ValueError:
             return 0.0
         return float(not violations(value, self.schema))

@@ -1,4 +1,4 @@
-"""JSON Schema, the subset that structured answers need: reading JSON strictly, and saying what a value violates.
+"""JSON Schema, the subset that structured answers need: saying what a value violates.
 
 Keywords: type, enum, properties, required, additionalProperties (true or false), items (one schema), minItems,
 maxItems, minLength, maxLength, minimum, maximum; title and description are ignored. Their meaning is that of JSON
@@ -7,7 +7,6 @@ Schema draft 2020-12. Any other keyword is refused: a constraint that is silentl
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -24,15 +23,6 @@ _TYPES: dict[str, tuple[type, ...]] = {
 _KEYWORDS = {"type", "enum", "properties", "required", "additionalProperties", "items", "minItems", "maxItems"}
 _KEYWORDS |= {"minLength", "maxLength", "minimum", "maximum", "title", "description"}
 _BOUNDS = {"minItems": list, "maxItems": list, "minLength": str, "maxLength": str}
-
-
-def read_json(text: str) -> Any:
-    """`text` as JSON. Raises ValueError for anything else, also where Python's reader would be lenient: NaN,
-    infinities (also 1e999), a key given twice, nesting too deep to read."""
-    try:
-        return json.loads(text, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_once)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
 
 
 def check_schema(schema: Mapping[str, Any], place: str = "schema") -> None:
@@ -114,21 +104,3 @@ def _same(first: Any, second: Any) -> bool:
     if isinstance(first, dict) and isinstance(second, Mapping):
         return first.keys() == second.keys() and all(_same(first[key], second[key]) for key in first)
     return isinstance(first, bool) == isinstance(second, bool) and first == second
-
-
-def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is not JSON")
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError("a number beyond the range of floats")
-    return number
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key is given twice")
-    return found

@@ -8,7 +8,8 @@ from typing import Any
 
 from vlmalign.rewards.contract import aligned
 from vlmalign.rewards.hard import jaccard
-from vlmalign.rewards.parse import label_index, parse_completion
+from vlmalign.tasks.label_reader import LabelReader, label_reader
+from vlmalign.tasks.spelling import fold
 
 
 @dataclass(frozen=True)
@@ -17,12 +18,14 @@ class LabelOverlap:
 
         jaccard = |Y n P| / |Y u P|        f1 = 2 |Y n P| / (|Y| + |P|)        1 where Y and P are both empty
 
+    and 0 where the solution names nothing but unknown labels.
+
     None where `truth` is None: the completion belongs to another task.
 
     Raises ValueError for unusable fields, and for a true label outside the schema.
     """
 
-    labels: tuple[str, ...]  #: the label schema
+    labels: tuple[str, ...] | LabelReader  #: the label schema, or a task's reader of it
     measure: str = "jaccard"  #: or "f1"
     alone: bool = False  #: text outside the blocks makes the form invalid
     count_unknown: bool = False  #: names outside the schema count in P (as different labels) rather than being dropped
@@ -30,24 +33,25 @@ class LabelOverlap:
     empty_is_normal: bool = False  #: an empty solution stands for `normal`
 
     def __post_init__(self) -> None:
-        label_index(self.labels)
+        names = label_reader(self.labels).labels
         if self.measure not in ("jaccard", "f1"):
             raise ValueError(f"measure must be jaccard or f1, found {self.measure!r}")
-        if self.normal is not None and self.normal not in self.labels:
-            raise ValueError(f"normal must be one of the labels {self.labels}, found {self.normal!r}")
+        if self.normal is not None and self.normal not in names:
+            raise ValueError(f"normal must be one of the labels {names}, found {self.normal!r}")
         if self.empty_is_normal and self.normal is None:
             raise ValueError("empty_is_normal needs normal, found None; name the label an empty solution stands for")
 
     def score(self, completion: str, *, truth: Iterable[str]) -> float:
-        true = frozenset(truth)
-        if unlisted := sorted(true - set(self.labels)):
-            raise ValueError(f"truth must hold labels of the schema {self.labels}, found {unlisted}; map or drop them")
-        parsed = parse_completion(completion, self.labels)
+        reader = label_reader(self.labels)
+        true = reader.true_set(truth)
+        parsed = reader.read(completion)
         if not parsed.valid or (self.alone and parsed.outside):
             return 0.0
         found = frozenset(parsed.predicted)
         if self.count_unknown:
-            found |= {" ".join(name.casefold().split()) for name in parsed.unknown}
+            found |= {fold(name) for name in parsed.unknown}
+        elif parsed.unknown and not found:
+            return 0.0
         if self.empty_is_normal and not found:
             found = frozenset({str(self.normal)})
         if self.normal in found and len(found) > 1:

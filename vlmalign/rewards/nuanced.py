@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from vlmalign.rewards.contract import aligned
-from vlmalign.rewards.parse import label_index, parse_completion
+from vlmalign.tasks.label_reader import LabelReader, label_reader
 
 
 class NuancedBreakdown(NamedTuple):
@@ -34,7 +34,8 @@ class NuancedReward:
 
     The paper prints 100, 30, 20, 100 and 25 and that false positives are weighted by label frequency. Ours:
     `false_positive` = 100, `outside_text` = 25; an invalid form scores -100, as one unknown name does; recall and
-    precision are 1 when Y and P are both empty, else 0 where their denominator is.
+    precision are 1 when Y and P are both empty, else 0 where their denominator is; a solution of unknown names only is
+    not empty.
 
     Danger: its scale is about 100 times the hard reward's, so without scaling by the group's standard deviation its
     steps are 100 times as large.
@@ -42,36 +43,35 @@ class NuancedReward:
     Raises ValueError for fields out of range and for a true label outside the schema.
     """
 
-    labels: tuple[str, ...]  #: the label schema
+    labels: tuple[str, ...] | LabelReader  #: the label schema, or a task's reader of it
     frequency: tuple[float, ...]  #: share of training films with each label, in [0, 1], in the order of `labels`
     false_positive: float = 100.0  #: >= 0, price of a false positive of a label that every film has
     outside_text: float = 25.0  #: >= 0
     invalid: float = 100.0  #: >= 0, price of an invalid form
 
     def __post_init__(self) -> None:
-        label_index(self.labels)
-        if len(self.frequency) != len(self.labels) or not all(0 <= share <= 1 for share in self.frequency):
-            raise ValueError(f"frequency must hold a share in [0, 1] for each of {self.labels}, found {self.frequency}")
+        names = label_reader(self.labels).labels
+        if len(self.frequency) != len(names) or not all(0 <= share <= 1 for share in self.frequency):
+            raise ValueError(f"frequency must hold a share in [0, 1] for each of {names}, found {self.frequency}")
         for name in ("false_positive", "outside_text", "invalid"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is a price and must be >= 0, found {getattr(self, name)}")
 
     def score(self, completion: str, *, truth: Iterable[str]) -> NuancedBreakdown:
         """One completion's reward by component."""
-        true = frozenset(truth)
-        if unlisted := sorted(true - set(self.labels)):
-            raise ValueError(f"truth must hold labels of the schema {self.labels}, found {unlisted}; map or drop them")
-        parsed = parse_completion(completion, self.labels)
+        reader = label_reader(self.labels)
+        true = reader.true_set(truth)
+        parsed = reader.read(completion)
         if not parsed.valid:
             return NuancedBreakdown(0.0, 0.0, 0.0, self.invalid, -self.invalid)
         found = frozenset(parsed.predicted)
         hits = len(true & found)
-        both_empty = float(not true and not found)
+        both_empty = float(not true and parsed.says_nothing)
         recall = hits / len(true) if true else both_empty
         precision = hits / len(found) if found else both_empty
-        match = 100.0 if true == found else 0.0
+        match = 100.0 if true == found and (true or parsed.says_nothing) else 0.0
         partial = 30 * recall + 20 * precision
-        shares = dict(zip(self.labels, self.frequency, strict=True))
+        shares = dict(zip(reader.labels, self.frequency, strict=True))
         # In the order of the schema, not of a set: sums of floats must not depend on the process's hash seed.
         wrong = sum(self.false_positive * shares[label] for label in parsed.predicted if label not in true)
         form = 100.0 * len(parsed.unknown) + 25.0 * parsed.duplicates + (self.outside_text if parsed.outside else 0.0)

@@ -10,7 +10,7 @@ from typing import Any
 import regex
 
 from vlmalign.rewards.contract import aligned
-from vlmalign.rewards.parse import answer_of
+from vlmalign.tasks.blocks import answer_of
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from vlmalign.rollout.device_rows import DeviceRows
 from vlmalign.rollout.engine import block_length
 from vlmalign.rollout.features import FeatureStore, assemble
 from vlmalign.rollout.sampling import Sampling
-from vlmalign.rollout.slots import Completion, Ending, Slots
+from vlmalign.rollout.slots import Completion, Ending, Slots, Watch
 from vlmalign.rollout.statistics import RolloutStats
 from vlmalign.shapes import Key
 from vlmalign.types import Group, Layout, Segment
@@ -56,6 +56,7 @@ class Generator:
     prompt_lengths: tuple[int, ...] = ()  #: padded lengths of prompts; none: multiples of `multiple`, as they come
     prefill_rows: int | None = None  #: prompts computed at once; None: about a quarter of `rows`
     smaller: int = 2  #: halvings of the decode batch that the last completions of a rollout may move into
+    programs: int = MOST_PROGRAMS  #: decode programs at most; with 1, caches have their full length from the start
 
     def __post_init__(self) -> None:
         if self.stop and self.decode is None:
@@ -64,9 +65,9 @@ class Generator:
             raise ValueError("an empty stop string would end every completion at once; leave it out")
         if self.prefill_rows is not None and not 1 <= self.prefill_rows <= self.rows:
             raise ValueError(f"prefill_rows must lie in 1 .. rows ({self.rows}), found {self.prefill_rows}")
-        if len(self.prompt_lengths) > MOST_PROGRAMS:
+        if len(self.prompt_lengths) > self.programs:
             raise ValueError(
-                f"prompt_lengths: at most {MOST_PROGRAMS}, each of which has programs of its own; found "
+                f"prompt_lengths: at most {self.programs}, each of which has programs of its own; found "
                 f"{len(self.prompt_lengths)}"
             )
         require_rows(self.rows, self.mesh, "the rows of the rollout")
@@ -78,9 +79,9 @@ class Generator:
 
     @cached_property
     def shapes(self) -> tuple[DecodeShape, ...]:
-        """Every shape in which decoding runs, for each padded length of prompts: `MOST_PROGRAMS` at most over all
+        """Every shape in which decoding runs, for each padded length of prompts: `programs` at most over all
         `prompt_lengths`."""
-        most = MOST_PROGRAMS // max(1, len(self.prompt_lengths))
+        most = self.programs // max(1, len(self.prompt_lengths))
         return decode_shapes(
             rows=self.rows, group=self.group, completion=self.completion, steps=self.steps,
             smaller=min(self.smaller, most // 4) if most < MOST_PROGRAMS else self.smaller,
@@ -102,10 +103,12 @@ class Generator:
         *,
         advance: Callable[[int], None] = lambda done: None,
         report: Callable[[RolloutStats], None] = lambda stats: None,
+        watch: Watch | None = None,
     ) -> list[list[Completion]]:
         """`group` completions of every prompt, in order.
 
-        `advance(n)` is called as n more prompts are done, `report` with the rollout's counts at its end.
+        `advance(n)` is called as n more prompts are done, `report` with the rollout's counts at its end. `watch` is
+        called after every block of decoding with each completion that it went on with: streaming.
         """
         found: list[list[Completion]] = [[] for _ in prompts]
         stats = RolloutStats()
@@ -115,7 +118,7 @@ class Generator:
         if self.features is not None:
             self.features.expect([key for _, numbers in classes for n in numbers for key in prompts[n].images])
         for length, numbers in classes:
-            stream = _Stream(self, self._open(params, key, length), length, stats)
+            stream = _Stream(self, self._open(params, key, length), length, stats, watch)
             for done in stream.run([(number, prompts[number]) for number in numbers]):
                 for number, completions in done.items():
                     found[number] = completions
@@ -150,8 +153,10 @@ class Generator:
 class _Stream:
     """Prompts of one padded length on their way through the rows."""
 
-    def __init__(self, generator: Generator, device: DeviceRows, prompt: int, stats: RolloutStats):
-        self._g, self._device, self._prompt, self._stats = generator, device, prompt, stats
+    def __init__(
+        self, generator: Generator, device: DeviceRows, prompt: int, stats: RolloutStats, watch: Watch | None = None
+    ):
+        self._g, self._device, self._prompt, self._stats, self._watch = generator, device, prompt, stats, watch
         self._ready = 0  #: waiting prompts whose images are encoded
         self._ending = Ending(generator.completion, generator.stop_ids, generator.stop, generator.decode)
 
@@ -167,7 +172,7 @@ class _Stream:
             drawn = self._device.block(self._slots)
             self._stats.blocks += 1
             self._stats.decoded += self._slots.live.size * g.steps
-            done = self._slots.add(drawn)
+            done = self._slots.add(drawn, self._watch)
             self._stats.tokens += sum(len(c.tokens) for completions in done.values() for c in completions)
             self._stats.completions += sum(map(len, done.values()))
             yield done

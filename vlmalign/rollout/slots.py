@@ -11,6 +11,9 @@ from vlmalign.rollout.compaction import Moves
 from vlmalign.rollout.stop_strings import first_stop
 from vlmalign.shapes import Bool, Float, Int
 
+#: (the prompt's number in the run, the sample's number, the completion's tokens so far: [length] int32)
+Watch = Callable[[int, int, np.ndarray], None]
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -75,9 +78,12 @@ class Slots:
         self._done[number] = [None] * self._group
 
     def add(
-        self, drawn: Sequence[Int[np.ndarray, "n k b"] | Float[np.ndarray, "n k b"]]
+        self, drawn: Sequence[Int[np.ndarray, "n k b"] | Float[np.ndarray, "n k b"]], watch: Watch | None = None
     ) -> dict[int, list[Completion]]:
-        """Take in a block of (tokens, logp, kept_logp); the prompts whose completions have all ended, which leave."""
+        """Take in a block of (tokens, logp, kept_logp); the prompts whose completions have all ended, which leave.
+
+        `watch` is told of every completion that the block went on with.
+        """
         for row in np.flatnonzero(self.number >= 0):
             start = self.step[row]
             for written, new in zip(self._written, drawn, strict=True):
@@ -91,6 +97,10 @@ class Slots:
                 cut = first_stop(tokens, ending.stop, ending.decode, known=known)
                 if cut is not None:
                     length[place], stopped[place] = cut, True
+        if watch is not None:
+            for place in map(tuple, np.argwhere(self.live)):
+                tokens = self._written[0][place][: length[place]].copy()
+                watch(int(self.number[place[0]]), int(self.sample[place]), tokens)
         ended = self.live & (stopped | (length == ending.longest))
         for place in map(tuple, np.argwhere(ended)):
             parts = (written[place][: length[place]].copy() for written in self._written)

@@ -77,12 +77,21 @@ class BestSoFar:
         if self._kept is not None:
             self._kept.drop_after(self.record.step or 0)
 
-    def params(self, last: TrainState) -> dict[str, jax.Array]:
-        """The parameters of the best evaluation, or the last ones without a rule or without any evaluation."""
-        if self._kept is None:
-            return last.params
-        found = self._kept.restore(last)
-        return last.params if found is None else found.state.params
+    def params(self, like: TrainState) -> dict[str, jax.Array] | None:
+        """The parameters of the best evaluation; None without a rule or without any evaluation that was a number.
+
+        Raises:
+            ValueError: when they were kept and are gone.
+        """
+        if self._kept is None or self.record.step is None:
+            return None
+        found = self._kept.restore(like)
+        if found is None:
+            raise ValueError(
+                f"{self._kept.folder} has lost the best state, of update {self.record.step}; restore the folder, or train "
+                "the stage anew"
+            )
+        return found.state.params
 
     def close(self) -> None:
         if self._kept is not None:

@@ -36,6 +36,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=False, create=False, multiprocessing_options=processes
         )
+        self.folder = folder
         self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
 
     def save(self, state: TrainState, position: Mapping[str, Any]) -> None:

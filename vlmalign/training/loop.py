@@ -80,6 +80,15 @@ class Stage:
     max_skipped: int = 10  #: steps in a row whose gradient is not finite before the stage gives up
 
 
+class Finished(NamedTuple):
+    """The trained parameters that a stage ended with."""
+
+    last: dict[str, jax.Array]
+    best: dict[str, jax.Array] | None  #: of the best evaluation, where a rule chooses one
+    step: int  #: updates done
+    best_step: int | None  #: updates done when the best was found
+
+
 def train(
     stage: Stage,
     trainer: Trainer,
@@ -89,10 +98,23 @@ def train(
     progress: Progress,
     evaluate: Evaluate | None = None,
 ) -> dict[str, jax.Array]:
+    """The trained parameters that `train_states` ends with: of the best evaluation where a rule chooses one."""
+    found = train_states(stage, trainer, params, frozen, source, progress, evaluate)
+    return found.last if found.best is None else found.best
+
+
+def train_states(
+    stage: Stage,
+    trainer: Trainer,
+    params: Params,
+    frozen: Params,
+    source: Source,
+    progress: Progress,
+    evaluate: Evaluate | None = None,
+) -> Finished:
     """The trained parameters after `stage.steps` updates of `params`, continuing an interrupted stage.
 
-    With `stage.best`, those of the best evaluation; training ends early once `patience` evaluations in a row were no
-    better.
+    With `stage.best` training ends early once `patience` evaluations in a row were no better.
 
     Raises:
         ValueError: when the gradients of `stage.max_skipped` steps in a row are not finite. What was saved stands.
@@ -119,6 +141,8 @@ def train(
 
         start, unread = int(state.step), None
         if start < stage.steps and not best.exhausted:
+            if start:
+                progress.say(f"{stage.name}: continuing after update {start} of {stage.steps}")
             progress.stage(stage.name, stage.steps, start=start)
         for step in range(start, stage.steps):
             if best.exhausted:
@@ -150,7 +174,7 @@ def train(
                         "skipped": skipped,
                     },
                 )
-        return best.params(state)
+        return Finished(state.params, best.params(state), int(state.step), best.record.step)
 
 
 class _Unread(NamedTuple):

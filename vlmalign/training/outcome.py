@@ -7,9 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 import orbax.checkpoint as ocp
+from safetensors import safe_open
 
-#: a stage's folders of checkpoints; where a best state was kept, it is what the stage ended with
+#: a stage's folders of checkpoints while it is under way; where a best state was kept, it is what the stage ends with
 BEST, NEWEST = "best", "checkpoints"
+
+#: a finished stage's states, as safetensors
+STATES = "states"
 
 #: what a checkpoint holds besides its state
 JSON = ("position", "shapes")
@@ -20,12 +24,12 @@ class Outcome(NamedTuple):
 
     params: dict[str, np.ndarray]
     step: int  #: updates done
-    folder: Path  #: of the checkpoints they were read from
+    folder: Path  #: where they were read from: a folder of checkpoints, or a file
 
 
 def is_stage(folder: Path) -> bool:
-    """True for a folder that a stage of training wrote its checkpoints into."""
-    return (folder / NEWEST).is_dir()
+    """True for a folder that a stage of training wrote its checkpoints or its states into."""
+    return (folder / NEWEST).is_dir() or (folder / STATES).is_dir()
 
 
 def read_outcome(stage: Path) -> Outcome:
@@ -34,6 +38,12 @@ def read_outcome(stage: Path) -> Outcome:
     Raises:
         ValueError: when nothing has been saved yet.
     """
+    for which in ("best", "last"):
+        file = stage / STATES / f"{which}.safetensors"
+        if file.is_file():
+            with safe_open(file, framework="numpy") as opened:
+                params = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (no mapping)
+                return Outcome(params, int(opened.metadata()["step"]), file)
     for folder in (stage / BEST, stage / NEWEST):
         if folder.is_dir():
             options = ocp.CheckpointManagerOptions(create=False)

@@ -45,6 +45,7 @@ __all__ = [
     "read_json",
     "refusals",
     "save_params",
+    "stored_dtype",
     "tensor_files",
 ]
 
@@ -109,6 +110,24 @@ def load_config(folder: Path) -> ModelConfig:
         return parse_config(config)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error.__cause__
+
+
+def stored_dtype(folder: Path) -> str:
+    """The dtype that a checkpoint was saved in, as its config.json says; float32 where it says nothing.
+
+    Raises:
+        ValueError: for float16, which nothing here is computed in.
+    """
+    config = read_json(folder / "config.json")
+    for part in (config, config.get("text_config") or {}):
+        if found := part.get("dtype") or part.get("torch_dtype"):
+            if found == "float16":
+                raise ValueError(
+                    f"{folder} was saved in float16, which the activations of these models overflow; "
+                    "set dtype to bfloat16 or float32"
+                )
+            return found
+    return "float32"
 
 
 def parse_config(config: Mapping[str, Any]) -> ModelConfig:

@@ -96,7 +96,26 @@ def read_preferences(path: str | Path, chat: Chat, *, limits: Limits = Limits(),
 
 
 def _pair(line: bytes, name: str, root: Path, chat: Chat, index: int, limits: Limits) -> Group:
-    prompt, chosen, rejected = _turns(line, name)
+    group = preference_group(_row(line, name), name, chat, group_id=index, root=root)
+    longest = max(len(each) for each in group.continuations)
+    if limits.prompt is not None and len(group.prompt) > limits.prompt:
+        raise BadPair(
+            name, "prompt too long", f"the prompt has {len(group.prompt)} tokens, the limit is {limits.prompt}"
+        )
+    if limits.completion is not None and longest > limits.completion:
+        raise BadPair(name, "completion too long", f"an answer has {longest} tokens, the limit is {limits.completion}")
+    return group
+
+
+def preference_group(
+    row: Mapping[str, Any], name: str, chat: Chat, *, group_id: int, root: Path | None = None
+) -> Group:
+    """The group of two that a row makes. Image paths lie under `root`; None: they are absolute, and checked.
+
+    Raises:
+        BadPair: for a row that cannot be trained on; `name` says which row it is.
+    """
+    prompt, chosen, rejected = _turns(row, name)
     for side, answer in (("chosen", chosen), ("rejected", rejected)):
         if not answer or answer[0]["role"] != "assistant":
             role = answer[0]["role"] if answer else "nothing"
@@ -112,8 +131,10 @@ def _pair(line: bytes, name: str, root: Path, chat: Chat, index: int, limits: Li
     # The prompt's own answers are context: labels begin with the turn that is compared.
     context = [{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in prompt]
     try:
-        sides = [_located([*context, *answer], root) for answer in (chosen, rejected)]
-        group = _join(*(chat.example(messages, group_id=index) for messages in sides))
+        sides = [[*context, *answer] for answer in (chosen, rejected)]
+        if root is not None:
+            sides = [_located(messages, root) for messages in sides]
+        group = _join(*(chat.example(messages, group_id=group_id) for messages in sides))
     except (BadImage, FileNotFoundError) as error:
         raise BadPair(name, "image", str(error)) from error
     except ValueError as error:
@@ -121,18 +142,10 @@ def _pair(line: bytes, name: str, root: Path, chat: Chat, index: int, limits: Li
     one, other = group.continuations
     if np.array_equal(one.tokens, other.tokens) and np.array_equal(one.image, other.image):
         raise BadPair(name, "equal completions", '"chosen" and "rejected" are the same tokens: there is no preference')
-    if limits.prompt is not None and len(group.prompt) > limits.prompt:
-        raise BadPair(
-            name, "prompt too long", f"the prompt has {len(group.prompt)} tokens, the limit is {limits.prompt}"
-        )
-    longest = max(len(one), len(other))
-    if limits.completion is not None and longest > limits.completion:
-        raise BadPair(name, "completion too long", f"an answer has {longest} tokens, the limit is {limits.completion}")
     return group
 
 
-def _turns(line: bytes, name: str) -> tuple[list[Message], list[Message], list[Message]]:
-    """(prompt, chosen, rejected) as checked turns, images in place."""
+def _row(line: bytes, name: str) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except ValueError as error:
@@ -140,6 +153,11 @@ def _turns(line: bytes, name: str) -> tuple[list[Message], list[Message], list[M
         raise BadPair(name, "malformed", f"not a line of JSON ({error})") from None
     if not isinstance(row, dict):
         raise BadPair(name, "malformed", f"expected an object, found {type(row).__name__}")
+    return row
+
+
+def _turns(row: Mapping[str, Any], name: str) -> tuple[list[Message], list[Message], list[Message]]:
+    """(prompt, chosen, rejected) as checked turns, images in place."""
     both_turns = all(isinstance(row.get(side), list) for side in ("chosen", "rejected"))
     missing = [
         key for key in ("prompt", "chosen", "rejected") if key not in row and not (key == "prompt" and both_turns)

@@ -10,7 +10,7 @@ Reading is two steps (`reading.TwoStepReader`): the film's file to a small uint8
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,8 @@ from PIL import Image
 from transformers import AutoImageProcessor, BaseImageProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from vlmalign.data.films.images import BadImage
+from vlmalign.data.films.files import BadImage
+from vlmalign.data.films.header import image_size
 from vlmalign.data.films.levels import level_table, look_up
 from vlmalign.data.films.reading import PixelReader, TwoStepReader
 from vlmalign.data.films.resize import Recipe, load_film
@@ -40,6 +41,7 @@ class FixedSquares:
         image_tokens: int | None,
         exact: bool = False,
         cache: ResizeCache | None = None,
+        bits: Mapping[Path, int] = {},
     ):
         side = math.isqrt(image_tokens or 0)
         if not image_tokens or side**2 != image_tokens:
@@ -52,7 +54,7 @@ class FixedSquares:
         height, width = processor.size["height"], processor.size["width"]
         if not height or not width:
             raise ValueError(f"the image processor's size must give height and width in pixels, found {processor.size}")
-        self._grid, self.cache = Grid(side, side), cache
+        self._grid, self.cache, self._bits = Grid(side, side), cache, bits
         self._recipe = Recipe(height, width, int(processor.resample), reduce=not exact)
         self._table = level_table(processor)
         _check(processor, lambda *_: (height, width), self.finish)
@@ -63,14 +65,13 @@ class FixedSquares:
         return self._grid
 
     def recipe(self, key: str) -> Recipe:
-        del key
-        return self._recipe
+        return self._recipe._replace(bits=_bits_of(key, self._bits))
 
     def finish(self, film: np.ndarray) -> np.ndarray | Patches:
         return look_up(self._table, film)
 
     def read(self, keys: list[str]) -> list[np.ndarray | Patches]:
-        return [self.finish(load_film(key, self._recipe, self.cache)) for key in keys]
+        return [self.finish(load_film(key, self.recipe(key), self.cache)) for key in keys]
 
 
 class DynamicResolution:
@@ -83,6 +84,7 @@ class DynamicResolution:
         image_tokens: int | None = None,
         exact: bool = False,
         cache: ResizeCache | None = None,
+        bits: Mapping[Path, int] = {},
     ):
         del image_tokens  # differs from film to film
         low, high = processor.size["shortest_edge"], processor.size["longest_edge"]
@@ -91,7 +93,7 @@ class DynamicResolution:
                 "the image processor must limit the pixels of a film by min_pixels <= max_pixels (in newer folders "
                 f"size.shortest_edge and size.longest_edge), found {low} and {high}"
             )
-        self._processor, self._exact, self.cache = processor, exact, cache
+        self._processor, self._exact, self.cache, self._bits = processor, exact, cache, bits
         self._least, self._most = low, high
         self._unit = processor.patch_size * processor.merge_size  # pixels per side of a soft token
         self._table = level_table(processor)
@@ -110,7 +112,13 @@ class DynamicResolution:
                 size = self._resized(height, width)
             except ValueError as error:
                 raise BadImage(f"{key}: {width} x {height} pixels cannot be cut into patches ({error})") from error
-            self._recipes[key] = Recipe(*size, int(self._processor.resample), reduce=not self._exact, source=source)
+            self._recipes[key] = Recipe(
+                *size,
+                int(self._processor.resample),
+                reduce=not self._exact,
+                source=source,
+                bits=_bits_of(key, self._bits),
+            )
         return self._recipes[key]
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
@@ -141,13 +149,15 @@ def open_pixels(
     exact: bool = False,
     cache: Path | None = None,
     cache_bytes: int = 64 * GIB,
+    bits: Mapping[Path, int] = {},
 ) -> TwoStepReader:
     """The reader for the processor settings in `folder`.
 
     `image_tokens` is the number of soft tokens of every image of a tower of fixed size (the others ignore it). A JPEG
     may be decoded at 1/2, 1/4 or 1/8 of its size where it is shrunk at least as much afterwards, which is faster and
     moves pixels by a few grey levels; `exact` switches that off. Resized films are kept in the folder `cache`, at most
-    `cache_bytes` of them; the pixels are the same with and without it.
+    `cache_bytes` of them; the pixels are the same with and without it. `bits` gives, for folders of films, how many bits
+    their 16-bit films use (`depth`): the longest folder that holds a film counts, 16 elsewhere.
 
     Raises:
         ValueError: when the family has no rule, or the settings do not fit it.
@@ -160,7 +170,14 @@ def open_pixels(
     if not processor.do_resize:
         raise ValueError(f"{folder}: the image processor's do_resize is false; films must be resized to fit the tower")
     films = None if cache is None else ResizeCache(cache, limit=cache_bytes)
-    return PIXELS[family](processor, image_tokens=image_tokens, exact=exact, cache=films)
+    # Keys are paths with links followed, as sources give them.
+    folders = {Path(root).resolve(): count for root, count in bits.items()}
+    return PIXELS[family](processor, image_tokens=image_tokens, exact=exact, cache=films, bits=folders)
+
+
+def _bits_of(key: str, bits: Mapping[Path, int]) -> int:
+    holding = [root for root in bits if Path(key).is_relative_to(root)]
+    return bits[max(holding, key=lambda root: len(root.parts))] if holding else 16
 
 
 def _check(
@@ -181,17 +198,3 @@ def _check(
             f"the image processor {type(processor).__name__} does more than resize, rescale and normalise a film; its "
             "settings or its version are not supported"
         )
-
-
-def image_size(path: str | Path) -> tuple[int, int]:
-    """(height, width) in pixels as the header of a JPEG or PNG says; nothing is decoded.
-
-    Raises FileNotFoundError, and BadImage for a file that is neither or whose header is damaged.
-    """
-    try:
-        with Image.open(path, formats=("JPEG", "PNG")) as image:
-            return image.height, image.width
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no image {path}") from None
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise BadImage(f"{path}: unreadable image ({error}); restore the file or skip it") from error

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vlmalign.data.films.images import BadImage
+from vlmalign.data.films.files import BadImage
 from vlmalign.data.films.reading import TwoStepReader
 from vlmalign.data.films.resize_cache import CacheCounts, ResizeCache
 from vlmalign.data.films.worker import Reply, Start, Task

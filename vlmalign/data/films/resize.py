@@ -14,11 +14,13 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, features
 
-from vlmalign.data.films.images import decode_image, read_film
+from vlmalign.data.films.dicom import decoder_versions, is_dicom
+from vlmalign.data.films.files import read_film
+from vlmalign.data.films.images import decode_image
 from vlmalign.data.films.resize_cache import ResizeCache
 
 #: Counts up when the pixels that `resize_film` makes of the same bytes change: older cache entries are then not found.
-RULES = 1
+RULES = 2
 
 
 class Recipe(NamedTuple):
@@ -31,6 +33,7 @@ class Recipe(NamedTuple):
         bool  #: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, where that is still no smaller than the result
     )
     source: tuple[int, int] | None = None  #: (height, width) that the file's header said before: another is refused
+    bits: int = 16  #: that 16-bit grey uses, from the lowest
 
 
 def resize_film(data: bytes, name: str, recipe: Recipe) -> np.ndarray:
@@ -42,7 +45,7 @@ def resize_film(data: bytes, name: str, recipe: Recipe) -> np.ndarray:
         BadImage: naming the film, see `images.load_image`.
     """
     size = (recipe.height, recipe.width)
-    film = decode_image(data, name, size if recipe.reduce else None, size=recipe.source)
+    film = decode_image(data, name, size if recipe.reduce else None, size=recipe.source, bits=recipe.bits)
     small = np.asarray(film.resize(size[::-1], resample=recipe.resample))
     if small.ndim == 3 and (small[..., 0] == small[..., 1]).all() and (small[..., 0] == small[..., 2]).all():
         return np.ascontiguousarray(small[..., 0])
@@ -55,7 +58,8 @@ def entry_key(data: bytes, recipe: Recipe) -> bytes:
     By the film's content and not by its path, size and date: a film that was replaced is never taken for the old one,
     and a data set that was moved or copied is still known. (SHA-256 of 2.3 MB took 1.3 ms, decoding it 90.)
     """
-    asked = repr((RULES, recipe._replace(source=None), *_decoder()))
+    versions = (*_decoder(), *(decoder_versions() if is_dicom(data) else ()))
+    asked = repr((RULES, recipe._replace(source=None), *versions))
     return hashlib.sha256(hashlib.sha256(data).digest() + asked.encode()).digest()
 
 

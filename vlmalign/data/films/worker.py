@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vlmalign.data.films.images import BadImage
+from vlmalign.data.films.files import BadImage
 from vlmalign.data.films.resize import Recipe, load_film
 from vlmalign.data.films.resize_cache import CacheCounts, ResizeCache
 

@@ -67,6 +67,7 @@ class CheXpert(Films):
             },
             skipped=skipped,
             on_bad=on_bad,
+            wanted=f"split {split!r}" + (", frontal views only" if frontal_only else ""),
         )
 
 

@@ -7,13 +7,14 @@ access. Only `on_bad="skip"` looks for every file at opening, since the length d
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vlmalign.data.sources.schema import LabelSchema
+from vlmalign.data.sources.schema import LabelMap, LabelSchema
 from vlmalign.data.sources.tables import inside, stays_inside
 from vlmalign.types import Example
 
@@ -26,6 +27,8 @@ class Films:
     FileNotFoundError or ValueError, naming table row and path, when the film is asked for (a path that leaves the
     root as written: when the data set is opened).
     """
+
+    bits: int = 16  #: that films of 16-bit grey use (`films.depth`)
 
     def __init__(
         self,
@@ -42,11 +45,19 @@ class Films:
         meta: Mapping[str, Iterable[Any]],
         skipped: Sequence[dict[str, str]] = (),
         on_bad: str = "error",
+        files: Sequence[Path] = (),
+        wanted: str = "",
+        notes: Sequence[str] = (),
     ) -> None:
-        """`labels`: bool [films, labels]; `rows` (int): line of each film in `table`; `paths`: relative to `root`."""
+        """`labels`: bool [films, labels]; `rows` (int): line of each film in `table`; `paths`: relative to `root`.
+
+        `files`: the tables that were read (default: `table`); `wanted`: the filter, in words, for the ValueError that
+        is raised when no film is left; `notes`: what was taken for granted, for the user to read.
+        """
         if on_bad not in ("error", "skip"):
             raise ValueError(f"on_bad must be 'error' or 'skip', found {on_bad!r}")
         self.name, self.schema, self.root, self.table = name, schema, Path(root), Path(table)
+        self.files, self.notes = tuple(files) or (self.table,), tuple(notes)
         self.skipped: list[dict[str, str]] = list(skipped)
         self._ids = np.asarray(ids, object)
         self._patients = np.asarray(patients, object)
@@ -60,6 +71,37 @@ class Films:
         for i, path in enumerate(self._paths):
             if not stays_inside(path):
                 raise ValueError(f"{self._where(i)}: path {path!r} leaves the data root {self.root}")
+        if not len(self):
+            of = f" of {wanted}" if wanted else ""
+            left_out = (
+                f"; {len(self.skipped)} were skipped, the first: {self.skipped[0]['reason']}" if self.skipped else ""
+            )
+            raise ValueError(f"{self.table}: no film is left{of}{left_out}")
+
+    def in_names_of(self, table: LabelMap) -> Films:
+        """The same films with their labels in the target names of `table`, whose source is this schema."""
+        assert table.source == self.schema
+        matrix = np.zeros((len(self), len(table.target)), bool)
+        for label, name in table.mapping.items():
+            matrix[:, table.target.index(name)] |= self._labels[:, self.schema.index(label)]
+        films = copy.copy(self)
+        films.schema, films._labels = table.target, matrix
+        return films
+
+    def with_traces(self, traces: Mapping[str, str], path: Path) -> Films:
+        """The same films with `meta["trace"]` where `traces` (id -> text, read from `path`) has one.
+
+        ValueError when it has none for any film: it is another data set's.
+        """
+        texts = np.array([traces.get(id) for id in self._ids], object)
+        if not any(text is not None for text in texts):
+            raise ValueError(
+                f"{path}: none of its {len(traces)} ids is a film of {self.table} (such as {self._ids[0]})"
+            )
+        films = copy.copy(self)
+        films._meta = {**self._meta, "trace": texts}
+        films.files = (*self.files, path)
+        return films
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -72,7 +114,7 @@ class Films:
             raise IndexError(f"film {i} of {self.name}: it has {len(self)} films")
         path = self._checked_path(i)
         labels = tuple(label for label, on in zip(self.schema.labels, self._labels[i], strict=True) if on)
-        meta = {key: column[i] for key, column in self._meta.items()}
+        meta = {key: column[i] for key, column in self._meta.items() if column[i] is not None}
         return Example(self._ids[i], self._patients[i], path, labels, meta)
 
     def label_matrix(self) -> np.ndarray:
@@ -95,7 +137,11 @@ class Films:
             path = inside(self.root, self._paths[i])
         except ValueError as error:
             raise ValueError(f"{self._where(i)}: {error}") from None
-        if not path.is_file():
+        try:
+            found = path.is_file()
+        except OSError as error:  # a name that is too long, a folder that may not be looked into
+            raise ValueError(f"{self._where(i)}: {path.name!r} cannot be looked for: {error.strerror}") from None
+        if not found:
             raise FileNotFoundError(f"{self._where(i)}: no file {path}; restore it or open with on_bad='skip'")
         return path
 

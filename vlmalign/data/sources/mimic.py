@@ -25,7 +25,7 @@ from vlmalign.data.phantoms.synthetic import (
 )
 from vlmalign.data.sources.films import Films
 from vlmalign.data.sources.schema import CHEXPERT
-from vlmalign.data.sources.tables import find_table, label_values, positives, read_table
+from vlmalign.data.sources.tables import filter_words, find_table, label_values, positives, read_table
 
 VERSIONS = ("2.1.0", "2.0.0")
 SPLITS = ("train", "validate", "test")
@@ -68,6 +68,7 @@ class MimicCxrJpg(Films):
 
         films = read_table(meta_path, ("dicom_id", "subject_id", "study_id", "ViewPosition"))
         films["row"] = np.arange(len(films)) + 2
+        found = films["ViewPosition"]
         films = films[films["ViewPosition"].isin(list(views))]
         films["split"] = films["dicom_id"].map(_splits(split_path))
         without = films[films["split"].isna()]
@@ -107,6 +108,8 @@ class MimicCxrJpg(Films):
                 for id, path, study in unlabelled[["dicom_id", "path", "study_id"]].itertuples(index=False)
             ],
             on_bad=on_bad,
+            files=(meta_path, label_path, split_path),
+            wanted=filter_words(split, views, found),
         )
 
 

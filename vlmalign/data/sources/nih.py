@@ -25,12 +25,13 @@ from vlmalign.data.phantoms.synthetic import (
     write_truth,
 )
 from vlmalign.data.sources.films import Films
-from vlmalign.data.sources.nih_table import COLUMNS, TABLE, NihTable, finding_matrix, read_nih_table
+from vlmalign.data.sources.nih_table import COLUMNS, OLDER_TABLE, TABLE, NihTable, finding_matrix, read_nih_table
 from vlmalign.data.sources.schema import NIH14
-from vlmalign.data.sources.tables import find_table, read_table
+from vlmalign.data.sources.tables import filter_words, find_table, read_table
 
 __all__ = ["Nih14", "NihExtract", "NihTable", "read_nih_table", "write_synthetic", "write_synthetic_extract"]
 
+#: the first four are required
 EXTRACT_COLUMNS = ("path", "image_index", "finding_labels", "patient_id", "age", "gender", "view")
 SPLITS = {"train_val": "train_val_list.txt", "test": "test_list.txt"}
 
@@ -54,17 +55,19 @@ class Nih14(Films):
         root = Path(root)
         if split is not None and split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)} or None, found {split!r}")
-        table = read_nih_table(find_table(root, TABLE))
+        table = read_nih_table(find_table(root, TABLE, OLDER_TABLE))
         frame = table.frame
         keep = np.ones(len(frame), bool)
+        files = [table.path]
         if split is not None:
-            keep &= frame["Image Index"].isin(_split_ids(root / SPLITS[split])).to_numpy()
+            files.append(root / SPLITS[split])
+            keep &= frame["Image Index"].isin(_split_ids(files[-1], table)).to_numpy()
         if views is not None:
             keep &= frame["View Position"].isin(list(views)).to_numpy()
         folders = _image_folders(root)
         # A row without a file gets the flat place, so that a path such as ../x.png still meets the path check.
         paths = np.array([f"{folders.get(id, 'images')}/{id}" for id in table.ids], object)
-        missing = keep & np.array([id not in folders and ".." not in id and "/" not in id for id in table.ids])
+        missing = keep & np.array([id not in folders and ".." not in id and "/" not in id for id in table.ids], bool)
         skipped = []
         for i in np.flatnonzero(missing):
             reason = f"{table.path}, row {i + 2}: {table.ids[i]} is in no image folder of {root}"
@@ -91,21 +94,24 @@ class Nih14(Films):
             },
             skipped=skipped,
             on_bad=on_bad,
+            files=files,
+            wanted=filter_words(split, views, table.frame["View Position"]),
         )
 
 
 class NihExtract(Films):
     """A small extract: a folder of films with a `labels.csv` that gives each film's path, findings and patient.
 
-    Other columns than path, image_index, finding_labels, patient_id, age, gender and view are ignored, a `split`
-    column too: extracts have been divided by film, so divide by `patients()` instead.
+    Columns: path, image_index, finding_labels, patient_id, and where they are there age, gender and view. Others are
+    ignored, a `split` column too: extracts have been divided by film, so divide by `patients()` instead.
     """
 
     def __init__(self, root: str | Path, *, views: Sequence[str] | None = None, on_bad: str = "error") -> None:
         table = find_table(Path(root), "labels.csv")
-        frame = read_table(table, EXTRACT_COLUMNS)
+        frame = read_table(table, (*EXTRACT_COLUMNS[:4], *(("view",) if views is not None else ())))
         labels = finding_matrix(frame["finding_labels"], table)
         keep = np.ones(len(frame), bool) if views is None else frame["view"].isin(list(views)).to_numpy()
+        found = frame.get("view")
         frame = frame[keep]
         super().__init__(
             "nih-extract",
@@ -117,16 +123,30 @@ class NihExtract(Films):
             paths=frame["path"],
             labels=labels[keep],
             rows=np.flatnonzero(keep) + 2,
-            meta={"view": frame["view"], "sex": frame["gender"], "age": frame["age"]},
+            meta={
+                name: frame[column]
+                for name, column in (("view", "view"), ("sex", "gender"), ("age", "age"))
+                if column in frame
+            },
             on_bad=on_bad,
+            wanted=filter_words(None, views, found),
         )
 
 
-def _split_ids(path: Path) -> set[str]:
+def _split_ids(path: Path, table: NihTable) -> set[str]:
+    """The image indices of a split list; ValueError for one that the table does not have."""
     try:
-        return set(path.read_text().split())
+        ids = path.read_text(encoding="utf-8-sig").split()
     except FileNotFoundError:
         raise FileNotFoundError(f"no split list {path}; open with split=None to read every row") from None
+    known = set(table.ids)
+    unknown = [id for id in ids if id not in known]
+    if unknown:
+        raise ValueError(
+            f"{path}: {len(unknown)} of its {len(ids)} names are not in {table.path.name}, the first {unknown[0]!r}; "
+            f"expected image indices as the table writes them, such as {table.ids[0]!r}"
+        )
+    return set(ids)
 
 
 def _image_folders(root: Path) -> dict[str, str]:

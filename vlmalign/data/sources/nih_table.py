@@ -16,6 +16,8 @@ from vlmalign.data.sources.schema import NIH14, unknown_label
 from vlmalign.data.sources.tables import read_table
 
 TABLE = "Data_Entry_2017_v2020.csv"
+#: as the release of 2017 and its copies call it
+OLDER_TABLE = "Data_Entry_2017.csv"
 #: As parsed: the two bracketed names come out in two parts each.
 COLUMNS = (
     "Image Index", "Finding Labels", "Follow-up #", "Patient ID", "Patient Age", "Patient Gender", "View Position",

@@ -115,6 +115,22 @@ class LabelMap:
         return self.target.ordered(label for label in found if label in self.target.labels)
 
 
+def renaming(schema: LabelSchema, names: Mapping[str, str | None]) -> LabelMap:
+    """Labels of `schema` under other names, in its order: several may become one, None drops one, the rest stay.
+
+    Raises ValueError for a label that the schema does not have, with the nearest that it has.
+
+    >>> renaming(NIH14, {"Mass": "Nodule", "Hernia": None}).target.labels[4:6]
+    ('Nodule', 'Pneumonia')
+    """
+    for label in names:
+        schema.index(label)
+    mapping = {label: name for label in schema.labels if (name := names.get(label, label)) is not None}
+    normal = None if schema.normal is None else mapping.get(schema.normal)
+    target = LabelSchema(f"{schema.name}, renamed", tuple(dict.fromkeys(mapping.values())), normal)
+    return LabelMap(target.name, schema, target, mapping)
+
+
 #: The nine CheXpert names that NIH labels can be told in.
 CHEXPERT9 = LabelSchema(
     "chexpert9",

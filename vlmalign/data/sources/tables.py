@@ -9,7 +9,8 @@ from __future__ import annotations
 import csv
 import difflib
 import gzip
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ def read_table(path: Path, required: Sequence[str], *, closed: bool = False) -> 
     """
     path = Path(path)
     try:
-        with gzip.open(path, "rt", newline="") if path.suffix == ".gz" else path.open(newline="") as file:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="") as file:
             rows = csv.reader(file, strict=True)
             canonical = {_plain(name): name for name in required}
             names = [canonical.get(_plain(name), name.strip()) for name in next(rows, [])]
@@ -47,7 +48,7 @@ def read_table(path: Path, required: Sequence[str], *, closed: bool = False) -> 
         return pd.read_csv(path, names=names, header=0, dtype=str, keep_default_na=False, index_col=False)
     except FileNotFoundError:
         raise FileNotFoundError(f"no table {path}") from None
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error, pd.errors.ParserError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error, pd.errors.ParserError) as error:
         raise ValueError(f"cannot read table {path}: {error}") from error
 
 
@@ -72,8 +73,7 @@ def _check_columns(path: Path, names: list[str], required: Sequence[str], *, clo
     unexpected = [name for name in names if name not in required] if closed else []
     problems = []
     for name in missing:
-        near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-        problems.append(f"missing column {name!r}" + (f" (nearest found: {', '.join(near)})" if near else ""))
+        problems.append(missing_column(name, names))
     for name in unexpected:
         near = difflib.get_close_matches(name, required, n=3, cutoff=0.5)
         problems.append(f"unexpected column {name!r}" + (f" (nearest known: {', '.join(near)})" if near else ""))
@@ -82,19 +82,43 @@ def _check_columns(path: Path, names: list[str], required: Sequence[str], *, clo
         raise ValueError(f"{path}: {'; '.join(problems)}; expected columns: {', '.join(required)}")
 
 
-def label_values(frame: pd.DataFrame, path: Path, labels: Sequence[str]) -> np.ndarray:
-    """float32 [rows, labels]: 1, 0, -1 or NaN for blank; ValueError naming file, row, column and value."""
+def missing_column(name: str, found: Iterable[str]) -> str:
+    """Words for a column that a table does not have: the nearest that it has, or all of them."""
+    found = [column for column in found if column]
+    near = difflib.get_close_matches(name, found, n=3, cutoff=0.5)
+    known = f"nearest found: {', '.join(near)}" if near else f"found: {', '.join(found) or 'none'}"
+    return f"missing column {name!r} ({known})"
+
+
+def label_values(
+    frame: pd.DataFrame,
+    path: Path,
+    labels: Sequence[str],
+    *,
+    known: Mapping[str, float] = LABEL_VALUES,
+    rows: np.ndarray | None = None,
+) -> np.ndarray:
+    """float32 [rows, labels]: 1, 0, -1 or NaN for blank; ValueError naming file, row, column and value.
+
+    `known`: texts and their values; `rows`: the line of each row in the file, 2, 3, ... when not given.
+    """
+    numbers = np.arange(len(frame)) + 2 if rows is None else rows
     values = np.empty((len(frame), len(labels)), np.float32)
     for column, label in enumerate(labels):
         text = frame[label].str.strip()
-        known = text.isin(list(LABEL_VALUES)).to_numpy()
-        if not known.all():
-            row = int(np.argmin(known))
+        listed = text.isin(list(known)).to_numpy()
+        if not listed.all():
+            row = int(np.argmin(listed))
             raise ValueError(
-                f"{path}, row {row + 2}, column {label!r}: found {text.iloc[row]!r}, expected 1, 0, -1 or blank"
+                f"{path}, row {numbers[row]}, column {label!r}: found {text.iloc[row]!r}, expected {_listed(known)}"
             )
-        values[:, column] = text.map(LABEL_VALUES).to_numpy(np.float32)
+        values[:, column] = text.map(known).to_numpy(np.float32)
     return values
+
+
+def _listed(known: Mapping[str, float]) -> str:
+    texts = [text for text in known if text and not text.endswith(".0")]
+    return f"{', '.join(texts)} or blank" if "" in known else ", ".join(texts)
 
 
 def positives(values: np.ndarray, uncertain: str = "negative") -> np.ndarray:
@@ -102,6 +126,16 @@ def positives(values: np.ndarray, uncertain: str = "negative") -> np.ndarray:
     if uncertain not in ("negative", "positive"):
         raise ValueError(f"uncertain must be 'negative' or 'positive', found {uncertain!r}")
     return (values == 1) | (values == -1) if uncertain == "positive" else values == 1
+
+
+def filter_words(split: str | None, views: Sequence[str] | None, found: pd.Series | None) -> str:
+    """A filter for messages: the split and the views asked for, with the views that the column `found` has."""
+    words = [] if split is None else [f"split {split!r}"]
+    if views is not None and found is not None:
+        known = list(found.value_counts().index)
+        listed = ", ".join(value or "blank" for value in known[:12]) + (", ..." if len(known) > 12 else "")
+        words.append(f"views {', '.join(views)} (the table has {listed})")
+    return " and ".join(words)
 
 
 def stays_inside(relative: str) -> bool:
@@ -114,7 +148,12 @@ def inside(root: Path, relative: str | Path) -> Path:
     base = Path(root).resolve()
     if not stays_inside(str(relative)):
         raise ValueError(f"path {str(relative)!r} leaves the data root {root}; paths must be relative and without '..'")
-    path = (base / relative).resolve()
+    try:
+        path = (base / relative).resolve()
+    except (OSError, RuntimeError):  # RuntimeError: Python's word, until 3.13, for links that lead in a circle
+        raise ValueError(
+            f"path {str(relative)!r} under {root} cannot be followed: links in a circle, or too long"
+        ) from None
     if not path.is_relative_to(base):
         raise ValueError(f"path {str(relative)!r} leads by a link to {path}, outside the data root {root}")
     return path

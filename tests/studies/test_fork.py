@@ -1,0 +1,278 @@
+"""A fork on films from one YAML: base -> SFT -> {GRPO hard, GRPO nuanced, DPO} with two answer sets, killed at random
+moments and continued to the same bytes; an arm added afterwards runs alone; damage is named before any work."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_chain import SHAPES, made, metrics, rows, same_files, stage_of
+from tiny_models import checkpoint, gemma3_vision
+from tiny_tokenizer import chat_folder
+
+from vlmalign.config_yaml import read_yaml, write_yaml
+from vlmalign.data.films.images import BadImage
+from vlmalign.studies.engine.chain import load_study
+from vlmalign.studies.engine.run import Asked, run
+from vlmalign.studies.engine.status import status
+
+TRAIN = {"shapes": SHAPES, "optimiser": {"learning_rate": 1e-2}, "checkpoint_every": 2}
+ROLLOUT = {"rows": 2, "group": 2, "completion": 16}
+ARMS = ("hard", "nuanced", "dpo")
+
+
+def policy(reward: dict) -> dict:
+    own = {"kind": "grpo", "from": "sft", "data": "train.rl", "steps": 2, "prompts": 2, "rollout": ROLLOUT}
+    return {**own, **TRAIN, "rewards": {"r": reward}, "objective": {"beta": 0.1}, "scoring": {"workers": 0}}
+
+
+def study(folder: Path, model: Path) -> dict:
+    root = "{run}/sources/mimic"
+    pairs = [
+        {"prompt": f"Is film {i} clear?", "chosen": "Yes, it is.", "rejected": f"The heart {i} is large."}
+        for i in range(4)
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return {
+        "run": str(folder / "run"),
+        "sources": {
+            "mimic": {
+                "kind": "mimic-cxr-jpg", "root": root, "split": "train", "traces": f"{root}/traces.jsonl",
+                "phantom": {"films": {"train": 60, "validate": 2, "test": 4}, "seed": 1, "size": 32},
+            },
+            "mimic-test": {"kind": "mimic-cxr-jpg", "root": root, "split": "test"},
+            "nih": {
+                "kind": "nih-cxr14", "root": "{run}/sources/nih", "split": "test", "label_map": "nih14-to-chexpert9",
+                "phantom": {"films": {"train_val": 2, "test": 4}, "seed": 3, "size": 32},
+            },
+        },
+        "sets": {
+            "held": {"from": "mimic", "draw": "patients", "size": 4, "role": "validation"},
+            "train": {"from": "mimic", "draw": "balanced", "parts": {"sft": 8, "rl": 4}, "floor": 0.0, "apart": ["held"]},
+            "near": {"from": "mimic-test", "role": "test"},
+            "far": {"from": "nih", "role": "test"},
+        },
+        "tasks": {"findings": {"kind": "labels", "labels": "chexpert", "prompt": "Findings?", "state_separator": False}},
+        "stages": {
+            "base": {"kind": "model", "path": str(model), "lora": {"rank": 2, "alpha": 4.0, "targets": ["q_proj", "v_proj"]}},
+            "sft": {
+                "kind": "sft", "from": "base", "data": "train.sft", "steps": 3, "batch": 4, **TRAIN,
+                "validation": {"data": "held", "every": 1, "best": "loss", "answers": True, "completion": 16},
+            },
+            "hard": policy({"kind": "hard", "options": {"min_tokens": 4}}),
+            "nuanced": policy({"kind": "nuanced"}),
+            "dpo": {
+                "kind": "dpo", "from": "sft@last", "data": {"path": str(folder / "pairs.jsonl")}, "steps": 2, "batch": 2,
+                **TRAIN,
+            },
+        },
+        "answers": {"test": {
+            "stages": ["base", "sft", "hard", "dpo"], "sets": ["near", "far"], "completion": 16, "rows": 4, "draws": 20,
+            "prompt_multiple": 64,
+        }},
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("fork")
+    model = checkpoint(folder / "model", chat_folder(), gemma3_vision(chat_folder()))
+    path = folder / "study.yaml"
+    path.write_text(write_yaml(study(folder, model)))
+    return path
+
+
+def start(path: Path, *overrides: str, asked: Asked = Asked()) -> Path:
+    return run(load_study(path, overrides), path, asked)
+
+
+@pytest.fixture(scope="module")
+def finished(config_file) -> Path:
+    return start(config_file)
+
+
+def test_every_artefact_is_there_and_whole(finished):
+    assert {path.name for path in finished.iterdir()} == {
+        ".hashes.json", "answers", "environment.json", "report.html", "scores", "sets", "sources", "stages", "study.yaml",
+        "timing.jsonl",
+    }  # fmt: skip
+    assert {path.name for path in (finished / "stages").iterdir()} == {"sft", *ARMS}
+    assert not list(finished.rglob("begun.json"))
+    assert not list(finished.rglob("*.partial"))
+    assert {line.state for line in status(finished)} == {"given", "done"}
+    seconds = [row["stage"] for row in rows(finished / "timing.jsonl")]
+    assert seconds.count("load model") == 1, "the base is loaded once"
+
+
+def test_arms_go_on_from_the_states_that_they_name(finished):
+    sft = made(stage_of(finished, "sft"))["content"]
+    parents = {name: made(stage_of(finished, name))["parents"]["from"] for name in ARMS}
+    assert {name: (each["which"], each["id"]) for name, each in parents.items()} == {
+        "hard": ("best", sft["best"]), "nuanced": ("best", sft["best"]), "dpo": ("last", sft["last"]),
+    }  # fmt: skip
+    assert abs(metrics(stage_of(finished, "dpo"))[1]["rewards/margins"]) < 1e-5
+    assert abs(metrics(stage_of(finished, "nuanced"))[1]["kl"]) < 1e-9
+
+
+def test_sets_share_no_patient(finished):
+    parts = [rows(finished / "sets" / name) for name in ("train/sft.jsonl", "train/rl.jsonl", "held/cases.jsonl")]
+    assert [len(part) for part in parts] == [8, 4, 4]
+    patients = [{row["patient"] for row in part} for part in parts]
+    assert len(set.union(*patients)) == sum(map(len, patients))
+
+
+def test_validation_reads_answers_through_the_task(finished):
+    for line in metrics(stage_of(finished, "sft")).values():
+        assert 0 <= line["validation/valid"] <= 1
+        assert "validation/macro_f1" in line
+        assert line["validation/n"] == 4
+
+
+def test_rewards_of_films_go_through_the_runner_and_are_recorded(finished):
+    for name in ("hard", "nuanced"):
+        found = [row for row in rows(stage_of(finished, name) / "rewards.jsonl") if "reward" in row]
+        assert len(found) == 2 * 2 * 2
+        logged = rows(stage_of(finished, name) / "completions.jsonl")
+        assert [row["reward"] for row in found] == pytest.approx([row["reward"] for row in logged])
+
+
+def test_one_record_of_predictions_for_every_state_and_set(finished):
+    for state in ("base", "sft", "hard", "dpo"):
+        for name in ("near", "far"):
+            found = rows(finished / "answers" / "test" / state / name / "predictions.jsonl")
+            assert len(found) == 4
+            assert {row["stage"] for row in found} == {state}
+            assert all((finished / row["image"]).is_file() for row in found)
+    results = json.loads((finished / "scores" / "test" / "results.json").read_text())
+    assert [(d["name"], d["role"], len(d["labels"])) for d in results["datasets"]] == [
+        ("near", "in-schema", 14), ("far", "cross-schema", 9),
+    ]  # fmt: skip
+    assert {(d["from"], d["to"]) for d in results["differences"]} == {("base", "sft"), ("sft", "hard"), ("sft", "dpo")}
+    blocks = {row["dataset"]: list(row["results"]["blocks"]) for row in results["results"]}
+    assert blocks == {"near": ["all 14", "shared 9"], "far": ["all 9"]}
+    assert set(results["rewards"]) == {"hard", "nuanced"}
+
+
+def test_a_finished_study_has_nothing_to_do(finished, config_file, capfd):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.jsonl") if path.name != "timing.jsonl"}
+    start(config_file)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    start(config_file, asked=Asked(dry=True))
+    assert "to make" not in capfd.readouterr().out
+
+
+@pytest.fixture
+def copied(finished, config_file, tmp_path) -> Path:
+    """A copy of the study whose run is a copy of the finished one."""
+    shutil.copytree(finished, tmp_path / "run")
+    path = tmp_path / "study.yaml"
+    path.write_text(config_file.read_text().replace(str(finished), str(tmp_path / "run")))
+    return path
+
+
+def test_a_fourth_arm_runs_alone(finished, copied):
+    data = read_yaml(copied.read_text())
+    data["stages"]["f1"] = policy({"kind": "labels", "options": {"measure": "f1"}})
+    copied.write_text(write_yaml(data))
+    folder = start(copied)
+    seconds = [row["stage"] for row in rows(folder / "timing.jsonl")][len(rows(finished / "timing.jsonl")) :]
+    assert seconds == ["load model", "stages/f1", "report"]
+    assert {name.split("/")[1] for name in same_files(folder, finished)} == {"f1"}
+
+
+def test_a_changed_setting_is_refused_by_name_and_redo_makes_exactly_what_follows(finished, copied):
+    rate = "stages.sft.optimiser.learning_rate=0.02"
+    with pytest.raises(
+        ValueError, match=r"stages/sft was made from something else: optimiser.learning_rate: 0.01 then, 0.02"
+    ):
+        start(copied, rate)
+    folder = start(copied, rate, asked=Asked(redo=("sft",)))
+    changed = {
+        "/".join(name.split("/")[:2]) for name in same_files(folder, finished) if not name.startswith("set-aside")
+    }
+    assert changed == {"stages/sft", *(f"stages/{name}" for name in ARMS), "answers/test", "scores/test"}
+    base = "answers/test/base/near/predictions.jsonl"
+    assert (folder / base).read_bytes() == (finished / base).read_bytes()
+    assert {line.state for line in status(folder)} == {"given", "done"}
+
+
+def test_a_part_of_the_graph_can_be_asked_for(config_file, tmp_path):
+    folder = start(config_file, f"run={tmp_path / 'run'}", asked=Asked(only=("answers/test/base/far",)))
+    states = {line.name: line.state for line in status(folder)}
+    assert states["answers/test/base/far"] == "done"
+    assert {states[name] for name in ("sets/train", "stages/sft", "answers/test/base/near", "scores/test")} == {
+        "waiting"
+    }
+
+
+def test_a_torn_film_stops_the_run_or_is_left_out_and_listed(finished, copied, tmp_path):
+    chosen = rows(finished / "sets" / "train" / "sft.jsonl")[0]["id"]
+    (torn,) = (tmp_path / "run").rglob(f"{chosen}.jpg")
+    torn.write_bytes(torn.read_bytes()[: torn.stat().st_size // 2])
+    shutil.rmtree(tmp_path / "run" / "sets" / "train")
+    only = Asked(only=("sets/train",))
+    with pytest.raises(BadImage, match=chosen):
+        start(copied, asked=only)
+    shutil.rmtree(tmp_path / "run" / "sets" / "train")
+    folder = start(copied, "sets.train.on_bad=skip", asked=only)
+    skipped = rows(folder / "sets" / "train" / "skipped.jsonl")
+    assert [row["id"] for row in skipped if "image" in row["reason"]] == [chosen]
+    assert chosen not in {
+        row["id"] for part in ("sft", "rl") for row in rows(folder / "sets" / "train" / f"{part}.jsonl")
+    }
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (
+            "tasks.findings.labels=[Cardiomegaly, Edema]",
+            r"stages.sft.task: set train.sft has labels that task findings does not",
+        ),
+        ("sources.mimic.traces=nowhere.jsonl", r"sources.mimic: .*nowhere.jsonl"),
+        ("stages.base.path=nowhere", r"stages.base.path: there is no folder nowhere"),
+        ("stages.hard.rewards.r.options={min_tokens: -1}", r"stages.hard.rewards.r: min_tokens must be >= 0"),
+    ],
+)
+def test_mistakes_are_named_before_any_work(finished, copied, override, expected):
+    before = (copied.parent / "run" / "timing.jsonl").read_bytes()
+    with pytest.raises((ValueError, OSError), match=expected):
+        start(copied, override)
+    assert (copied.parent / "run" / "timing.jsonl").read_bytes() == before
+
+
+def kill_and_go_on(config_file: Path, folder: Path, kills: int, seed: int) -> None:
+    """Kill -9 at `kills` random moments, then let the same command end."""
+    chance = random.Random(seed)
+    command = [sys.executable, "-m", "vlmalign.cli", "run", str(config_file), "--run", str(folder)]
+    for _ in range(kills):
+        known = len(list(folder.rglob("*"))) if folder.exists() else 0
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+            deadline = time.monotonic() + 240
+            # The moment is counted in files that came since this start, so that a slow machine changes nothing.
+            wanted = known + chance.randrange(1, 60)
+            while process.poll() is None and (len(list(folder.rglob("*"))) if folder.exists() else 0) < wanted:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            time.sleep(chance.random())
+            process.send_signal(signal.SIGKILL)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_killed_study_goes_on_to_the_same_bytes(finished, config_file, tmp_path):
+    kill_and_go_on(config_file, tmp_path / "run", kills=2, seed=0)
+    assert same_files(tmp_path / "run", finished) == []
+
+
+@pytest.mark.full
+def test_a_study_killed_often_goes_on_to_the_same_bytes(finished, config_file, tmp_path):
+    kill_and_go_on(config_file, tmp_path / "run", kills=10, seed=1)
+    assert same_files(tmp_path / "run", finished) == []

@@ -1,0 +1,154 @@
+"""What a study's config says of its graph: order, states, arms; and every mistake in it, named by its place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vlmalign.config import ConfigError, load_config
+from vlmalign.config_yaml import write_yaml
+from vlmalign.studies.engine.chain import load_study
+from vlmalign.studies.engine.config import StudyConfig
+from vlmalign.studies.engine.graph import Edge, ancestors, build_graph, descendants, find_nodes
+
+SHAPES = {"rows": 4, "prompt_multiple": 64, "completion_multiple": 16}
+TRAIN = {"shapes": SHAPES, "optimiser": {"learning_rate": 1e-2}}
+
+
+def fork() -> dict:
+    """base -> SFT -> {GRPO hard, GRPO nuanced, DPO}, two answered sets."""
+    policy = {
+        "kind": "grpo", "from": "sft", "data": "train.rl", "steps": 2, "prompts": 2, **TRAIN,
+        "rollout": {"rows": 2, "group": 2, "completion": 16},
+    }  # fmt: skip
+    return {
+        "run": "run",
+        "sources": {
+            "mine": {"kind": "mimic-cxr-jpg", "root": "{run}/sources/mine", "split": "train", "phantom": {"films": 40}},
+            "test": {"kind": "mimic-cxr-jpg", "root": "{run}/sources/mine", "split": "test"},
+        },
+        "sets": {
+            "train": {"from": "mine", "draw": "balanced", "parts": {"sft": 8, "rl": 4}, "floor": 0.0, "apart": ["held"]},
+            "held": {"from": "mine", "draw": "patients", "size": 4, "role": "validation"},
+            "near": {"from": "test", "role": "test"},
+            "far": {"from": "test", "draw": "random", "size": 2, "role": "test"},
+        },
+        "tasks": {"findings": {"kind": "labels", "labels": "chexpert", "prompt": "Which findings?"}},
+        "stages": {
+            "nuanced": {**policy, "rewards": {"r": {"kind": "nuanced"}}},
+            "dpo": {"kind": "dpo", "from": "sft@last", "data": {"path": "pairs.jsonl"}, "steps": 2, "batch": 2, **TRAIN},
+            "base": {"kind": "model", "path": "models/tiny"},
+            "sft": {
+                "kind": "sft", "from": "base", "data": "train.sft", "steps": 2, "batch": 4, **TRAIN,
+                "validation": {"data": "held", "every": 1, "best": "loss"},
+            },
+            "hard": {**policy, "rewards": {"r": {"kind": "hard"}}},
+        },
+        "answers": {"test": {"stages": ["base", "sft", "hard"], "sets": ["near", "far"], "completion": 16}},
+    }  # fmt: skip
+
+
+def load(folder: Path, data: dict, *overrides: str) -> StudyConfig:
+    path = folder / "study.yaml"
+    path.write_text(write_yaml(data))
+    return load_config(StudyConfig, path, overrides)
+
+
+@pytest.fixture
+def config(tmp_path) -> StudyConfig:
+    return load(tmp_path, fork())
+
+
+def test_parents_come_first_and_stages_of_a_base_together(config):
+    names = list(build_graph(config))
+    assert names[:5] == ["sources/mine", "sets/held", "sets/train", "sets/near", "sets/far"]
+    assert names[5:10] == ["stages/base", "stages/sft", "stages/nuanced", "stages/dpo", "stages/hard"]
+    assert names[-2:] == ["scores/test", "report"]
+    for node in build_graph(config).values():
+        assert all(names.index(edge.node) < names.index(node.name) for edge in node.parents.values())
+
+
+def test_a_stage_goes_on_from_the_best_state_where_there_is_one(config):
+    nodes = build_graph(config)
+    assert nodes["stages/hard"].parents["from"] == Edge("stages/sft", "best")
+    assert nodes["stages/dpo"].parents["from"] == Edge("stages/sft", "last")
+    assert nodes["answers/test/hard/near"].parents["stage"] == Edge("stages/hard", "last")
+    assert nodes["answers/test/base/near"].parents["stage"] == Edge("stages/base")
+
+
+def test_a_split_of_an_invented_set_waits_for_it(config):
+    assert build_graph(config)["sets/near"].parents["from"] == Edge("sources/mine")
+
+
+def test_what_follows_from_what(config):
+    nodes = build_graph(config)
+    assert {name for name in descendants(nodes, "stages/hard") if name.startswith("stages/")} == {"stages/hard"}
+    assert "answers/test/sft/near" in descendants(nodes, "stages/sft")
+    assert "answers/test/base/near" not in descendants(nodes, "stages/sft")
+    needed = ancestors(nodes, ["answers/test/base/far"])
+    assert needed == {"answers/test/base/far", "stages/base", "sets/far", "sources/mine"}
+
+
+def test_names_that_users_give(config):
+    nodes = build_graph(config)
+    assert find_nodes(nodes, "sft") == ["stages/sft"]
+    assert find_nodes(nodes, "stages/sft/") == ["stages/sft"]
+    assert find_nodes(nodes, "answers/test/sft") == ["answers/test/sft/near", "answers/test/sft/far"]
+    with pytest.raises(ValueError, match=r"no artefact 'stf'; the nearest is 'sft'"):
+        find_nodes(nodes, "stf")
+
+
+def test_a_study_reads_back_as_it_was_written(config, tmp_path):
+    from vlmalign.config import dump_config
+
+    (tmp_path / "again.yaml").write_text(dump_config(config))
+    assert load_config(StudyConfig, tmp_path / "again.yaml") == config
+
+
+def test_a_list_of_stages_is_a_chain(tmp_path):
+    stage = {"kind": "sft", "data": {"path": "rows.jsonl"}, "steps": 2, "batch": 2, **TRAIN}
+    path = tmp_path / "chain.yaml"
+    path.write_text(
+        write_yaml({"run": "run", "model": {"path": "models/tiny", "adapter": "old"}, "stages": [stage, stage]})
+    )
+    found = load_study(path)
+    assert list(found.stages) == ["base", "adapter", "01-sft", "02-sft"]
+    assert [found.stages[name].from_ for name in ("adapter", "01-sft", "02-sft")] == ["base", "adapter", "01-sft"]
+    assert [found.depth_of(name) for name in ("01-sft", "02-sft")] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("stages.sft.from=hard", r"stages.sft: a circle, sft -> hard -> sft; nothing of it can come first"),
+        ("stages.sft.from=bsae", r"stages.sft.from: no stage is called 'bsae'; the nearest is 'base'"),
+        ("stages.sft.from=null", r"stages.sft.from: required, but not given"),
+        ("stages.hard.from=sft@first", r"stages.hard.from: 'sft@first' names the state 'first'"),
+        ("stages.sft.data=trian.sft", r"stages.sft.data: no set is called 'trian'; the nearest is 'train'"),
+        ("stages.sft.data=train", r"stages.sft.data: 'train' is no part of set train, which has train.sft, train.rl"),
+        ("stages.sft.data=near", r"stages.sft.data: near is a test set"),
+        ("stages.sft.validation.data=far", r"stages.sft.validation.data: far is a test set"),
+        ("stages.sft.validation.watch=[far]", r"stages.sft.validation.watch: far is a test set"),
+        ("sets.near.from=tset", r"sets.near.from: no source is called 'tset'; the nearest is 'test'"),
+        ("sets.held.apart=[train.sft]", r"sets.\w+: a circle, "),
+        ("sets.near.size=3", r"sets.near: draw: whole takes no size"),
+        ("sets.train.parts={}", r"a balanced draw needs either size \(one set\) or parts"),
+        ("sets.near.role=tset", r"sets.near.role: expected .*found 'tset'"),
+        ("tasks={}", r"stages.\w+.task: required, but not given: what is asked about the set"),
+        ("stages.sft.task=labels", r"stages.sft.task: no task is called 'labels'; the nearest is 'findings'"),
+        ("answers.test.stages=[base, best]", r"answers.test.stages: no stage is called 'best'"),
+        ("answers.test.sets=[nera]", r"answers.test.sets: no set is called 'nera'; the nearest is 'near'"),
+        ("answers.test.samples=4", r"4 greedy answers are all the same; set a temperature"),
+        ("stages.dpo.reference=elsewhere", r"stages.dpo.reference: no stage is called 'elsewhere'"),
+        ("stages.a/b={kind: model, path: x}", r"stages: 'a/b' cannot be a name"),
+        (
+            "sources.mine.kind=mimic",
+            r"sources.mine.kind: expected one of .*found 'mimic'; the nearest is 'mimic-cxr-jpg'",
+        ),
+        ("stages.sft.data={set: train.sft, path: x}", r"give either set .* or path .*, found both"),
+    ],
+)
+def test_bad_graph(tmp_path, override, expected):
+    with pytest.raises(ConfigError, match=expected):
+        load(tmp_path, fork(), override)

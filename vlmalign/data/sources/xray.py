@@ -1,0 +1,153 @@
+"""The X-ray archives as sources of a study: settings of each format's reader, and invented archives in its form."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import model_validator
+
+from vlmalign.config import Config
+from vlmalign.data.phantoms.traces import write_traces
+from vlmalign.data.sources import chexpert, mimic, nih
+from vlmalign.data.sources.films import Films
+from vlmalign.data.sources.schema import CHEXPERT, NIH14, LabelSchema
+from vlmalign.data.sources.settings import PLACE, FilmSource, Place, Positive, label_map_of
+
+#: beside an invented archive: the reasoning that leads to its labels
+TRACES = "traces.jsonl"
+
+
+class Phantom(Config):
+    """Write an invented archive of this format at `root` first, if nothing is there."""
+
+    films: Positive | dict[str, Positive]  #: in all, or per split
+    seed: int = 0
+    size: Positive = 128  #: pixels per side
+    workers: Annotated[Positive, PLACE] = 1
+
+
+class Archive(FilmSource):
+    """What the four formats have in common."""
+
+    schema_: ClassVar[LabelSchema]
+    splits: ClassVar[tuple[str, ...]] = ()
+    write: ClassVar[Any]  #: writes an invented archive
+
+    root: Annotated[Path, PLACE]  #: the archive's folder
+    phantom: Phantom | None = None
+
+    @model_validator(mode="after")
+    def _fits_the_format(self) -> Archive:
+        if self.label_map is not None:
+            label_map_of(self.label_map, self.schema_)
+        films = None if self.phantom is None else self.phantom.films
+        unknown = sorted(set(films) - set(self.splits)) if isinstance(films, dict) else []
+        if unknown:
+            known = f"its splits are {', '.join(self.splits)}" if self.splits else "it has no splits: give one number"
+            raise ValueError(f"phantom.films: this format has no split {unknown[0]!r}; {known}")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """Where its films lie, as the config says it."""
+        return self.root
+
+    def open(self, place: Place) -> Films:
+        """The archive's films; writes it first where it is to be invented (let one process do that first).
+
+        Raises:
+            FileNotFoundError, ValueError: naming the folder, the table, or the film, see `Films`.
+        """
+        root = place(str(self.root))
+        self.invent(place)
+        if not root.is_dir():
+            raise FileNotFoundError(f"no folder {root} for a {self.kind} archive")
+        return self.finished(self.read(root), place)
+
+    def invent(self, place: Place) -> None:
+        """Writes the invented archive and its traces, whole or not at all; a folder that exists is left as it is."""
+        root = place(str(self.root))
+        if self.phantom is None or root.exists():
+            return
+        beside = root.with_name(root.name + ".partial")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        made = self.phantom
+        rows = type(self).write(beside, films=made.films, seed=made.seed, size=made.size, workers=made.workers)
+        write_traces(beside / TRACES, rows)
+        os.replace(beside, root)
+
+
+class MimicFilms(Archive):
+    """See `mimic.MimicCxrJpg`."""
+
+    schema_ = CHEXPERT
+    splits = mimic.SPLITS
+    write = mimic.write_synthetic
+
+    kind: Literal["mimic-cxr-jpg"]
+    split: Literal["train", "validate", "test"] | None = "train"  #: None: all
+    views: tuple[str, ...] = ("AP", "PA")
+    labeler: Literal["chexpert", "negbio"] = "chexpert"
+    uncertain: Literal["negative", "positive"] = "negative"  #: what -1 counts as
+    version: Literal["2.0.0", "2.1.0"] | None = None  #: None: the newest that is there
+
+    def read(self, root: Path) -> Films:
+        return mimic.MimicCxrJpg(
+            root,
+            self.split,
+            views=self.views,
+            labeler=self.labeler,
+            uncertain=self.uncertain,
+            version=self.version,
+            on_bad=self.on_bad,
+        )
+
+
+class CheXpertFilms(Archive):
+    """See `chexpert.CheXpert`."""
+
+    schema_ = CHEXPERT
+    splits = ("train", "valid", "test")
+    write = chexpert.write_synthetic
+
+    kind: Literal["chexpert"]
+    split: Literal["train", "valid", "test"] = "train"
+    frontal_only: bool = True
+    uncertain: Literal["negative", "positive"] = "negative"  #: what -1 counts as
+
+    def read(self, root: Path) -> Films:
+        return chexpert.CheXpert(
+            root, self.split, frontal_only=self.frontal_only, uncertain=self.uncertain, on_bad=self.on_bad
+        )
+
+
+class NihFilms(Archive):
+    """See `nih.Nih14`."""
+
+    schema_ = NIH14
+    splits = tuple(nih.SPLITS)
+    write = nih.write_synthetic
+
+    kind: Literal["nih-cxr14"]
+    split: Literal["train_val", "test"] | None = None  #: None: all
+    views: tuple[str, ...] | None = None  #: None: all
+
+    def read(self, root: Path) -> Films:
+        return nih.Nih14(root, self.split, views=self.views, on_bad=self.on_bad)
+
+
+class NihExtractFilms(Archive):
+    """See `nih.NihExtract`."""
+
+    schema_ = NIH14
+    write = nih.write_synthetic_extract
+
+    kind: Literal["nih-extract"]
+    views: tuple[str, ...] | None = None  #: None: all
+
+    def read(self, root: Path) -> Films:
+        return nih.NihExtract(root, views=self.views, on_bad=self.on_bad)

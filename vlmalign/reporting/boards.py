@@ -1,0 +1,127 @@
+"""What was scored on each data set, in the shape of tables: a board per answers entry and data set.
+
+Averages over different label sets cannot be compared, so a board of labels has one line per set of labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from vlmalign.reporting.record import Entry, Row, Run, Scores
+from vlmalign.reporting.score_file import numbers
+from vlmalign.reporting.words import listed
+
+Interval = Mapping[str, Any]
+
+
+class Trivial(NamedTuple):
+    """A trivial baseline on one set of labels."""
+
+    name: str
+    block: Row
+
+    @property
+    def macro(self) -> Interval:
+        return self.block["macro"]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One set of labels: the block of every state, and the trivial baselines."""
+
+    subset: str
+    labels: list[str]
+    supported: int  #: of them, those that some case has: what macro-F1 is taken over
+    blocks: dict[str, Row]  #: state -> block
+    baselines: list[Trivial]
+
+    @property
+    def baseline(self) -> Trivial | None:
+        """The baseline with the highest macro-F1; of equal ones the first."""
+        defined = [each for each in self.baselines if each.macro["value"] is not None]
+        return max(defined, key=lambda each: each.macro["value"], default=None)
+
+    def gain(self, state: str) -> float | None:
+        """Macro-F1 of a state above that of the best trivial baseline."""
+        value = self.blocks[state]["macro"]["value"]
+        return None if value is None or self.baseline is None else value - self.baseline.macro["value"]
+
+
+@dataclass(frozen=True)
+class Board:
+    """One data set as one answers entry scored it."""
+
+    title: str  #: the data set, and the entry where a run has several
+    dataset: str
+    role: str | None
+    n: int
+    patients: int | None
+    results: dict[str, Row]  #: state -> results
+    lines: list[Line]  #: of label lists, most labels first; of other kinds empty
+    numbers: dict[str, dict[str, Interval]]  #: of other kinds: state -> name -> score
+    differences: list[Row]
+
+    @property
+    def names(self) -> list[str]:
+        """Of `numbers`, in the order of the task."""
+        return list(dict.fromkeys(name for found in self.numbers.values() for name in found))
+
+
+def boards(run: Run) -> list[Board]:
+    """Every data set on which some state has been scored."""
+    return [
+        _board(title(run, entry, dataset["name"]), entry.scores, dataset, results)
+        for entry in run.entries
+        if entry.scores is not None
+        for dataset in entry.scores.datasets
+        if (results := entry.scores.results[dataset["name"]])
+    ]
+
+
+def title(run: Run, entry: Entry, dataset: str) -> str:
+    """A data set's name, and the entry's where several entries answer it."""
+    answered = [each.name for each in run.entries if dataset in each.datasets]
+    return f"{dataset}, {entry.name}" if len(answered) > 1 else dataset
+
+
+def _board(title: str, scores: Scores, dataset: Row, results: dict[str, Row]) -> Board:
+    name = dataset["name"]
+    blocks = {state: each["blocks"] for state, each in results.items() if "blocks" in each}
+    trivial = {name: each["blocks"] for name, each in scores.baselines[name].items() if "blocks" in each}
+    lines = [
+        _line(subset, blocks, trivial) for subset in dict.fromkeys(name for each in blocks.values() for name in each)
+    ]
+    return Board(
+        title=title,
+        dataset=name,
+        role=dataset["role"],
+        n=dataset["n"],
+        patients=dataset.get("patients"),
+        results=results,
+        lines=sorted(lines, key=lambda line: -len(line.labels)),
+        numbers={state: found for state, each in results.items() if (found := numbers(each))},
+        differences=[row for row in scores.differences if row["dataset"] == name],
+    )
+
+
+def _line(subset: str, blocks: Mapping[str, Mapping[str, Row]], trivial: Mapping[str, Mapping[str, Row]]) -> Line:
+    own = {state: each[subset] for state, each in blocks.items() if subset in each}
+    first = next(iter(own.values()))
+    baselines = [Trivial(name, each[subset]) for name, each in trivial.items() if subset in each]
+    return Line(subset, first["labels"], first["macro_labels"], own, baselines)
+
+
+def verdict(interval: Interval) -> str:
+    """What a paired difference shows: "higher", "lower", or that it shows neither."""
+    if interval["low"] is None or interval["high"] is None:
+        return "not determined"
+    return "higher" if interval["low"] > 0 else "lower" if interval["high"] < 0 else "no difference shown"
+
+
+def reading(found: list[Board]) -> str:
+    """How the intervals were made, from what the results say of themselves."""
+    results = [each for board in found for each in board.results.values() if "draws" in each]
+    made = sorted({(each["level"], each["draws"]) for each in results})
+    return listed([f"{100 * level:g} % intervals from {draws:,} draws" for level, draws in made]) if made else ""

@@ -1,0 +1,82 @@
+"""Reads `results.json`: what was scored on each data set, checked, stages in their order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vlmalign.reporting.json_files import read_object
+from vlmalign.reporting.json_shape import NUMBER, Maybe, Values, check_shape
+from vlmalign.reporting.record import Row, Scores
+
+INTERVAL = {"value": Maybe(NUMBER), "low": Maybe(NUMBER), "high": Maybe(NUMBER)}
+BLOCK = {
+    "labels": [str],
+    "exact_match": NUMBER,
+    **dict.fromkeys(("micro", "macro", "macro_all"), INTERVAL),
+    "macro_labels": int,
+    "per_label": [{"label": str, "support": int, "f1": INTERVAL}],
+}
+#: scores of label lists, one block per set of labels
+LABELS = {"n": int, "patients": int, "fail_rate": NUMBER, "draws": int, "level": NUMBER, "blocks": Values(BLOCK)}
+#: of every kind of task; of other kinds than labels, every object with a "value" is a score
+RESULTS = {"n": int}
+UNKNOWN = [{"name": str, "count": int}]
+DATASET = {"name": str, "role": Maybe(str), "n": int}
+DIFFERENCE = {"dataset": str, "from": str, "to": str, "subset": str, "macro": INTERVAL, "micro": INTERVAL}
+
+
+def read_scores(path: Path) -> Scores | None:
+    """The scores of a `results.json`; None where there is none. Raises ValueError naming the entry that does not fit."""
+    found = read_object(path, {"datasets": [DATASET], "results": [{"stage": str, "dataset": str, "results": dict}]})
+    if found is None:
+        return None
+    baselines, differences = found.get("baselines") or [], found.get("differences") or []
+    check_shape(baselines, [{"name": str, "dataset": str, "results": dict}], f"{path}, baselines")
+    check_shape(differences, [DIFFERENCE], f"{path}, differences")
+
+    names = [dataset["name"] for dataset in found["datasets"]]
+    for row in [*found["results"], *baselines, *differences]:
+        if row["dataset"] not in names:
+            raise ValueError(f"{path}: expected data sets of {names}, found {row['dataset']!r}; list it under datasets")
+    order = found.get("stages") or ["base", "sft", "grpo"]
+    rows = sorted(found["results"], key=lambda row: order.index(row["stage"]) if row["stage"] in order else len(order))
+    return Scores(
+        found["datasets"],
+        _table(names, rows, "stage", f"{path}, results"),
+        _table(names, baselines, "name", f"{path}, baselines"),
+        differences,
+    )
+
+
+def numbers(results: Row, prefix: str = "") -> dict[str, Row]:
+    """The scores of a task that has no labels, by name; those of a field, or of a kind of constraint, behind its name.
+
+    >>> numbers({"kind": "fields", "n": 3, "fields": {"grade": {"accuracy": {"value": 0.5, "low": None, "high": None}}}})
+    {'grade: accuracy': {'value': 0.5, 'low': None, 'high': None}}
+    """
+    found: dict[str, Row] = {}
+    for name, value in results.items() if "blocks" not in results else ():
+        if isinstance(value, dict) and "value" in value:
+            found[prefix + name.replace("_", " ")] = value
+        elif isinstance(value, dict):
+            found |= numbers(value, "" if name in ("fields", "by_kind") else f"{prefix}{name}: ")
+        elif name == "share":
+            found[f"{prefix}share"] = {"value": value, "low": None, "high": None}
+    return found
+
+
+def _table(names: list[str], rows: list[Row], key: str, where: str) -> dict[str, dict[str, Row]]:
+    """data set -> the row's key -> its results"""
+    table: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for row in rows:
+        name, results = row[key], row["results"]
+        if name in table[row["dataset"]]:
+            raise ValueError(f"{where}: expected {name!r} once per data set, found it twice; drop one")
+        place = f"{where}, {name} on {row['dataset']}"
+        check_shape(results, LABELS if "blocks" in results else RESULTS, place)
+        check_shape(results.get("unknown_names"), Maybe(UNKNOWN), f"{place}, unknown_names")
+        for key, score in numbers(results).items():
+            check_shape(score, INTERVAL, f"{place}, {key}")
+        table[row["dataset"]][name] = results
+    return table

@@ -1,0 +1,197 @@
+"""Makes one artefact: a set, a stage of training, answers, scores. Each is begun, made, and finished by its record, which
+process 0 has."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlmalign.distributed import own_share, process_count
+from vlmalign.exchange import fetch, from_first
+from vlmalign.progress import Progress
+from vlmalign.rollout.sampling import Sampling
+from vlmalign.studies.engine.answer import Decoding, answer, answerer, predictions
+from vlmalign.studies.engine.base import Base, State
+from vlmalign.studies.engine.config import stage_ref
+from vlmalign.studies.engine.data_config import Data
+from vlmalign.studies.engine.files import manifest, write_json, write_rows
+from vlmalign.studies.engine.graph import Edge, Node
+from vlmalign.studies.engine.learn import run_dpo, run_sft
+from vlmalign.studies.engine.opened import Opened
+from vlmalign.studies.engine.policy import run_policy
+from vlmalign.studies.engine.record import BEGUN, MADE, Record, begin, finish
+from vlmalign.studies.engine.score import score_answers
+from vlmalign.studies.engine.sets import CASES, draw, patients_of
+from vlmalign.studies.engine.stage_config import AdapterStage, Dpo, ModelStage, Sft
+from vlmalign.studies.engine.states import read_state, save_states, shrink, state_ids
+from vlmalign.studies.engine.work import Work
+from vlmalign.training.loop import Finished
+from vlmalign.training.outcome import BEST, NEWEST
+from vlmalign.weights.export import export_adapter
+from vlmalign.weights.whole import export_whole
+
+#: files of a stage that say when and where, and differ between a run and its repetition
+RECORDS = (BEGUN, MADE)
+PREDICTIONS, RESULTS, LEFT_OUT = "predictions.jsonl", "results.json", "left_out.jsonl"
+
+
+def make_source(study: Opened, node: Node) -> None:
+    """An invented data set, written whole by process 0."""
+    from_first(lambda: study.config.sources[node.key].invent(study.config.place))
+
+
+def make_set(study: Opened, node: Node, record: Record | None, versions: Mapping[str, Any], progress: Progress) -> None:
+    """Draw a set; process 0 does."""
+    config, folder = study.config, node.folder(study.config.run)
+    section = config.sets[node.key]
+    source = study.source(section.from_)
+
+    def write() -> None:
+        begin(folder, record, versions)
+        left_out = {patient for ref in section.apart for patient in patients_of(config, ref)}
+        draw(config, node.key, source, left_out, folder, progress)
+        parts = list(section.parts) or [CASES]
+        content = {part: study.hashes.of(folder / f"{part}.jsonl") for part in parts}
+        finish(folder, record, content, versions, files=manifest(folder, study.hashes, RECORDS))
+
+    from_first(write)
+
+
+def make_stage(
+    study: Opened, node: Node, record: Record | None, base: Base, versions: Mapping[str, Any], progress: Progress, *,
+    last_use: bool,
+) -> None:  # fmt: skip
+    """Train a stage, continuing one that was begun; keep its states and export what it goes on from."""
+    config, folder, stage = study.config, node.folder(study.config.run), study.config.stages[node.key]
+    texts = study.texts[node.key]
+    from_first(lambda: _begin_stage(folder, record, versions, texts))
+    # Siblings share their draws; two stages on the same prompts, one after the other, must not.
+    seed = int(np.random.SeedSequence([config.seed, config.depth_of(node.key)]).generate_state(1)[0] >> 1)
+    start = state_of(study, base, node.parents["from"])
+    work = Work(
+        node.key,
+        base,
+        start,
+        start if "reference" not in node.parents else state_of(study, base, node.parents["reference"]),
+        study.spec(node.key),
+        texts,
+        study.task_of_stage(node.key),
+        folder,
+        seed,
+        config.seed,
+        last_use,
+        progress,
+    )
+    if isinstance(stage, Sft):
+        found = run_sft(stage, work)
+    elif isinstance(stage, Dpo):
+        found = run_dpo(stage, work)
+    else:
+        found = run_policy(stage, work, study.built[node.key].rewards)
+    save_states(folder, found)
+    export(study, node, base, work, found)
+
+    def write() -> None:
+        if stage.keep == "states":
+            shrink(folder)
+        content = state_ids(folder, study.hashes)
+        files = manifest(folder, study.hashes, (*RECORDS, NEWEST, BEST, "reference"))
+        steps = {"step": found.step, "best_step": found.best_step}
+        finish(folder, record, content, versions, files=files, steps=steps)
+
+    from_first(write)
+
+
+def _begin_stage(folder: Path, record: Record | None, versions: Mapping[str, Any], texts: Any) -> None:
+    begin(folder, record, versions)
+    parts = {"train": texts.train} | ({} if texts.validation is None else {"validation": texts.validation})
+    rows = [{"set": name, **left._asdict()} for name, part in parts.items() for left in part.left_out]
+    write_rows(folder / LEFT_OUT, rows)
+
+
+def export(study: Opened, node: Node, base: Base, work: Work, found: Finished) -> None:
+    """What other tools load: a PEFT folder, or after training the whole decoder a checkpoint folder; written once, read
+    again and compared before it has its name. It is the state that others go on from: the best where there is one."""
+    whole = work.spec is None
+    folder = node.folder(study.config.run) / ("model" if whole else "adapter")
+    params = found.last if found.best is None else found.best
+    frozen = base.params
+    if process_count() > 1:  # one of them writes, from what it holds by itself
+        params = fetch(params)
+        frozen = {} if whole else base.devices.bring(base.params, base.devices.sampling())
+
+    def write() -> None:
+        if folder.exists():
+            return
+        if whole:
+            export_whole(folder, base.front.path, work.model, params)
+        else:
+            export_adapter(folder, work.model, frozen, params, base_path=str(base.front.path))
+
+    from_first(write)
+
+
+def state_of(study: Opened, base: Base, edge: Edge) -> State:
+    """The parameters that a stage ended with, or those of an adapter; none of a plain model."""
+    name = edge.node.partition("/")[2]
+    stage = study.config.stages[name]
+    if isinstance(stage, ModelStage):
+        return State({}, None)
+    spec = study.spec(name)
+    if isinstance(stage, AdapterStage):
+        return State(dict(study.adapters[name].params), spec)
+    params = read_state(study.config.run / edge.node, edge.which)
+    return State(base.devices.place(base.model(spec), params), spec)
+
+
+def make_answers(
+    study: Opened, node: Node, record: Record | None, base: Base, versions: Mapping[str, Any], progress: Progress
+) -> None:
+    """Answer a set; several processes share it out."""
+    config, folder = study.config, node.folder(study.config.run)
+    entry = config.answers[node.key]
+    task = study.task_of_answers(entry, node.set)
+    name = stage_ref(node.stage).name
+    found = study.questions(Data(set=node.set), task, name)
+    decoding = Decoding(
+        entry.completion, entry.rows, entry.prompt_multiple, entry.samples, Sampling(entry.temperature, entry.top_p)
+    )
+    where = base.devices.sampling(entry.tensor)
+    generator = answerer(base, found, decoding, where)
+    progress.stage(f"answer {node.set}, {node.stage}", max(1, len(own_share(found.items))))
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress.update(done)
+
+    policy = base.policy(state_of(study, base, node.parents["stage"]), where)
+    answers = answer(base, generator, policy, found, seed=config.seed, advance=advance)
+    labels = study.cases(node.set).labels
+    rows = predictions(task, found, answers, stage=node.stage, dataset=node.set, labels=labels, run=config.run)
+
+    def write() -> None:
+        begin(folder, record, versions)
+        write_rows(folder / PREDICTIONS, rows)
+        finish(folder, record, {"rows": study.hashes.of(folder / PREDICTIONS)}, versions)
+
+    from_first(write)
+
+
+def make_scores(study: Opened, node: Node, record: Record | None, versions: Mapping[str, Any]) -> dict[str, Any]:
+    """Score the answers of an entry; process 0 does. Returns the results, in every process."""
+    folder = node.folder(study.config.run)
+
+    def write() -> dict[str, Any]:
+        results = score_answers(study, node.key)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / RESULTS, results)
+        finish(folder, record, {"results": study.hashes.of(folder / RESULTS)}, versions)
+        return json.loads(json.dumps(results))
+
+    return from_first(write)

@@ -1,0 +1,81 @@
+"""The two ways of learning from own completions, GRPO and PPO: rewards always go through the runner and are recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
+
+from vlmalign import exchange
+from vlmalign.mesh import Placement
+from vlmalign.rewards.contract import MemoryReward, Reward
+from vlmalign.rewards.outcomes import OutcomeFile
+from vlmalign.rewards.runner import RewardRunner
+from vlmalign.rollout.sampling import Sampling
+from vlmalign.studies.engine.policy_objective import objective_of
+from vlmalign.studies.engine.stage_config import Grpo, Ppo
+from vlmalign.studies.engine.validate import greedy_rewards, watching
+from vlmalign.studies.engine.work import Work
+from vlmalign.training.completion_log import CompletionLog
+from vlmalign.training.loop import Finished, train_states
+from vlmalign.training.optimiser import build_optimiser
+from vlmalign.training.policy import PolicySource
+from vlmalign.training.recorded_rewards import RecordedRewards
+from vlmalign.training.step import Trainer
+from vlmalign.training.value_head import init_value_head, split_value_head
+
+#: in a stage's folder: every completion; what each was given while training, and in validation
+COMPLETIONS, OUTCOMES, HELD_OUT = "completions.jsonl", "rewards.jsonl", "validation-rewards.jsonl"
+
+#: reward -> what is called, and its weight
+Rewards = Mapping[str, tuple[Reward | MemoryReward, float]]
+
+
+def run_policy(stage: Grpo | Ppo, work: Work, rewards: Rewards) -> Finished:
+    """GRPO or PPO, without PPO's value head in what it ends with."""
+    base, rollout, tasks = work.base, stage.rollout, work.texts.train.items
+    trainer = Trainer(
+        work.model,
+        objective_of(stage),
+        build_optimiser(stage.optimiser.settings, stage.steps),
+        reference=base.reference(work.reference) if stage.needs_reference else None,
+        seed=work.seed,
+        placement=base.devices.training_of(work.model),
+    )
+    where: Placement | None = base.devices.sampling(rollout.tensor)
+    params = work.first()
+    if isinstance(stage, Ppo):
+        params = {**params, **init_value_head(base.front.shape.decoder.embed)}
+    with ExitStack() as open_files:
+        runner = open_files.enter_context(RewardRunner(rewards, **stage.scoring.model_dump()))
+        outcomes = open_files.enter_context(closing(OutcomeFile(work.folder / OUTCOMES, exchange)))
+        recorded = RecordedRewards(runner, outcomes)
+        source = PolicySource(
+            tasks,
+            generator=base.generator(
+                [task.prompt for task in tasks],
+                rows=rollout.rows,
+                group=rollout.group,
+                completion=rollout.completion,
+                multiple=stage.shapes.prompt_multiple,
+                sampling=Sampling(rollout.temperature, rollout.top_p),
+                where=where,
+            ),
+            trainer=trainer,
+            base=work.frozen,
+            decode=base.front.chat.decode,
+            score=recorded,
+            shapes=work.shapes(stage),
+            settings=stage.rollout_settings(work.seed),
+            memory=recorded,
+            log=open_files.enter_context(closing(CompletionLog(work.folder / COMPLETIONS))),
+            bring=lambda merged: base.devices.bring(merged, where),
+        )
+        evaluate = None
+        if work.texts.validation is not None:
+            held_out = open_files.enter_context(closing(OutcomeFile(work.folder / HELD_OUT, exchange)))
+            evaluate = watching(stage, work, greedy_rewards(stage, work, runner, held_out))
+        shown = ("reward", *list(rewards)[:2], "length", "kl")
+        stretch = work.stretch(stage, stage.steps, shown=shown)
+        found = train_states(stretch, trainer, params, work.frozen, source, work.progress, evaluate)
+    best = None if found.best is None else split_value_head(found.best)[0]
+    return found._replace(last=split_value_head(found.last)[0], best=best)

@@ -1,0 +1,89 @@
+"""The rewards of a policy stage: ready ones by their name in the table, and the user's own from a Python file."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+from vlmalign.tasks.labels import LabelsTask
+from vlmalign.tasks.tasks import AnyTask
+
+from vlmalign.config import Config
+from vlmalign.config_tree import nearest
+from vlmalign.rewards.contract import MemoryReward, Reward
+from vlmalign.rewards.rewards import REWARDS, REWARDS_WITH_MEMORY
+from vlmalign.studies.engine.sections import Positive
+
+Weight = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class FileReward(Config):
+    """A function of the user's own: `def name(prompts, completions, **columns) -> list[float | None]`, sync or async, or
+    a `MemoryReward`. Its code runs, so it is taken only from the config that was named on the command line."""
+
+    kind: Literal["file"]
+    path: Path
+    function: str
+    weight: Weight = 1.0  #: 0: logged only
+    options: dict[str, Any] = Field(default_factory=dict)  #: keyword arguments of every call
+    sha256: str | None = None  #: of the file; another file is refused
+
+    @field_validator("sha256")
+    @classmethod
+    def _a_digest(cls, sha256: str | None) -> str | None:
+        if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
+            raise ValueError(f"sha256 must be 64 hexadecimal digits, found {sha256!r}")
+        return sha256
+
+
+class TableReward(Config):
+    """A reward of `rewards.rewards`; `options` are its arguments."""
+
+    kind: Literal[*REWARDS, *REWARDS_WITH_MEMORY]
+    weight: Weight = 1.0  #: 0: logged only
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    def build(self, task: AnyTask | None = None) -> Reward | MemoryReward:
+        """The reward; labels that its options do not give are those that `task` reads.
+
+        Raises:
+            ValueError: for options it does not have, values out of range, and labels that nobody gives.
+        """
+        make, options = {**REWARDS, **REWARDS_WITH_MEMORY}[self.kind], dict(self.options)
+        if "labels" not in options and "labels" in self._known and isinstance(task, LabelsTask):
+            options["labels"] = task.reader
+        if missing := [name for name, p in self._known.items() if p.default is p.empty and name not in options]:
+            raise ValueError(f"reward {self.kind} needs options.{missing[0]}")
+        # YAML has lists only; rewards keep their label schemas as tuples.
+        return make(**{key: tuple(value) if isinstance(value, list) else value for key, value in options.items()})
+
+    @property
+    def _known(self) -> Mapping[str, inspect.Parameter]:
+        return inspect.signature({**REWARDS, **REWARDS_WITH_MEMORY}[self.kind]).parameters
+
+    @model_validator(mode="after")
+    def _can_be_built(self) -> TableReward:
+        known = self._known
+        if unknown := [name for name in self.options if name not in known]:
+            raise ValueError(
+                f"options.{unknown[0]}: reward {self.kind} has no such option; the nearest is "
+                f"{nearest(unknown[0], list(known))!r}"
+            )
+        if "labels" not in known or "labels" in self.options:  # else the task of the stage gives them
+            self.build()
+        return self
+
+
+AnyReward = Annotated[FileReward | TableReward, Field(discriminator="kind")]
+
+
+class Scoring(Config):
+    """Where rewards run; see `rewards.runner`."""
+
+    workers: Annotated[int, Field(ge=0)] = 1  #: processes; 0: in the training process, where one that hangs hangs it
+    chunk: Positive = 16  #: completions per call
+    timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 30.0  #: seconds per call

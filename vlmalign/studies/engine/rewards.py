@@ -1,0 +1,95 @@
+"""The rewards of a policy stage, built and checked before work starts, and whose code runs.
+
+A user's file is code that runs as the user. Its path is taken from the config that was named on the command line and
+from nowhere else: a run folder's own copy of a config may have come from somebody else, so files that it names are not
+run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vlmalign.tasks.tasks import AnyTask
+
+from vlmalign.rewards.contract import MemoryReward, Reward, required_columns
+from vlmalign.rewards.user_file import load_user_reward
+from vlmalign.studies.engine.config import StudyConfig
+from vlmalign.studies.engine.policy import Rewards
+from vlmalign.studies.engine.reward_config import FileReward
+from vlmalign.studies.engine.stage_config import Policy
+from vlmalign.studies.engine.texts import RESERVED, Texts
+
+#: what marks a folder as a run's, in this layout and in earlier ones
+RUN_MARKS = ("study.yaml", "config.yaml")
+
+
+class Built(NamedTuple):
+    """The rewards of one stage."""
+
+    rewards: Rewards
+    files: dict[str, str]  #: "rewards.NAME" -> SHA-256 of the file with its code
+
+
+def refuse_received(config: StudyConfig, source: Path) -> None:
+    """Raises ValueError when `source`, the config's file, lies in a run folder or a checkpoint and names code."""
+    if not config.runs_files:
+        return
+    for folder in source.resolve().parents:  # links followed: a link into a run folder is in the run folder
+        run = any((folder / name).is_file() for name in RUN_MARKS) and (folder / "environment.json").is_file()
+        if run or any(folder.glob("*.safetensors")):
+            raise ValueError(
+                f"{source} lies in the {'run folder' if run else 'checkpoint'} {folder} and names Python files as rewards, "
+                "and code is never run on the word of such a folder: what it was received with would run as you. To "
+                "continue a run give the config it was started with; to use this one, read it and the files it names, and "
+                "copy it elsewhere"
+            )
+
+
+def build_rewards(stage: Policy, task: AnyTask, where: str) -> Built:
+    """`where` is the stage's place in the config.
+
+    Raises:
+        ValueError: for a file that cannot be used, a function that is not there or is not a reward, and options that do
+            not fit.
+    """
+    rewards: dict[str, tuple[Reward | MemoryReward, float]] = {}
+    files = {}
+    for name, reward in stage.rewards.items():
+        if isinstance(reward, FileReward):
+            found = load_user_reward(reward.path, reward.function, reward.sha256)
+            files[f"rewards.{name}"] = found.sha256
+            rewards[name] = (_with_options(name, found.reward, reward), reward.weight)
+        else:
+            try:
+                rewards[name] = (reward.build(task), reward.weight)
+            except ValueError as error:
+                raise ValueError(f"{where}.rewards.{name}: {error}") from error
+    return Built(rewards, files)
+
+
+def _with_options(name: str, reward: Reward | MemoryReward, section: FileReward) -> Reward | MemoryReward:
+    if not section.options:
+        return reward
+    if isinstance(reward, MemoryReward):
+        raise ValueError(f"reward {name!r} is a MemoryReward, which takes no options; build it with them in the file")
+    return partial(reward, **section.options)
+
+
+def check_columns(stage: Policy, rewards: Rewards, questions: Texts, where: str) -> None:
+    """Raises ValueError when the data lacks a column that a reward needs, or has one that is also an option."""
+    tasks: Sequence[Any] = questions.items
+    found = set(tasks[0].columns) if tasks else set()
+    for name, (reward, _) in rewards.items():
+        if isinstance(reward, MemoryReward):  # it asks for columns by itself, when it is called
+            continue
+        missing = [column for column in required_columns(reward, name) if column not in found | set(RESERVED)]
+        if missing:
+            has = ", ".join(sorted(found)) or "no columns beside messages"
+            raise ValueError(
+                f"{where}: reward {name!r} needs the column {missing[0]!r}, found {has}; add it to every row"
+            )
+        if both := sorted(found & set(stage.rewards[name].options)) if isinstance(reward, partial) else []:
+            raise ValueError(f"{where}: reward {name!r} has an option {both[0]!r}, which is also a column; rename one")

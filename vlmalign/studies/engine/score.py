@@ -1,0 +1,172 @@
+"""Scores of an answers entry: every stage on every set, beside trivial baselines, with paired differences along the graph.
+
+Averages over different label sets cannot be compared, so a set is scored in blocks: all its labels, and those that the
+entry's smallest label set shares with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlmalign.data.sources.films import Films
+from vlmalign.evaluation.baselines import BASELINES
+from vlmalign.evaluation.bootstrap import paired_difference
+from vlmalign.evaluation.f1 import label_matrix
+from vlmalign.evaluation.metrics import score
+from vlmalign.studies.engine.config import Answers, StudyConfig, set_ref, stage_ref
+from vlmalign.studies.engine.files import read_rows
+from vlmalign.studies.engine.opened import Opened
+from vlmalign.studies.engine.sets import Cases
+from vlmalign.studies.engine.stage_config import ModelStage, Policy
+from vlmalign.tasks.labels import LabelsTask
+
+Row = dict[str, Any]
+
+
+def score_answers(study: Opened, name: str) -> dict[str, Any]:
+    """The results of the answers entry `name`, from the prediction rows on disk."""
+    config, entry = study.config, study.config.answers[name]
+    task = study.task_of_answers(entry, entry.sets[0])
+    sets = {ref: study.cases(ref) for ref in entry.sets}
+    rows = {
+        (stage, ref): read_rows(config.run / "answers" / name / stage / ref / "predictions.jsonl")
+        for stage in entry.stages
+        for ref in entry.sets
+    }
+    found: dict[str, Any] = {
+        "task": task.kind,
+        "stages": list(entry.stages),
+        "datasets": [_dataset(config, ref, cases, task) for ref, cases in sets.items()],
+        "results": [],
+        "baselines": [],
+        "differences": [],
+        "rewards": {
+            n: gain
+            for n, s in config.stages.items()
+            if isinstance(s, Policy) and (gain := reward_gain(config.run / "stages" / n / "metrics.jsonl"))
+        },
+    }
+    for ref, cases in sets.items():
+        options: dict[str, Any] = {"draws": entry.draws, "seed": config.seed}
+        if isinstance(task, LabelsTask):
+            options |= {"labels": cases.labels, "subsets": subsets(cases.labels, [c.labels for c in sets.values()])}
+        for stage in entry.stages:
+            found["results"].append(
+                {"stage": stage, "dataset": ref, "results": score(task, rows[stage, ref], **options)}
+            )
+        if isinstance(task, LabelsTask):
+            found["baselines"] += _baselines(task, ref, cases, rows[entry.stages[0], ref], options)
+            for first, second in steps_of(config, entry):
+                found["differences"] += _differences(ref, first, second, rows, options)
+    return found
+
+
+def subsets(labels: Sequence[str], others: Sequence[Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """All labels, and where another set has fewer of them, those that both have.
+
+    >>> subsets(("a", "b", "c"), [("a", "b", "c"), ("a", "c")])
+    {'all 3': ('a', 'b', 'c'), 'shared 2': ('a', 'c')}
+    """
+    found = {f"all {len(labels)}": tuple(labels)}
+    for other in sorted(others, key=len):
+        if set(other) < set(labels):
+            found[f"shared {len(other)}"] = tuple(label for label in labels if label in other)
+    return found
+
+
+def steps_of(config: StudyConfig, entry: Answers) -> list[tuple[str, str]]:
+    """(before, after) of every answered state and the nearest answered one that it goes back to."""
+    found = []
+    for ref in entry.stages:
+        name = stage_ref(ref).name
+        while not isinstance(config.stages[name], ModelStage):
+            above = config.stages[name].from_
+            before = next((other for other in entry.stages if other in (above, stage_ref(above).name)), None)
+            if before is not None:
+                found.append((before, ref))
+                break
+            name = stage_ref(above).name
+    return found
+
+
+def _dataset(config: StudyConfig, ref: str, cases: Cases, task: Any) -> dict[str, Any]:
+    patients = {row["patient"] for row in cases.rows}
+    schema = "in-schema"
+    if isinstance(task, LabelsTask) and set(cases.labels) != set(task.names):
+        schema = "cross-schema"
+    section = config.sets[set_ref(ref).name]
+    known = {"name": ref, "role": schema, "labels": list(cases.labels), "n": len(cases), "patients": len(patients)}
+    return {**known, "peeked": True} if section.peek else known
+
+
+def _baselines(task: LabelsTask, ref: str, cases: Cases, rows: Sequence[Row], options: Mapping[str, Any]) -> list[Row]:
+    """The trivial baselines, fitted on what the source has beside the set, or on all of it where that is nothing."""
+    source: Films = cases.source
+    known = np.ones(len(source), bool)
+    known[cases.places] = False
+    matrix = source.label_matrix()[known] if known.any() else source.label_matrix()
+    found = []
+    for name, baseline in BASELINES.items():
+        predicted = baseline(matrix, len(rows), seed=options["seed"])
+        answers = [
+            {
+                **row,
+                "predicted": [label for label, hit in zip(cases.labels, hits, strict=True) if hit],
+                "valid": True,
+                "unknown": [],
+            }
+            for row, hits in zip(rows, predicted, strict=True)
+        ]
+        found.append({"name": name, "dataset": ref, "results": score(task, answers, **options)})
+    return found
+
+
+def _differences(
+    ref: str, first: str, second: str, rows: Mapping[tuple[str, str], Sequence[Row]], options: Mapping[str, Any]
+) -> list[Row]:
+    before, after = rows[first, ref], rows[second, ref]
+    patients = [row["patient"] for row in before]
+    found = []
+    for subset, labels in options["subsets"].items():
+        truth, one, two = (
+            label_matrix([[label for label in row[key] if label in labels] for row in part], labels)
+            for part, key in ((before, "truth"), (before, "predicted"), (after, "predicted"))
+        )
+        gap = paired_difference(truth, one, two, patients, draws=options["draws"], seed=options["seed"])
+        found.append(
+            {
+                "dataset": ref,
+                "from": first,
+                "to": second,
+                "subset": subset,
+                "macro": gap.macro._asdict(),
+                "micro": gap.micro._asdict(),
+            }
+        )
+    return found
+
+
+def reward_gain(metrics: Path) -> dict[str, Any] | None:
+    """Mean reward of the first and the last 20 % of a stage's steps, and their difference in standard errors.
+
+    Steps are taken as independent draws: SE = sqrt(s1^2 / n1 + s2^2 / n2), s the standard deviation over steps. None
+    where fewer than two steps have a reward.
+    """
+    if not metrics.exists():
+        return None
+    # Only the first update on a rollout has its rewards.
+    known = np.array([line["reward"] for line in read_rows(metrics) if line.get("reward") is not None])
+    if len(known) < 2:
+        return None
+    count = max(2, len(known) // 5)
+    parts = {}
+    for name, part in (("first", known[:count]), ("last", known[-count:])):
+        error = float(part.std(ddof=1) / np.sqrt(len(part)))
+        parts[name] = {"mean": float(part.mean()), "standard_error": error, "steps": len(part)}
+    gain = parts["last"]["mean"] - parts["first"]["mean"]
+    error = float(np.hypot(parts["first"]["standard_error"], parts["last"]["standard_error"]))
+    return {**parts, "gain": gain, "gain_in_standard_errors": gain / error if error else None}

@@ -1,0 +1,196 @@
+"""Sets drawn from sources: which cases, once and for all, written down with their content's SHA-256.
+
+Process 0 draws and writes; all processes read what it wrote. Every drawn film is decoded. One that cannot be stops the
+run, or with `on_bad: skip` is listed in `skipped.jsonl`, and the set is drawn again without it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlmalign.data.films.depth import check_depth
+from vlmalign.data.films.images import BadImage, load_image
+from vlmalign.data.sampling.sampler import balanced_sample, random_sample
+from vlmalign.data.sources.films import Films
+from vlmalign.progress import Progress
+from vlmalign.studies.engine.config import Set, StudyConfig, set_ref
+from vlmalign.studies.engine.files import read_rows, write_json, write_rows
+from vlmalign.types import Example
+
+#: the file of a set that has no parts, and of what it holds of each label
+CASES, COVERAGE, SKIPPED = "cases", "coverage.json", "skipped.jsonl"
+
+Source = Any  #: what a source opens as: `Films`, or `Rows` of turns, records or questions
+
+
+@dataclass(frozen=True)
+class Cases:
+    """A drawn set, or a part of one: `cases[i]` is an `Example`, read when it is asked for."""
+
+    name: str  #: NAME or NAME.PART
+    source: Source
+    places: np.ndarray  #: of its cases in the source
+    rows: Sequence[Mapping[str, Any]]  #: as they were written down
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.source[int(self.places[index])]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the labels; empty for cases without."""
+        return self.source.schema.labels if isinstance(self.source, Films) else ()
+
+
+def draw(config: StudyConfig, name: str, source: Source, left_out: set[str], folder: Path, progress: Progress) -> None:
+    """Draw the set `name` and write it into `folder`. `left_out` are patients of other sets of the source.
+
+    Raises:
+        BadImage: for a film that cannot be decoded, with `on_bad: error`.
+        ValueError: when the source has too few cases, or a label has.
+    """
+    section = config.sets[name]
+    seed = config.seed if section.seed is None else section.seed
+    skipped = [{"dataset": section.from_, **row} for row in source.skipped]
+    bad: set[int] = set()
+    digests: dict[int, str] = {}
+    while True:
+        drawn = _drawn(name, section, source, left_out, bad, seed)
+        fresh = sorted({int(place) for part in drawn.values() for place in part} - digests.keys())
+        wrong = _read_once(name, source, fresh, digests, section.on_bad == "skip", progress)
+        if not wrong:
+            break
+        bad |= set(wrong)
+        ids = source.ids()
+        skipped += [
+            {"dataset": section.from_, "id": str(ids[i]), "path": "", "reason": why} for i, why in wrong.items()
+        ]
+        progress.say(f"set {name}: {len(wrong)} films cannot be read; drawing again without them")
+    if isinstance(source, Films):
+        check_depth((source[i].image for part in drawn.values() for i in map(int, part)), bits=source.bits)
+    write_rows(folder / SKIPPED, skipped)
+    for part, places in drawn.items():
+        write_rows(folder / f"{part}.jsonl", (_row(source[int(place)], digests[int(place)]) for place in places))
+    if isinstance(source, Films):
+        write_json(folder / COVERAGE, _coverage(section, source, drawn))
+
+
+def open_cases(config: StudyConfig, ref: str, source: Source) -> Cases:
+    """A set that was drawn, by its reference NAME or NAME.PART."""
+    name, part = set_ref(ref)
+    rows = read_rows(config.run / "sets" / name / f"{part or CASES}.jsonl")
+    place = {id: number for number, id in enumerate(source.ids())}
+    missing = [row["id"] for row in rows if row["id"] not in place]
+    if missing:
+        raise ValueError(
+            f"set {ref}: {len(missing)} of its cases are no longer in source {config.sets[name].from_}, such "
+            f"as {missing[0]}; restore the source, or draw again with --redo {name}"
+        )
+    return Cases(ref, source, np.array([place[row["id"]] for row in rows], int), rows)
+
+
+def patients_of(config: StudyConfig, ref: str) -> set[str]:
+    """The patients of a drawn set."""
+    name, part = set_ref(ref)
+    parts = [part] if part is not None else list(config.sets[name].parts) or [CASES]
+    return {row["patient"] for each in parts for row in read_rows(config.run / "sets" / name / f"{each}.jsonl")}
+
+
+def draw_patients(patients: np.ndarray, cases: int, *, seed: int) -> np.ndarray:
+    """Places of whole patients in random order until `cases` of them are reached, the last patient cut: ascending."""
+    names, owner = np.unique(patients, return_inverse=True)
+    rank = np.random.default_rng(seed).permutation(len(names))[owner]
+    return np.sort(np.argsort(rank, kind="stable")[:cases])
+
+
+def _drawn(
+    name: str, section: Set, source: Source, left_out: set[str], bad: set[int], seed: int
+) -> dict[str, np.ndarray]:
+    patients = np.asarray(source.patients())
+    usable = np.setdiff1d(np.arange(len(source)), np.fromiter(bad, int, len(bad)))
+    wanted = sum(section.parts.values()) or section.size or 1
+    if section.draw != "balanced":
+        usable = usable[[patients[i] not in left_out for i in usable]] if left_out else usable
+    if len(usable) < wanted:
+        apart = f" outside {', '.join(section.apart)}" if section.apart else ""
+        raise ValueError(
+            f"sets.{name}: {wanted} cases were asked for, source {section.from_} has {len(usable)} that can be read{apart}"
+        )
+    if section.draw == "whole":
+        return {CASES: usable}
+    if section.draw == "random":
+        return {CASES: usable[random_sample(patients[usable], section.size, seed=seed, exclude_patients=set())]}
+    if section.draw == "patients":
+        return {CASES: usable[draw_patients(patients[usable], section.size, seed=seed)]}
+    if not isinstance(source, Films):
+        raise ValueError(f"sets.{name}.draw: balanced needs labels, and source {section.from_} is rows without any")
+    sizes = section.parts or {CASES: section.size}
+    found = balanced_sample(
+        source.label_matrix()[usable],
+        patients[usable],
+        source.schema.labels,
+        sizes=sizes,
+        seed=seed,
+        floor=section.floor,
+        films_per_patient=section.films_per_patient,
+        exclude_patients=left_out,
+    )
+    return {part: usable[each.indices] for part, each in found.sets.items()}
+
+
+def _read_once(
+    name: str, source: Source, places: Sequence[int], digests: dict[int, str], skip: bool, progress: Progress
+) -> dict[int, str]:
+    """Fill in the digests of these cases; returns place -> reason of films that cannot be decoded."""
+    bad = {}
+    if len(places) and isinstance(source, Films):
+        progress.stage(f"check films of {name}", len(places))
+    for done, place in enumerate(places, start=1):
+        try:
+            digests[place] = _digest(source[place], getattr(source, "bits", 16))
+        except (BadImage, FileNotFoundError) as error:
+            if not skip:
+                raise
+            bad[place] = str(error)
+        if isinstance(source, Films):
+            progress.update(done)
+    return bad
+
+
+def _digest(example: Example, bits: int) -> str:
+    """SHA-256 of the film's bytes, once it has been decoded; of the row where there is no film."""
+    if example.image is None:
+        return hashlib.sha256(repr(sorted(example.meta.items())).encode("utf-8", "backslashreplace")).hexdigest()
+    load_image(example.image, size_hint=64, bits=bits)
+    with example.image.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _row(example: Example, digest: str) -> dict[str, Any]:
+    labels = {"labels": list(example.labels)} if example.image is not None else {}
+    return {"id": example.id, "patient": example.patient, **labels, "sha256": digest}
+
+
+def _coverage(section: Set, source: Films, drawn: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    labels, matrix, patients = source.schema.labels, source.label_matrix(), source.patients()
+    everything = {"pool": np.arange(len(source)), **drawn}
+    return {
+        "labels": list(labels),
+        "floor": section.floor if section.draw == "balanced" else 0.0,
+        "sets": {
+            name: {
+                "films": len(part),
+                "patients": len(set(patients[part])),
+                "counts": dict(zip(labels, matrix[part].sum(axis=0).tolist(), strict=True)),
+            }
+            for name, part in everything.items()
+        },
+    }

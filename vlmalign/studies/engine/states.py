@@ -1,0 +1,56 @@
+"""The states that a finished stage keeps: its trained parameters as safetensors, known by their content."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from vlmalign.exchange import fetch, from_first
+from vlmalign.studies.engine.files import Hashes
+from vlmalign.training.loop import Finished
+from vlmalign.training.outcome import BEST, NEWEST, STATES
+
+
+def save_states(folder: Path, found: Finished) -> None:
+    """Write `states/last.safetensors`, and `states/best.safetensors` where there is a best; all processes call this."""
+    last = fetch(found.last)
+    best = None if found.best is None else fetch(found.best)
+
+    def write() -> None:
+        partial = folder / f"{STATES}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(folder / STATES, ignore_errors=True)
+        partial.mkdir()
+        for which, params, step in (("last", last, found.step), ("best", best, found.best_step)):
+            if params is not None:
+                arrays = {name: np.ascontiguousarray(value) for name, value in params.items()}
+                save_file(arrays, partial / f"{which}.safetensors", metadata={"step": str(step)})
+        partial.rename(folder / STATES)
+
+    from_first(write)
+
+
+def state_ids(folder: Path, hashes: Hashes) -> dict[str, str]:
+    """State -> SHA-256 of its file."""
+    return {path.stem: hashes.of(path) for path in sorted((folder / STATES).glob("*.safetensors"))}
+
+
+def read_state(folder: Path, which: str) -> dict[str, np.ndarray]:
+    """The parameters of a state; every process reads the file.
+
+    Raises:
+        ValueError: when it is not there.
+    """
+    path = folder / STATES / f"{which}.safetensors"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; restore it, or make the stage again with --redo {folder.name}")
+    return load_file(path)
+
+
+def shrink(folder: Path) -> None:
+    """Remove what only an unfinished stage needs."""
+    for name in (NEWEST, BEST):
+        shutil.rmtree(folder / name, ignore_errors=True)

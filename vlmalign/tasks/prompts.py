@@ -1,0 +1,60 @@
+"""A task's prompt with the columns of a row filled in, and the user turn made of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the rewards read completions through this room, in workers that should start without numpy
+    from vlmalign.data.chat.messages import Message
+    from vlmalign.types import Example
+
+_SLOT = re.compile(r"\{\{|\}\}|\{([A-Za-z_]\w*)\}")
+
+
+def fill(prompt: str, columns: Mapping[str, Any]) -> str:
+    """`prompt` with each {name} replaced by that column; {{ and }} stand for braces, and other braces for themselves.
+
+    Numbers are written as Python writes them, lists and objects as JSON, null as nothing. Raises ValueError naming a
+    column that the row does not have.
+
+    >>> fill('A {age}-year-old. Answer as {"label": ...}.', {"age": 61})
+    'A 61-year-old. Answer as {"label": ...}.'
+    """
+
+    def put(found: re.Match[str]) -> str:
+        name = found.group(1)
+        if name is None:
+            return found.group()[0]
+        if name not in columns:
+            has = ", ".join(sorted(columns)) or "no columns"
+            raise ValueError(f"the prompt names the column {name!r}, found {has}; add it, or write {{{{{name}}}}}")
+        value = columns[name]
+        if isinstance(value, str):
+            return value
+        return "" if value is None else json.dumps(value, ensure_ascii=False)
+
+    return _SLOT.sub(put, prompt)
+
+
+def user_turn(example: Example, text: str) -> list[Message]:
+    """One user turn: the example's image, if it has one, then the text."""
+    if example.image is None:
+        return [{"role": "user", "content": text}]
+    parts = [{"type": "image", "image": str(example.image)}, {"type": "text", "text": text}]
+    return [{"role": "user", "content": parts}]
+
+
+def own_columns(example: Example) -> dict[str, Any]:
+    """The row's own columns, which rewards may ask for; its conversation is what they are given as the prompt."""
+    return {name: value for name, value in example.meta.items() if name != "messages"}
+
+
+def column(example: Example, name: str) -> Any:
+    """A column of the example. Raises ValueError naming the example and the columns it has."""
+    if name not in example.meta:
+        has = ", ".join(sorted(example.meta)) or "no columns"
+        raise ValueError(f"{example.id} has no column {name!r}, found {has}; name the column in the task")
+    return example.meta[name]
