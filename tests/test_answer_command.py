@@ -6,8 +6,10 @@ import json
 import shutil
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from tiny_medgemma import film, quick, shortened
 from tiny_tokenizer import family_folder
 
@@ -40,11 +42,11 @@ def picture(medgemma) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter(medgemma) -> Path:
-    """A PEFT folder that changes what the model says."""
+    """A PEFT folder of random numbers."""
     model = Model(load_config(medgemma), lora=LoraSpec(rank=2, alpha=64.0))
     rng = np.random.default_rng(0)
     params = {
-        name: np.asarray(rng.normal(size=shape.shape), np.float32)
+        name: jnp.asarray(rng.normal(size=shape.shape), jnp.float32)
         for name, shape in model.shapes.items()
         if ".lora_" in name
     }
@@ -56,47 +58,64 @@ def answer(*arguments: object) -> int:
     return cli.main(["answer", *map(str, arguments)])
 
 
-@pytest.fixture(scope="module")
-def expected(medgemma, picture) -> str:
-    """The greedy answer of the library."""
-    with quick():
-        model = vlmalign.load(medgemma)
-        prompt = model.prompt(vlmalign.question(QUESTION, images=[picture]))
-        ((found,),) = model.sample([prompt], max_tokens=40, temperature=0)
-    assert not found.stopped
-    return found.text
-
-
-def test_the_answer_comes_in_pieces(medgemma, picture, expected, monkeypatch, capsys):
+def test_the_answer_comes_in_pieces(medgemma, picture, monkeypatch, capsys):
+    """The greedy answer of the library, block by block; what is said beside it goes to stderr."""
     pieces = []
     monkeypatch.setattr(command, "_write", pieces.append)
     with quick():
-        assert answer(medgemma, "--image", picture, QUESTION, "--max-tokens", 40) == 0
-    assert "".join(pieces) == expected + "\n"
-    assert len(pieces) == 4, "40 tokens are three blocks; then the line break"
+        model = vlmalign.load(medgemma)
+        prompt = model.prompt(vlmalign.question(QUESTION, images=[picture]))
+        ((expected,),) = model.sample([prompt], max_tokens=24, temperature=0)
+        assert answer(medgemma, "--image", picture, QUESTION, "--max-tokens", 24) == 0
+    assert not expected.stopped
+    assert "".join(pieces) == expected.text + "\n"
+    assert len(pieces) == 3, "24 tokens are two blocks; then the line break"
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.splitlines() == [
         f"loading {medgemma} (gemma3)",
         "compiling; the first words take longest",
-        "cut off after 40 tokens; --max-tokens sets the limit",
+        "cut off after 24 tokens; --max-tokens sets the limit",
     ]
 
 
-def test_with_an_adapter_the_answer_is_another(medgemma, picture, expected, adapter, capsys):
-    with quick():
-        assert answer(medgemma, QUESTION, "--adapter", adapter, "--image", picture, "--max-tokens", 40) == 0
+@pytest.fixture
+def sampled(monkeypatch) -> list:
+    """What the model is asked to sample; its answer is always the same."""
+    asked = []
+
+    def sample(self, prompts, *, watch, **options):
+        asked.append((self, prompts, options))
+        tokens = np.asarray(self.chat.tokenizer("no finding", add_special_tokens=False)["input_ids"], np.int32)
+        watch(0, 0, tokens)
+        return [[vlmalign.Answer("no finding", tokens, np.zeros(len(tokens), np.float32), True)]]
+
+    monkeypatch.setattr(vlmalign.LoadedModel, "sample", sample)
+    return asked
+
+
+def test_an_adapter_answers_on_its_base(medgemma, picture, adapter, sampled, capsys):
+    assert answer(medgemma, QUESTION, "--adapter", adapter, "--image", picture, "--dtype", "float32") == 0
+    ((model, (prompt,), options),) = sampled
+    stored = load_file(adapter / "adapter_model.safetensors")
+    assert len(model.trained) == len(stored) > 0
+    for name, value in model.trained.items():
+        assert np.array_equal(stored[f"base_model.model.model.{name}"], value)
+    assert (model.model.dtype, prompt.images) == ("float32", (str(picture),))
+    assert options == {"max_tokens": 512, "temperature": 0.0, "seed": 0}
     said = capsys.readouterr()
-    assert said.out.endswith("\n")
-    assert said.out != expected + "\n"
-    assert f"loading {medgemma} (gemma3, with its adapter)" in said.err
+    assert said.out == "no finding\n"
+    assert said.err == f"loading {medgemma} (gemma3, with its adapter)\ncompiling; the first words take longest\n"
 
 
-def test_without_films_with_a_system_message(medgemma, capsys):
-    """The prompt that the model reads is the chat template's."""
-    with quick():
-        assert answer(medgemma, QUESTION, "--system", "Be brief.", "--max-tokens", 8, "--temperature", 0.5) == 0
-    assert capsys.readouterr().out.endswith("\n")
+def test_without_films_with_a_system_message(medgemma, sampled, capsys):
+    options = ("--system", "Be brief.", "--max-tokens", 8, "--temperature", 0.5, "--seed", 3)
+    assert answer(medgemma, QUESTION, *options) == 0
+    ((model, (prompt,), options),) = sampled
+    assert (prompt.images, model.model.dtype, model.trained) == ((), "bfloat16", {})
+    assert model.chat.decode(prompt.prompt.tokens) == f"user\nBe brief.\n\n{QUESTION}\nmodel\n"
+    assert options == {"max_tokens": 8, "temperature": 0.5, "seed": 3}
+    assert capsys.readouterr().out == "no finding\n"
 
 
 @pytest.fixture

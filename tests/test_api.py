@@ -235,6 +235,7 @@ def test_a_whole_decoder_with_its_start_as_the_reference(names, tmp_path):
         folder=tmp_path / "run",
         steps=2,
         batch=1,
+        checkpoint_every=2,
         optimiser=vlmalign.OptimiserSettings(learning_rate=1e-3),
         shapes=vlmalign.Shapes(rows=1, completion_multiple=16),
         quiet=True,

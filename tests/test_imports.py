@@ -11,15 +11,17 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "vlmalign"
 
 RECORDS = {"types", "shapes"}
+CONFIGS = {"config", "config_tree", "config_yaml"}
 CORE = RECORDS | {"randomness", "mesh"}
-NUMPY_SIDE = {"data", "rewards"}
+NUMPY_SIDE = {"data", "tasks", "rewards"}
 MODELS = {"models", "weights"}
 NUMERICS = {"rollout", "objectives", "control"}
 RECORDING = {"log", "progress", "machine"}
-BELOW_TRAINING = CORE | RECORDING | NUMPY_SIDE | MODELS | NUMERICS | {"judges"}
+BELOW_TRAINING = CORE | CONFIGS | RECORDING | NUMPY_SIDE | MODELS | NUMERICS | {"judges"}
 
 # room (a package, or a module beside them) -> the rooms it may import, at any depth of its code
 ALLOWED: dict[str, set[str]] = {
+    "": {"api"},  # the package itself names what is public
     "types": set(),
     "shapes": set(),
     "config_yaml": set(),
@@ -34,8 +36,9 @@ ALLOWED: dict[str, set[str]] = {
     "mesh": RECORDS,
     "distributed": set(),
     "exchange": CORE | {"distributed"},
-    "data": {"types"},  # not shapes: without jaxtyping it imports JAX
-    "rewards": {"types"},
+    "data": {"types", "config"},  # not shapes: without jaxtyping it imports JAX
+    "tasks": {"types", "config", "data"},
+    "rewards": {"types", "tasks"},
     "models": CORE,
     "weights": CORE | {"models"},
     "inspection": RECORDS | {"data"} | MODELS,
@@ -49,10 +52,13 @@ ALLOWED: dict[str, set[str]] = {
     "preview": {"types", "data", "weights"},
     "exporting": RECORDS | {"config_yaml", "training"} | MODELS,
     "studies": BELOW_TRAINING
-    | {"distributed", "exchange", "config", "config_tree", "training", "evaluation", "reporting"},
-    "planning": CORE | {"data", "config", "training", "studies"} | MODELS | NUMERICS,
+    | {"distributed", "exchange", "training", "evaluation", "reporting"},
+    "planning": CORE | CONFIGS | {"data", "tasks", "distributed", "exchange", "training", "studies"} | MODELS | NUMERICS,
+    "api": BELOW_TRAINING | {"training", "evaluation", "exporting"},
+    "answering": {"types", "api", "data", "weights", "progress", "reporting"},
     "cli": RECORDING
     | {
+        "answering",
         "distributed",
         "host_memory",
         "planning",

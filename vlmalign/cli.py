@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from vlmalign import __version__, distributed
 from vlmalign.answering import command as answer_command
@@ -108,9 +108,7 @@ def _status(arguments: argparse.Namespace) -> None:
 def _report(arguments: argparse.Namespace) -> None:
     from vlmalign.reporting.html import write_report
 
-    if not arguments.run.is_dir():
-        raise ValueError(f"{arguments.run} is not a folder; give the run folder of an earlier command")
-    write_report(arguments.run)
+    print(f"report: {write_report(arguments.run)}")
 
 
 def _preview_arguments(parser: argparse.ArgumentParser) -> None:

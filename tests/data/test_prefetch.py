@@ -20,7 +20,6 @@ from tiny_checkpoints import pictures, vlm
 from tiny_tokenizer import SOFT_TOKENS, chat_folder
 from transformers import Qwen2VLImageProcessorPil
 
-from vlmalign.config import load_config
 from vlmalign.data.films import pool as film_pool
 from vlmalign.data.films import prefetch
 from vlmalign.data.films.images import BadImage
@@ -32,8 +31,9 @@ from vlmalign.data.films.resize_cache import CacheCounts, ResizeCache
 from vlmalign.data.pipeline import shuffled_batches
 from vlmalign.progress import Progress
 from vlmalign.rollout.features import FeatureStore
-from vlmalign.studies.chexreason.config import ChexReasonConfig
-from vlmalign.studies.chexreason.system import open_system
+from vlmalign.studies.engine.base import base_devices, open_base, open_front
+from vlmalign.studies.engine.sections import Reading
+from vlmalign.studies.engine.stage_config import ModelStage
 from vlmalign.types import Grid
 
 FILMS = 12
@@ -389,11 +389,11 @@ def test_the_feature_store_announces_what_it_will_read():
 
 def test_a_study_reads_as_its_config_says(repository, films, tmp_path):
     """Workers, and a cache of the right folder and size, behind the features."""
-    quickstart = repository / "configs" / "chexreason" / "quickstart.yaml"
-    common = [f"run={tmp_path}", f"model.path={repository / 'configs' / 'models' / 'tiny-medgemma'}"]
-    reading = 'data.reading={workers: 1, ahead: 4, resize_cache: "{run}/resized", resize_cache_gib: 0.5}'
+    reading = Reading(workers=1, ahead=4, resize_cache="{run}/resized", resize_cache_gib=0.5)
+    section = ModelStage(path=repository / "configs" / "models" / "tiny-medgemma")
+    front = open_front(section.path, reading, tmp_path, "stages.base.path")
     with Progress() as progress:
-        ahead = open_system(load_config(ChexReasonConfig, quickstart, [*common, reading]), progress)
+        ahead = open_base(front, base_devices(section, front, None, whole=False), reading, progress)
     try:
         assert len(processes(ahead.reader)) == 1
         cache = ahead.reader._reader.cache

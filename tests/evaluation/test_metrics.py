@@ -119,7 +119,7 @@ def test_labels_of_a_set_that_has_fewer():
     results = score(LABELS, rows, labels=("b",), subsets={"all 1": ("b",)}, draws=20)
     assert results["blocks"]["all 1"]["labels"] == ["b"]
     assert numbers(LABELS, rows, labels=("b",))["macro_f1"] == results["blocks"]["all 1"]["macro"]["value"]
-    with pytest.raises(ValueError, match=r"expected predicted among .* found \['b'\]"):
+    with pytest.raises(ValueError, match=r"expected truth among .* found \['b'\]"):
         score(LABELS, rows, labels=("a",))
 
 

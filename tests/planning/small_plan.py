@@ -68,7 +68,12 @@ def only_workload(config: StudyConfig, model_config: Path | str, *, count: int =
     """The study's only workload."""
     device = find_device("a100-80")
     ((workload, _),) = workloads_of(
-        config, lambda dtype: device, count, model_configs={"": str(model_config)}, given=Given(**given), make_target=unopened
+        config,
+        lambda dtype: device,
+        count,
+        model_configs={"": str(model_config)},
+        given=Given(**given),
+        make_target=unopened,
     )
     return workload
 

@@ -5,7 +5,7 @@ import json
 import jax
 import pytest
 from rich.console import Console
-from small_plan import CONFIG, MEDGEMMA, OVERRIDES, SMALL
+from small_plan import CONFIG, OVERRIDES, SMALL
 
 from vlmalign.cli import main
 from vlmalign.planning.report import show
@@ -32,13 +32,15 @@ def test_a_plan_in_json_and_words(no_plug_in, model_config, tmp_path, capsys):
     out = tmp_path / "out" / "plan.json"
     assert plan("--device", "a100-80", "--count", "2", "--model-config", model_config, "--json", out) == 0
     said = capsys.readouterr().out
-    found = json.loads(out.read_text())
+    written = json.loads(out.read_text())
+    (found,) = written["plans"]
+    assert written["planned_in"]["cpu_seconds"] > 0
     assert found["device"]["count"] == 2
     assert found["method"] == "arithmetic"
     assert found["versions"]["jax"] == jax.__version__
     assert "pip install no-such-wheel" in found["refusal"]
     assert found["fits"] is True
-    assert found["lengths"]["known"]["prompt"].startswith("image tokens")
+    assert found["lengths"][0]["known"]["prompt"].startswith("image tokens")
     settings = found["as_configured"]
     assert settings["peak_bytes"] == max(phase["peak"] for phase in settings["memory_per_device"])
     assert settings["time"]["gpu_hours"] == pytest.approx(2 * settings["time"]["roofline_gpu_hours"])
@@ -51,9 +53,9 @@ def test_what_the_tables_say(no_plug_in, model_config, tmp_path, capsys):
     out = tmp_path / "plan.json"
     assert plan("--device", "a100-80", "--count", "2", "--model-config", model_config, "--json", out) == 0
     said = capsys.readouterr().out
-    for head in ("parameters", "trained", "optimiser", "cache", "activations", "peak", "SFT epoch", "GRPO epoch"):
+    for head in ("parameters", "trained", "optimiser", "cache", "activations", "peak", "sft epoch", "grpo epoch"):
         assert head in said
-    found = json.loads(out.read_text())
+    (found,) = json.loads(out.read_text())["plans"]
     program = {
         "name": "grpo gradients",
         "collectives": [{"kind": "all-reduce", "count": 4, "loop": "x3", "bytes": 2**20}],
@@ -77,14 +79,14 @@ def test_what_the_tables_say(no_plug_in, model_config, tmp_path, capsys):
 
 
 def test_the_folder_of_the_model_may_hold_its_config_alone(no_plug_in, model_config, capsys):
-    path = f"model.path={model_config.parent}"
+    path = f"stages.base.path={model_config.parent}"
     assert main(["plan", str(CONFIG), "--set", *OVERRIDES, path, "--device", "h200", "--no-search"]) == 0
     assert "Fits:" in capsys.readouterr().out
 
 
 def test_medgemma_on_every_device(no_plug_in, capsys):
     """The arithmetic says of the paper's run that it fits an A100-80, and a 24 GB card not as it is configured."""
-    arguments = ["--model-config", str(MEDGEMMA), "--no-search"]
+    arguments = ["--model-config", "medgemma-4b", "--no-search"]
     assert main(["plan", str(CONFIG), "--device", "a100-80", *arguments]) == 0
     assert "Fits:" in capsys.readouterr().out
     assert main(["plan", str(CONFIG), "--device", "rtx4090-24", *arguments]) == 0
@@ -97,8 +99,10 @@ def test_medgemma_on_every_device(no_plug_in, capsys):
         (["--device", "a100-81"], "unknown device 'a100-81'; known: a100-40"),
         (["--device", "h100", "--count", "0"], "--count must be >= 1, found 0"),
         (["--device", "h100", "--share", "1.5"], "--share must be above 0 and at most 1, found 1.5"),
-        (["--device", "h100"], "put its config.json there, or give --model-config FILE"),
+        (["--device", "h100"], "put its config.json there, or give --model-config FILE or NAME (known: llama-3-8b"),
         (["--device", "h100", "--model-config", "nowhere.json"], "nowhere.json does not exist"),
+        (["--device", "h100", "--model-config", "sft=medgemma-4b", "--stage", "spo"], "no stage is called 'spo'"),
+        (["--device", "h100", "--prompt-tokens", "0"], "--prompt-tokens must be >= 1, found 0"),
     ],
 )
 def test_mistakes_in_plain_words(arguments, message, capsys):
@@ -108,11 +112,18 @@ def test_mistakes_in_plain_words(arguments, message, capsys):
 
 def test_lengths_out_of_range(model_config, capsys):
     assert plan("--device", "h100", "--model-config", model_config, "--completion-tokens", "99") == 2
-    assert "completions have 1 to 16 tokens (grpo.rollout.completion), found 99" in capsys.readouterr().err
+    assert "completions have 1 to 16 tokens (stages.grpo.rollout.completion), found 99" in capsys.readouterr().err
 
 
-def test_a_text_model_is_refused(tmp_path, capsys):
-    text = tmp_path / "text.json"
-    text.write_text(json.dumps({**SMALL["text_config"], "rope_theta": 10000.0}))
-    assert plan("--device", "h100", "--model-config", text) == 2
-    assert "no vision tower" in capsys.readouterr().err
+def test_several_models_are_several_plans(no_plug_in, model_config, tmp_path, capsys):
+    """A chain and a study of two bases by one command, each with what it was given."""
+    out = tmp_path / "plan.json"
+    second = json.dumps({"kind": "model", "path": "elsewhere"})
+    more = ["--set", f"stages.other={second}", "answers.test.stages=[base, other]", "--stage", "base", "other"]
+    names = ["--model-config", str(model_config), "other=medgemma-4b"]
+    assert plan("--device", "h100", *names, *more, "--json", out) == 0
+    small, large = json.loads(out.read_text())["plans"]
+    assert (small["model"]["stages"], large["model"]["stages"]) == (["base"], ["other"])
+    assert (small["model"]["layers"], large["model"]["layers"]) == (3, 34)
+    assert small["model"]["trained_parameters"] == 0
+    assert capsys.readouterr().out.count("GPU-hours:") == 2

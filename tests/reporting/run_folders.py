@@ -1,4 +1,4 @@
-"""Run folders as the product writes them, small: a study that forks into three policies, and both layouts of version 0.1."""
+"""Run folders as the product writes them: a study that forks into three policies, and both layouts of version 0.1."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def write_study(run: Path, *, films: int = 40, steps: int = 30) -> Path:
     rng = np.random.default_rng(0)
     run.mkdir(parents=True, exist_ok=True)
     (run / "study.yaml").write_text(
-        "run: runs/fork\nseed: 0\nsets:\n  train: {from: films}\n  home: {from: films, role: test}\n  away: {from: films, role: test, peek: true}\nstages:\n"
+        "run: runs/fork\nseed: 0\nsets:\n  train: {from: films}\n  home: {from: films, role: test}\n"
+        "  away: {from: films, role: test, peek: true}\nstages:\n"
         + "".join(
             f"  {name}: {{kind: {kind}, from: {parent or 'null'}}}  # note\n"
             for name, (kind, parent, _) in FORK.items()

@@ -183,7 +183,7 @@ def test_unknown_names_stand_beside_the_answers_that_are_not_valid(page):
 
 def test_scores_of_other_tasks_are_a_table_of_their_numbers(page):
     assert (
-        "medqa in-schema 12 cases of 12 patients Score sft grpo-hard accuracy 0.417 0.170 to 0.670 0.667 0.420 to 0.920 "
+        "medqa 12 cases of 12 patients Score sft grpo-hard accuracy 0.417 0.170 to 0.670 0.667 0.420 to 0.920 "
         "not valid 0.0 % 0.0 % with unknown names 0.0 % 0.0 %"
     ) in page.text
     assert "Truth: B" in page.text

@@ -138,3 +138,27 @@ def test_more_images_than_the_batch_has_room_for(store):
     few = [replace(PROMPTS[2], id=1), PROMPTS[1], group(9, [2, "d", "e", 5])]
     with pytest.raises(ValueError, match="5 distinct images does not fit 3"):
         generator(store, images=1, prefill_rows=3).run(vlm().params, few, jax.random.key(0))
+
+
+def test_every_block_is_watched(store):
+    """20 tokens are two blocks: after each, every completion that goes on is shown as far as it has come."""
+    seen: dict[tuple[int, int], list[np.ndarray]] = {}
+    made = generator(store, completion=20)
+    found = made.run(
+        vlm().params, PROMPTS, jax.random.key(0), watch=lambda n, k, tokens: seen.setdefault((n, k), []).append(tokens)
+    )
+    assert set(seen) == {(n, k) for n in range(4) for k in range(3)}
+    for (number, sample), shown in seen.items():
+        tokens = found[number][sample].tokens
+        assert [len(part) for part in shown] == [min(made.steps, len(tokens)), len(tokens)][: len(shown)]
+        assert all(np.array_equal(part, tokens[: len(part)]) for part in shown)
+        assert len(shown) == -(-len(tokens) // made.steps)
+    assert {len(shown) for shown in seen.values()} == {1, 2}, "some end in the first block"
+
+
+def test_one_program_has_room_for_the_longest_completion(store):
+    grown, whole = generator(store, completion=150), generator(store, completion=150, programs=1)
+    assert len(grown.shapes) > 1
+    assert whole.shapes == (grown.shapes[0]._replace(length=150),)
+    with pytest.raises(ValueError, match="prompt_lengths: at most 1"):
+        generator(store, programs=1, prompt_lengths=(16, 32))

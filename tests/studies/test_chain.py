@@ -303,8 +303,8 @@ def test_killed_run_continues_with_the_same_command(finished, config_file, tmp_p
     assert same_files(folder, finished) == []
 
 
-#: what an engine's folder holds of time and place, and what follows from it
-RECORDS = {".hashes.json", "environment.json", "timing.jsonl", "report.html", "study.yaml"}
+#: what a run folder holds of time and place; pages show them
+RECORDS = {".hashes.json", "environment.json", "timing.jsonl", "study.yaml"}
 
 
 def same_files(one: Path, other: Path) -> list[str]:
@@ -313,7 +313,7 @@ def same_files(one: Path, other: Path) -> list[str]:
         path.relative_to(folder).as_posix()
         for folder in (one, other)
         for path in folder.rglob("*")
-        if path.is_file() and path.name not in RECORDS and "completions.html" not in path.name
+        if path.is_file() and path.name not in RECORDS and path.suffix != ".html"
     }
     return sorted(
         name
@@ -596,7 +596,7 @@ MESSAGES = {"messages": [user("Clear?"), assistant("Yes.")]}
         ({"conversations": [MESSAGES, {"message": []}]}, r"conversations.jsonl:2: expected an object {\"messages\""),
         (
             {"conversations": [{"messages": [user("Clear?")]}]},
-            r"conversations.jsonl:1: a training example needs an assistant",
+            r"conversations.jsonl:1: its messages do not end with an answer",
         ),
         ({"conversations": [MESSAGES] * 3}, r"stages.01-sft: .* gives 3 rows, fewer than batch = 4"),
         (

@@ -67,7 +67,7 @@ def study(folder: Path, model: Path) -> dict:
                 "validation": {"data": "held", "every": 1, "best": "loss", "answers": True, "completion": 16},
             },
             "hard": policy({"kind": "hard", "options": {"min_tokens": 4}}),
-            "nuanced": policy({"kind": "nuanced"}),
+            "nuanced": policy({"kind": "nuanced", "options": {"frequency": [0.1] * 14}}),
             "dpo": {
                 "kind": "dpo", "from": "sft@last", "data": {"path": str(folder / "pairs.jsonl")}, "steps": 2, "batch": 2,
                 **TRAIN,
@@ -276,3 +276,33 @@ def test_a_killed_study_goes_on_to_the_same_bytes(finished, config_file, tmp_pat
 def test_a_study_killed_often_goes_on_to_the_same_bytes(finished, config_file, tmp_path):
     kill_and_go_on(config_file, tmp_path / "run", kills=10, seed=1)
     assert same_files(tmp_path / "run", finished) == []
+
+
+@pytest.mark.full
+def test_a_killed_study_goes_on_in_two_processes(finished, config_file, tmp_path, repository):
+    """Kill -9 in the midst of SFT; two processes end the study with the same metrics, answers and scores."""
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "vlmalign.cli", "run", str(config_file), "--run", str(folder)]
+    lines = stage_of(folder, "sft") / "metrics.jsonl"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 240
+        while not (lines.exists() and lines.read_bytes().count(b"\n") >= 2):
+            assert process.poll() is None, process.stderr.read().decode()[-2000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    launcher = [sys.executable, str(repository / "scripts" / "launch_ssh.py"), "--transport", "local"]
+    launcher += ["--hosts", "localhost", "--per-host", "2", "--", *command]
+    done = subprocess.run(launcher, cwd=repository, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "[0] report: " in done.stdout
+    assert "[1] report: " not in done.stdout, "one process speaks and writes"
+    for name in ("sft", *ARMS):
+        ours, theirs = (rows(stage_of(run, name) / "metrics.jsonl") for run in (folder, finished))
+        assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+        assert ours[0]["objective"] == pytest.approx(theirs[0]["objective"], abs=1e-5)
+    for name in ("near", "far"):
+        for state in ("base", "sft"):
+            place = f"answers/test/{state}/{name}/predictions.jsonl"
+            assert rows(folder / place) == rows(finished / place)
+    assert {line.state for line in status(folder)} == {"given", "done"}

@@ -144,7 +144,7 @@ def test_columns_give_the_rows_own_and_the_truth(kind):
 def test_a_prompt_is_filled_with_columns():
     columns = {"a": 1, "b": "x{a}", "c": ["y"], "d": None}
     assert fill("{a} {b} {c} {d}|", columns) == '1 x{a} ["y"] |'
-    assert fill('{{a}} {"a": {1}} { a }', columns) == '{a} {"a": {1}} { a }'
+    assert fill('{{a}} {"a": {"b": {a}}} { a }', columns) == '{a} {"a": {"b": 1}} { a }'
     with pytest.raises(
         ValueError, match=r"the prompt names the column 'e', found a, b, c, d; add it, or write \{\{e\}\}"
     ):

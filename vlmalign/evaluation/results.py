@@ -25,7 +25,6 @@ from vlmalign.evaluation.f1 import evaluate, label_matrix
 
 Row = Mapping[str, Any]
 
-_IDENTITY = {"id": str, "patient": str, "valid": bool}
 _JSON_NAMES = {str: "a string", list: "a list", bool: "true or false"}
 #: how many of the unknown names results list, and how much of each
 _NAMES, _CHARACTERS = 10, 60
@@ -140,7 +139,7 @@ def unknown_names(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """
     counts: Counter[str] = Counter()
     for row in rows:
-        counts.update(dict.fromkeys(name.casefold()[:_CHARACTERS] for name in row.get("unknown", ())))
+        counts.update(list(dict.fromkeys(name.casefold()[:_CHARACTERS] for name in row.get("unknown", ()))))
     return [{"name": name, "count": count} for name, count in counts.most_common(_NAMES)]
 
 
@@ -191,7 +190,7 @@ def check_rows(rows: Sequence[Row], fields: Mapping[str, type]) -> None:
     seen: dict[Any, int] = {}
     for number, row in enumerate(rows, start=1):
         where = _where(number, row)
-        for field, kind in {**_IDENTITY, **fields}.items():
+        for field, kind in {"id": str, "patient": str, **fields, "valid": bool}.items():
             if not isinstance(row.get(field), kind):
                 found = type(row[field]).__name__ if field in row else "no such field"
                 raise ValueError(

@@ -53,8 +53,9 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--share must be above 0 and at most 1, found {share:g}")
     # All that can be wrong with the arguments is found before JAX is loaded.
     device = None if arguments.device == THIS else find_device(arguments.device)
-    if arguments.count < 1:
-        raise ValueError(f"--count must be >= 1, found {arguments.count}")
+    for name, value in vars(arguments).items():
+        if (name == "count" or name.endswith("_tokens")) and value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be >= 1, found {value}")
     started, spent = time.perf_counter(), time.process_time()
     import jax
 

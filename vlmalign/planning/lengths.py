@@ -192,7 +192,7 @@ class Texts:
         films = data.set is not None and self._source(data.set).kind != "rows"
         return found[1] if films and found is not None and found[1].kind == "labels" else None
 
-    def _cases(self, data: Data) -> Sequence[Example] | None:
+    def _cases(self, data: Data) -> Any:
         """Of a file of rows all, of a set those of its source; None where they are not here (yet)."""
         from vlmalign.data.sources.rows import RowSource
 

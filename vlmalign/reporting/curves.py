@@ -110,7 +110,7 @@ def thin(line: Curve, most: int = MOST_POINTS) -> Curve:
 
 
 def curve_figure(line: Curve, title: str, colour: str) -> Markup:
-    """One column against the step as an `<svg>`: what was recorded, faint, and its rolling mean; sparse columns as dots.
+    """One column against the step as an `<svg>`: what was recorded, faint, and its rolling mean, or dots.
 
     `colour` is a CSS colour. Written out here and not by matplotlib, which takes 70 ms for a figure: a study of a few
     stages has fifty of these.

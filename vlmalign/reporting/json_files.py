@@ -1,4 +1,4 @@
-"""Reads JSON, JSON Lines and YAML files; an error names file and line and never quotes them: they may hold a patient's text."""
+"""Reads JSON, JSON Lines and YAML files. Errors name file and line and never quote them (they may hold patients' text)."""
 
 from __future__ import annotations
 

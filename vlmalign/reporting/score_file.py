@@ -27,7 +27,7 @@ DIFFERENCE = {"dataset": str, "from": str, "to": str, "subset": str, "macro": IN
 
 
 def read_scores(path: Path) -> Scores | None:
-    """The scores of a `results.json`; None where there is none. Raises ValueError naming the entry that does not fit."""
+    """The scores of a `results.json`; None where there is none. Raises ValueError for an entry that does not fit."""
     found = read_object(path, {"datasets": [DATASET], "results": [{"stage": str, "dataset": str, "results": dict}]})
     if found is None:
         return None
@@ -52,7 +52,7 @@ def read_scores(path: Path) -> Scores | None:
 def numbers(results: Row, prefix: str = "") -> dict[str, Row]:
     """The scores of a task that has no labels, by name; those of a field, or of a kind of constraint, behind its name.
 
-    >>> numbers({"kind": "fields", "n": 3, "fields": {"grade": {"accuracy": {"value": 0.5, "low": None, "high": None}}}})
+    >>> numbers({"n": 3, "fields": {"grade": {"accuracy": {"value": 0.5, "low": None, "high": None}}}})
     {'grade: accuracy': {'value': 0.5, 'low': None, 'high': None}}
     """
     found: dict[str, Row] = {}
@@ -76,7 +76,7 @@ def _table(names: list[str], rows: list[Row], key: str, where: str) -> dict[str,
         place = f"{where}, {name} on {row['dataset']}"
         check_shape(results, LABELS if "blocks" in results else RESULTS, place)
         check_shape(results.get("unknown_names"), Maybe(UNKNOWN), f"{place}, unknown_names")
-        for key, score in numbers(results).items():
-            check_shape(score, INTERVAL, f"{place}, {key}")
+        for kind, score in numbers(results).items():
+            check_shape(score, INTERVAL, f"{place}, {kind}")
         table[row["dataset"]][name] = results
     return table

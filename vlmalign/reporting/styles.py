@@ -59,7 +59,8 @@ class Style(NamedTuple):
 
 
 BASELINE = Markup(
-    '<svg class="mark" viewBox="0 0 14 14" aria-hidden="true"><path d="M7 0V14" stroke="var(--ink)" stroke-width="2.5"/></svg>'
+    '<svg class="mark" viewBox="0 0 14 14" aria-hidden="true">'
+    '<path d="M7 0V14" stroke="var(--ink)" stroke-width="2.5"/></svg>'
 )
 
 

@@ -110,9 +110,9 @@ def _learnt(stage: Stage) -> list[Sentence]:
         return [Sentence(f"Loss {_moved(found['loss'])} {over}.")]
     if stage.kind == "dpo" and "rewards/accuracies" in found:
         first, last = found["rewards/accuracies"]
-        text = f"The chosen answer had the higher reward in {share(first, 0)} of pairs at first, in {share(last, 0)} in the end"
+        pairs = f"{share(first, 0)} of pairs at first, in {share(last, 0)} in the end"
         margin = f"; margin {_moved(found['rewards/margins'])}" if "rewards/margins" in found else ""
-        return [Sentence(f"{text}{margin}, {over}.")]
+        return [Sentence(f"The chosen answer had the higher reward in {pairs}{margin}, {over}.")]
     if "reward" not in found:
         return [Sentence(f"{_updates(stage.updates)}.")]
     return [_reward(stage, found["reward"], over), *_flat(stage)]

@@ -46,16 +46,6 @@ def bounds(interval: Mapping[str, Any], *, sign: bool = False) -> str:
     return f"{write(interval['low'])} to {write(interval['high'])}"
 
 
-def scored(interval: Mapping[str, Any]) -> str:
-    """A score and its interval on one line.
-
-    >>> scored({"value": 0.5, "low": 0.41, "high": 0.6})
-    '0.500 (0.410 to 0.600)'
-    """
-    text = bounds(interval)
-    return f"{number(interval['value'])} ({text})" if text else UNDEFINED
-
-
 def share(value: float, digits: int = 1) -> str:
     """A share in [0, 1] as per cent.
 

@@ -1,1 +1,1 @@
-"""The papers as pipelines of the parts in the other rooms."""
+"""Studies: the engine that makes their artefacts, and what each study adds to it."""

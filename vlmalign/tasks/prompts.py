@@ -11,11 +11,11 @@ if TYPE_CHECKING:  # the rewards read completions through this room, in workers 
     from vlmalign.data.chat.messages import Message
     from vlmalign.types import Example
 
-_SLOT = re.compile(r"\{\{|\}\}|\{([A-Za-z_]\w*)\}")
+_SLOT = re.compile(r"\{(\{[A-Za-z_]\w*\})\}|\{([A-Za-z_]\w*)\}")
 
 
 def fill(prompt: str, columns: Mapping[str, Any]) -> str:
-    """`prompt` with each {name} replaced by that column; {{ and }} stand for braces, and other braces for themselves.
+    """`prompt` with each {name} replaced by that column; {{name}} stands for {name}, and other braces for themselves.
 
     Numbers are written as Python writes them, lists and objects as JSON, null as nothing. Raises ValueError naming a
     column that the row does not have.
@@ -25,9 +25,9 @@ def fill(prompt: str, columns: Mapping[str, Any]) -> str:
     """
 
     def put(found: re.Match[str]) -> str:
-        name = found.group(1)
-        if name is None:
-            return found.group()[0]
+        literal, name = found.groups()
+        if literal is not None:
+            return literal
         if name not in columns:
             has = ", ".join(sorted(columns)) or "no columns"
             raise ValueError(f"the prompt names the column {name!r}, found {has}; add it, or write {{{{{name}}}}}")

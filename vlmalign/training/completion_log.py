@@ -1,6 +1,6 @@
 """Every completion of a stage with its rewards, as JSON Lines: what `vlmalign report` makes browsable step by step.
 
-A line holds the text of the completion and of its prompt; images are named by their keys, never copied. The file
+A line holds the text of the completion and of its prompt, and the columns that rewards were given; images are named by their keys, never copied. The file
 stays inside the run folder.
 """
 
@@ -37,6 +37,7 @@ class CompletionLog:
                         "sample": sample,
                         "images": list(rollout.task.prompt.images),
                         "prompt": rollout.task.text,
+                        "columns": dict(rollout.task.columns),
                         "completion": text,
                         "tokens": len(completion.tokens),
                         "stopped": completion.stopped,

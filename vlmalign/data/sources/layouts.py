@@ -17,8 +17,6 @@ from typing import Any
 
 from vlmalign.data.chat.messages import Message, check_messages
 
-#: what a row may hold -> the columns that say so
-LAYOUTS = {"conversations": ("messages",), "preferences": ("chosen", "rejected"), "records": ()}
 PAIR = ("prompt", "chosen", "rejected")
 _ROLES = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
 #: what some data sets write in a text where an image belongs
@@ -29,7 +27,7 @@ Locate = Callable[[Any], str]
 
 
 def layout_of(row: Mapping[str, Any]) -> str:
-    """Which of LAYOUTS a row has.
+    """Which layout a row has: conversations, preferences or records.
 
     >>> layout_of({"chosen": "No.", "rejected": "Yes."}), layout_of({"question": "Why?"})
     ('preferences', 'records')

@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vlmalign.tasks.tasks import AnyTask
-
 from vlmalign.mesh import Placement
 from vlmalign.models.model import Params
 from vlmalign.randomness import key_for
@@ -15,6 +13,7 @@ from vlmalign.rollout.completions import Generator
 from vlmalign.rollout.sampling import Sampling
 from vlmalign.studies.engine.base import Base
 from vlmalign.studies.engine.texts import Texts
+from vlmalign.tasks.tasks import AnyTask
 from vlmalign.training.shared_rollouts import Answer, share_out
 from vlmalign.types import Group
 

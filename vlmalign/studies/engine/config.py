@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
-from vlmalign.tasks.tasks import AnyTask
 
 from vlmalign.config import Config
 from vlmalign.config_tree import nearest
@@ -22,6 +21,7 @@ from vlmalign.data.sources.formats import AnySource
 from vlmalign.studies.engine.reward_config import FileReward
 from vlmalign.studies.engine.sections import FREE, Mesh, Positive, Reading, Share
 from vlmalign.studies.engine.stage_config import AdapterStage, AnyStage, ModelStage, Policy, Stage, Trains
+from vlmalign.tasks.tasks import AnyTask
 
 #: names become folders
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlmalign.studies.engine.config import Answers, Set
+from vlmalign.studies.engine.files import digest_of
 from vlmalign.studies.engine.graph import Edge, Node
 from vlmalign.studies.engine.opened import Opened
 from vlmalign.studies.engine.record import Parent, Record, read_record
@@ -84,7 +85,9 @@ def content_ids(study: Opened, node: Node) -> dict[Edge, str]:
     """
     if node.kind in ("model", "adapter"):
         (content,) = study.inputs(node.key).values()
-        return {Edge(node.name): content}
+        section = study.written.stages[node.key]
+        # How a checkpoint is run is part of what it gives: its dtype.
+        return {Edge(node.name): content if node.kind == "adapter" else digest_of([content, section.dtype])}
     made, whole = read_record(node.folder(study.config.run))
     if not whole:
         return {}

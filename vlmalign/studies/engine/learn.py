@@ -7,6 +7,7 @@ from functools import partial
 
 from vlmalign.studies.engine.policy_objective import objective_of
 from vlmalign.studies.engine.stage_config import Dpo, Sft
+from vlmalign.studies.engine.states import REFERENCE
 from vlmalign.studies.engine.validate import answers_loss, preferences, watching
 from vlmalign.studies.engine.work import Work
 from vlmalign.training.loop import Finished, train_states
@@ -76,7 +77,7 @@ def _score_reference(work: Work, shapes: Shapes) -> Recorded:
         work.progress.update(done)
 
     return precompute_reference(
-        work.folder / "reference",
+        work.folder / REFERENCE,
         pairs,
         model=model,
         params={**work.frozen, **extra},

@@ -18,7 +18,7 @@ from vlmalign.studies.engine.answer import Decoding, answer, answerer, predictio
 from vlmalign.studies.engine.base import Base, State
 from vlmalign.studies.engine.config import stage_ref
 from vlmalign.studies.engine.data_config import Data
-from vlmalign.studies.engine.files import manifest, write_json, write_rows
+from vlmalign.studies.engine.files import digest_of, manifest, write_json, write_rows
 from vlmalign.studies.engine.graph import Edge, Node
 from vlmalign.studies.engine.learn import run_dpo, run_sft
 from vlmalign.studies.engine.opened import Opened
@@ -27,7 +27,7 @@ from vlmalign.studies.engine.record import BEGUN, MADE, Record, begin, finish
 from vlmalign.studies.engine.score import score_answers
 from vlmalign.studies.engine.sets import CASES, draw, patients_of
 from vlmalign.studies.engine.stage_config import AdapterStage, Dpo, ModelStage, Sft
-from vlmalign.studies.engine.states import read_state, save_states, shrink, state_ids
+from vlmalign.studies.engine.states import REFERENCE, read_state, save_states, shrink, state_ids
 from vlmalign.studies.engine.work import Work
 from vlmalign.training.loop import Finished
 from vlmalign.training.outcome import BEST, NEWEST
@@ -39,9 +39,19 @@ RECORDS = (BEGUN, MADE)
 PREDICTIONS, RESULTS, LEFT_OUT = "predictions.jsonl", "results.json", "left_out.jsonl"
 
 
-def make_source(study: Opened, node: Node) -> None:
-    """An invented data set, written whole by process 0."""
-    from_first(lambda: study.config.sources[node.key].invent(study.config.place))
+def make_source(study: Opened, node: Node, record: Record | None, versions: Mapping[str, Any]) -> None:
+    """An invented data set, written whole by process 0; its record lies beside its files."""
+    config = study.config
+
+    def write() -> None:
+        section = config.sources[node.key]
+        section.invent(config.place)
+        folder = node.folder(config.run)
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {"files": digest_of(manifest(config.place(section.root), study.hashes, RECORDS))}
+        finish(folder, record, content, versions)
+
+    from_first(write)
 
 
 def make_set(study: Opened, node: Node, record: Record | None, versions: Mapping[str, Any], progress: Progress) -> None:
@@ -99,7 +109,7 @@ def make_stage(
         if stage.keep == "states":
             shrink(folder)
         content = state_ids(folder, study.hashes)
-        files = manifest(folder, study.hashes, (*RECORDS, NEWEST, BEST, "reference"))
+        files = manifest(folder, study.hashes, (*RECORDS, NEWEST, BEST, REFERENCE))
         steps = {"step": found.step, "best_step": found.best_step}
         finish(folder, record, content, versions, files=files, steps=steps)
 

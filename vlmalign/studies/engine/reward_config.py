@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
-from vlmalign.tasks.labels import LabelsTask
-from vlmalign.tasks.tasks import AnyTask
 
 from vlmalign.config import Config
 from vlmalign.config_tree import nearest
 from vlmalign.rewards.contract import MemoryReward, Reward
 from vlmalign.rewards.rewards import REWARDS, REWARDS_WITH_MEMORY
-from vlmalign.studies.engine.sections import Positive
+from vlmalign.studies.engine.sections import FREE, Positive
+from vlmalign.tasks.labels import LabelsTask
+from vlmalign.tasks.tasks import AnyTask
 
 Weight = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -26,7 +26,7 @@ class FileReward(Config):
     a `MemoryReward`. Its code runs, so it is taken only from the config that was named on the command line."""
 
     kind: Literal["file"]
-    path: Path
+    path: Annotated[Path, FREE]
     function: str
     weight: Weight = 1.0  #: 0: logged only
     options: dict[str, Any] = Field(default_factory=dict)  #: keyword arguments of every call

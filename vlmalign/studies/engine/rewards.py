@@ -12,8 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vlmalign.tasks.tasks import AnyTask
-
 from vlmalign.rewards.contract import MemoryReward, Reward, required_columns
 from vlmalign.rewards.user_file import load_user_reward
 from vlmalign.studies.engine.config import StudyConfig
@@ -21,6 +19,7 @@ from vlmalign.studies.engine.policy import Rewards
 from vlmalign.studies.engine.reward_config import FileReward
 from vlmalign.studies.engine.stage_config import Policy
 from vlmalign.studies.engine.texts import RESERVED, Texts
+from vlmalign.tasks.tasks import AnyTask
 
 #: what marks a folder as a run's, in this layout and in earlier ones
 RUN_MARKS = ("study.yaml", "config.yaml")

@@ -29,6 +29,7 @@ from vlmalign.studies.engine.files import Hashes, write_json, write_whole
 from vlmalign.studies.engine.graph import REPORT, Edge, Node, ancestors, build_graph, descendants, find_nodes
 from vlmalign.studies.engine.identity import BEFORE, content_ids, is_given, record_of
 from vlmalign.studies.engine.opened import Opened, check_labels
+from vlmalign.studies.engine.overlaps import check_overlaps
 from vlmalign.studies.engine.record import BEGUN, Record, differences, read_record
 from vlmalign.studies.engine.rewards import refuse_received
 from vlmalign.studies.engine.stage_config import ModelStage, Policy
@@ -157,17 +158,25 @@ class Steps:
 
     def tell(self) -> None:
         """Say what would be done."""
+        whole = {}
         for node in self._in_order():
-            if not is_given(node):
-                earlier, whole = self._earlier(node)
-                todo = "there" if whole else "to continue" if earlier else "to make"
-                self.progress.say(f"{todo:12} {node.name}")
+            if is_given(node):
+                continue
+            earlier, done = self._earlier(node)
+            if node.kind == REPORT:
+                earlier, done = None, all(whole.values()) and (self.study.config.run / "report.html").exists()
+            whole[node.name] = done
+            self.progress.say(f"{'there' if done else 'to continue' if earlier else 'to make':12} {node.name}")
 
     def make_all(self) -> None:
         """Make what is missing, in order; each base is loaded for as long as it is needed."""
         loaded: tuple[str, Base] | None = None
+        compared = False
         try:
             for node in self._in_order():
+                if node.base is not None and not compared:  # sets are all there
+                    from_first(self._compare_sets)
+                    compared = True
                 if not self._is_due(node):
                     continue
                 if node.base is not None:
@@ -182,6 +191,11 @@ class Steps:
         finally:
             if loaded is not None:
                 self._close(loaded[1])
+
+    def _compare_sets(self) -> None:
+        """Raises ValueError for a set that is learnt from and overlaps one that is measured on."""
+        due = [n for n in self._in_order() if n.key in self.study.config.trained and n.name.startswith("stages/")]
+        check_overlaps(self.study, [node.key for node in due if not self._earlier(node)[1]])
 
     def base_key(self, stage: str) -> str:
         """Stages of kind model that name the same folder in the same way are one base."""
@@ -226,7 +240,7 @@ class Steps:
     def _make(self, node: Node, base: Base | None) -> None:
         study, progress, versions, record = self.study, self.progress, self.versions, self.record
         if node.kind == "source":
-            make.make_source(study, node)
+            make.make_source(study, node, record, versions)
         elif node.kind == "set":
             make.make_set(study, node, record, versions, progress)
         elif node.kind == "answers":

@@ -7,6 +7,7 @@ run, or with `on_bad: skip` is listed in `skipped.jsonl`, and the set is drawn a
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from vlmalign.data.films.depth import check_depth
-from vlmalign.data.films.images import BadImage, load_image
+from vlmalign.data.films.images import BadImage
+from vlmalign.data.overlap.films import marks_of_film
 from vlmalign.data.sampling.sampler import balanced_sample, random_sample
 from vlmalign.data.sources.films import Films
 from vlmalign.progress import Progress
@@ -61,11 +63,11 @@ def draw(config: StudyConfig, name: str, source: Source, left_out: set[str], fol
     seed = config.seed if section.seed is None else section.seed
     skipped = [{"dataset": section.from_, **row} for row in source.skipped]
     bad: set[int] = set()
-    digests: dict[int, str] = {}
+    marks: dict[int, dict[str, str]] = {}
     while True:
         drawn = _drawn(name, section, source, left_out, bad, seed)
-        fresh = sorted({int(place) for part in drawn.values() for place in part} - digests.keys())
-        wrong = _read_once(name, source, fresh, digests, section.on_bad == "skip", progress)
+        fresh = sorted({int(place) for part in drawn.values() for place in part} - marks.keys())
+        wrong = _read_once(name, source, fresh, marks, section.on_bad == "skip", progress)
         if not wrong:
             break
         bad |= set(wrong)
@@ -78,7 +80,7 @@ def draw(config: StudyConfig, name: str, source: Source, left_out: set[str], fol
         check_depth((source[i].image for part in drawn.values() for i in map(int, part)), bits=source.bits)
     write_rows(folder / SKIPPED, skipped)
     for part, places in drawn.items():
-        write_rows(folder / f"{part}.jsonl", (_row(source[int(place)], digests[int(place)]) for place in places))
+        write_rows(folder / f"{part}.jsonl", (_row(source[int(place)], marks[int(place)]) for place in places))
     if isinstance(source, Films):
         write_json(folder / COVERAGE, _coverage(section, source, drawn))
 
@@ -147,15 +149,15 @@ def _drawn(
 
 
 def _read_once(
-    name: str, source: Source, places: Sequence[int], digests: dict[int, str], skip: bool, progress: Progress
+    name: str, source: Source, places: Sequence[int], marks: dict[int, dict[str, str]], skip: bool, progress: Progress
 ) -> dict[int, str]:
-    """Fill in the digests of these cases; returns place -> reason of films that cannot be decoded."""
+    """Fill in the marks of these cases; returns place -> reason of films that cannot be decoded."""
     bad = {}
     if len(places) and isinstance(source, Films):
         progress.stage(f"check films of {name}", len(places))
     for done, place in enumerate(places, start=1):
         try:
-            digests[place] = _digest(source[place], getattr(source, "bits", 16))
+            marks[place] = _mark(source[place], getattr(source, "bits", 16))
         except (BadImage, FileNotFoundError) as error:
             if not skip:
                 raise
@@ -165,18 +167,17 @@ def _read_once(
     return bad
 
 
-def _digest(example: Example, bits: int) -> str:
-    """SHA-256 of the film's bytes, once it has been decoded; of the row where there is no film."""
+def _mark(example: Example, bits: int) -> dict[str, str]:
+    """What tells a case by its content: SHA-256 and difference hash of a film that can be decoded, or SHA-256 of a row."""
     if example.image is None:
-        return hashlib.sha256(repr(sorted(example.meta.items())).encode("utf-8", "backslashreplace")).hexdigest()
-    load_image(example.image, size_hint=64, bits=bits)
-    with example.image.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        content = json.dumps(example.meta, sort_keys=True, default=str).encode("utf-8", "backslashreplace")
+        return {"sha256": hashlib.sha256(content).hexdigest()}
+    return marks_of_film(example.image, bits=bits)._asdict()
 
 
-def _row(example: Example, digest: str) -> dict[str, Any]:
+def _row(example: Example, mark: Mapping[str, str]) -> dict[str, Any]:
     labels = {"labels": list(example.labels)} if example.image is not None else {}
-    return {"id": example.id, "patient": example.patient, **labels, "sha256": digest}
+    return {"id": example.id, "patient": example.patient, **labels, **mark}
 
 
 def _coverage(section: Set, source: Films, drawn: Mapping[str, np.ndarray]) -> dict[str, Any]:

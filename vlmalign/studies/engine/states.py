@@ -13,6 +13,9 @@ from vlmalign.studies.engine.files import Hashes
 from vlmalign.training.loop import Finished
 from vlmalign.training.outcome import BEST, NEWEST, STATES
 
+#: in a stage's folder, the reference's log-probabilities of preference pairs
+REFERENCE = "reference"
+
 
 def save_states(folder: Path, found: Finished) -> None:
     """Write `states/last.safetensors`, and `states/best.safetensors` where there is a best; all processes call this."""
@@ -52,5 +55,5 @@ def read_state(folder: Path, which: str) -> dict[str, np.ndarray]:
 
 def shrink(folder: Path) -> None:
     """Remove what only an unfinished stage needs."""
-    for name in (NEWEST, BEST):
+    for name in (NEWEST, BEST, REFERENCE):
         shutil.rmtree(folder / name, ignore_errors=True)

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
-from vlmalign.evaluation.metrics import headline
 
 from vlmalign.config import load_config
+from vlmalign.evaluation.metrics import headline
 from vlmalign.studies.engine.config import StudyConfig
 from vlmalign.studies.engine.files import read_json, read_rows
 from vlmalign.studies.engine.graph import REPORT, Edge, Node, build_graph

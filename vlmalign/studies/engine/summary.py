@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from vlmalign.evaluation.metrics import headline
 
+from vlmalign.evaluation.metrics import headline
 from vlmalign.studies.engine.config import StudyConfig
 from vlmalign.studies.engine.files import read_json, read_rows
 from vlmalign.studies.engine.graph import Node

@@ -7,8 +7,8 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from vlmalign.evaluation.metrics import numbers
 
+from vlmalign.evaluation.metrics import numbers
 from vlmalign.models.model import Params
 from vlmalign.objectives.dpo import DpoSettings
 from vlmalign.rewards.outcomes import OutcomeFile, score_or_replay

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from vlmalign.tasks.tasks import AnyTask
-
 from vlmalign.mesh import row_shares
 from vlmalign.models.lora import LoraSpec
 from vlmalign.models.model import Model, Params
@@ -17,6 +15,7 @@ from vlmalign.shapes import Array
 from vlmalign.studies.engine.base import Base, State, most_images
 from vlmalign.studies.engine.stage_config import Trains
 from vlmalign.studies.engine.texts import Texts
+from vlmalign.tasks.tasks import AnyTask
 from vlmalign.training.best import Best
 from vlmalign.training.loop import Stage as Stretch
 from vlmalign.training.optimiser import learning_rate

@@ -1,4 +1,4 @@
-"""Run by test_align_mesh.py in a process with eight devices: `vlmalign align` for every config named, and what it refuses."""
+"""Run by test_chain_mesh.py in a process with eight devices: every config named, and what it refuses."""
 
 import json
 import sys
@@ -7,9 +7,8 @@ from pathlib import Path
 import conftest  # noqa: F401  (the tests' settings and shape checks)
 import jax
 
-from vlmalign.config import load_config
-from vlmalign.studies.align.config import AlignConfig
-from vlmalign.studies.align.run import run
+from vlmalign.studies.engine.chain import load_study
+from vlmalign.studies.engine.run import run
 
 
 def main() -> None:
@@ -17,11 +16,11 @@ def main() -> None:
     folder, refused = Path(sys.argv[1]), {}
     for name in ("lora", "whole"):
         path = folder / f"{name}-eight.yaml"
-        run(load_config(AlignConfig, path), path)
+        run(load_study(path), path)
     for override in ("stages.0.shapes.rows=4", "stages.2.rollout.rows=12", "mesh.data=3", "stages.2.rollout.tensor=3"):
         path, fresh = folder / "lora-eight.yaml", folder / "refused"
         try:
-            run(load_config(AlignConfig, path, [f"run={fresh}", override]), path)
+            run(load_study(path, [f"run={fresh}", override]), path)
         except ValueError as error:
             refused[override] = str(error)
         assert not fresh.exists(), "refused before anything was written"

@@ -1,4 +1,4 @@
-"""`vlmalign align` on eight devices: the metrics, completions and results of one device; what does not share out is refused."""
+"""A chain on eight devices: the metrics, completions and results of one device; what does not share out is refused."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from safetensors.numpy import load_file
 from tiny_tokenizer import family_folder
 from transformers import AutoTokenizer, Gemma3TextConfig
 
-from vlmalign.config import load_config
 from vlmalign.config_yaml import write_yaml
 from vlmalign.models.families import read_config
 from vlmalign.models.model import Model
-from vlmalign.studies.align.config import AlignConfig
-from vlmalign.studies.align.run import run
+from vlmalign.studies.engine.chain import load_study
+from vlmalign.studies.engine.run import run
 from vlmalign.weights.checkpoint import save_params
 
 TOLERANCE = 1e-5
@@ -52,7 +51,7 @@ def question(i: int) -> dict:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Two configs, each for one device and for eight: an adapter through SFT, DPO and GRPO; the whole decoder by SFT."""
-    folder = tmp_path_factory.mktemp("align-mesh")
+    folder = tmp_path_factory.mktemp("chain-mesh")
     model = str(checkpoint(folder / "model"))
     answer = {"role": "assistant", "content": "No effusion is seen."}
     talks = write(folder / "talks.jsonl", [{"messages": [question(i), answer]} for i in range(12)])
@@ -83,8 +82,8 @@ def refused(folder, on_eight_devices) -> dict[str, str]:
     """Both configs run on one device here and on eight devices elsewhere; and what those refused."""
     for name in ("lora", "whole"):
         path = folder / f"{name}-one.yaml"
-        run(load_config(AlignConfig, path), path)
-    return on_eight_devices("studies/align_mesh_program.py", folder)
+        run(load_study(path), path)
+    return on_eight_devices("studies/chain_mesh_program.py", folder)
 
 
 def rows(path: Path) -> list[dict]:
@@ -103,7 +102,9 @@ def assert_equal_numbers(found: dict, expected: dict) -> None:
 def test_metrics_are_those_of_one_device(refused, folder, name, stages):
     """Losses, gradient norms, rewards, and what validation measured, with dropout in SFT."""
     for stage in stages:
-        found, expected = (rows(folder / f"{name}-{count}" / stage / "metrics.jsonl") for count in ("eight", "one"))
+        found, expected = (
+            rows(folder / f"{name}-{count}" / "stages" / stage / "metrics.jsonl") for count in ("eight", "one")
+        )
         assert len(found) == len(expected) == 2
         for ours, theirs in zip(found, expected, strict=True):
             if stage == "02-dpo" and theirs["step"] == 1:
@@ -114,7 +115,9 @@ def test_metrics_are_those_of_one_device(refused, folder, name, stages):
 
 
 def test_completions_and_rewards_are_those_of_one_device(refused, folder):
-    found, expected = (rows(folder / f"lora-{count}" / "03-grpo" / "completions.jsonl") for count in ("eight", "one"))
+    found, expected = (
+        rows(folder / f"lora-{count}" / "stages" / "03-grpo" / "completions.jsonl") for count in ("eight", "one")
+    )
     assert len(found) == 2 * 8 * 2
     for ours, theirs in zip(found, expected, strict=True):
         assert [ours[key] for key in ("prompt_id", "sample", "completion")] == [
@@ -125,7 +128,8 @@ def test_completions_and_rewards_are_those_of_one_device(refused, folder):
 
 
 @pytest.mark.parametrize(
-    ("name", "file"), [("lora", "adapter/adapter_model.safetensors"), ("whole", "model/model.safetensors")]
+    ("name", "file"),
+    [("lora", "stages/03-grpo/adapter/adapter_model.safetensors"), ("whole", "stages/01-sft/model/model.safetensors")],
 )
 def test_results_are_those_of_one_device(refused, folder, name, file):
     found, expected = (load_file(folder / f"{name}-{count}" / file) for count in ("eight", "one"))
@@ -136,7 +140,7 @@ def test_results_are_those_of_one_device(refused, folder, name, file):
 
 def test_a_step_on_the_merged_policy_measures_its_gap(refused, folder):
     """What rollouts cost is in the line, and the merged copy on its mesh is the policy that is trained."""
-    for line in rows(folder / "lora-eight" / "03-grpo" / "metrics.jsonl"):
+    for line in rows(folder / "lora-eight" / "stages" / "03-grpo" / "metrics.jsonl"):
         assert 0 <= line["rollout_gap"] <= line["rollout_gap_max"] < 1e-4
         assert 0 < line["decoded_used"] <= 1
         assert 0 < line["prefill_used"] <= 1
@@ -144,7 +148,7 @@ def test_a_step_on_the_merged_policy_measures_its_gap(refused, folder):
 
 def test_what_does_not_share_out_is_refused_before_any_work(refused):
     assert "4 rows cannot be shared out to 8 devices" in refused["stages.0.shapes.rows=4"]
-    assert "make stages.0.shapes.rows a multiple of 8" in refused["stages.0.shapes.rows=4"]
-    assert "make stages.2.rollout.rows a multiple of 8" in refused["stages.2.rollout.rows=12"]
+    assert "make stages.01-sft.shapes.rows a multiple of 8" in refused["stages.0.shapes.rows=4"]
+    assert "make stages.03-grpo.rollout.rows a multiple of 8" in refused["stages.2.rollout.rows=12"]
     assert "does not fit 8 devices" in refused["mesh.data=3"]
     assert "does not fit 8 devices" in refused["stages.2.rollout.tensor=3"]
