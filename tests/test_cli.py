@@ -3,13 +3,14 @@
 import os
 import subprocess
 import sys
+from collections import namedtuple
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from vlmalign import __version__, cli
-from vlmalign.config import Config
+from vlmalign.config import Config, load_config
 
 
 class SmallConfig(Config):
@@ -19,20 +20,23 @@ class SmallConfig(Config):
 
 @pytest.fixture
 def study(monkeypatch):
-    """A study in place of the real one: `study.run` is called with its config."""
-    config, room = (ModuleType(f"vlmalign.studies.chexreason.{name}") for name in ("config", "run"))
-    seen = SimpleNamespace(configs=[], action=lambda config: None)
+    """Studies of another config in place of the real ones: `study.action` is called with it, and with what was asked."""
+    chain, room, auto = (
+        ModuleType(f"vlmalign.{name}") for name in ("studies.engine.chain", "studies.engine.run", "planning.auto")
+    )
+    seen = SimpleNamespace(configs=[], asked=[], action=lambda config: None)
 
-    def run(settings, *, before):
-        assert before is settings
-        seen.configs.append(settings)
-        seen.action(settings)
+    def run(config, source, asked, *, settle):
+        assert settle(config) is config
+        seen.configs.append(config)
+        seen.asked.append(asked)
+        seen.action(config)
 
-    config.ChexReasonConfig, room.run = SmallConfig, run
-    for module in (config, room):
+    chain.load_study = lambda path, overrides: load_config(SmallConfig, path, overrides)
+    room.run, room.Asked = run, namedtuple("Asked", ["only", "redo", "dry"])
+    auto.settled = lambda config, say: config
+    for module in (chain, room, auto):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    # Choosing what a config leaves open needs the real studies; tests/planning/test_auto.py has it.
-    monkeypatch.setattr(cli, "_settled", lambda config: (config, config))
     return seen
 
 
@@ -44,17 +48,22 @@ def config_file(tmp_path):
 
 
 def test_study_gets_the_typed_config_with_overrides_and_run_folder(study, config_file):
-    assert cli.main(["chexreason", config_file]) == 0
-    assert cli.main(["chexreason", config_file, "--set", "steps=5", "run=x", "--set", "steps=6", "--run", "007"]) == 0
+    assert cli.main(["run", config_file]) == 0
+    assert cli.main(["run", config_file, "--set", "steps=5", "run=x", "--set", "steps=6", "--run", "007"]) == 0
     assert study.configs == [SmallConfig(steps=4), SmallConfig(steps=6, run=Path("007"))]
 
 
+def test_what_is_asked_for_is_passed_on(study, config_file):
+    assert cli.main(["run", config_file, "--only", "sft", "scores", "--redo", "grpo", "--dry"]) == 0
+    assert study.asked == [(("sft", "scores"), ("grpo",), True)]
+
+
 def test_config_mistakes_are_said_in_plain_words(study, config_file, capsys):
-    assert cli.main(["chexreason", config_file, "--set", "stepz=1", "--run", "r"]) == 2
+    assert cli.main(["run", config_file, "--set", "stepz=1", "--run", "r"]) == 2
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.splitlines() == [
-        f"vlmalign chexreason: {config_file}: 1 problem",
+        f"vlmalign run: {config_file}: 1 problem",
         "  stepz: unknown key; the nearest known key is steps",
         "(--traceback shows where in the code this arose)",
     ]
@@ -67,12 +76,12 @@ def test_errors_for_users_have_no_traceback_unless_asked(study, config_file, cap
         raise error
 
     study.action = action
-    assert cli.main(["chexreason", config_file]) == 2
+    assert cli.main(["run", config_file]) == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"vlmalign chexreason: {error}\n")
+    assert said.startswith(f"vlmalign run: {error}\n")
     assert "Traceback" not in said
     with pytest.raises(type(error)):
-        cli.main(["chexreason", config_file, "--traceback"])
+        cli.main(["run", config_file, "--traceback"])
 
 
 def test_defects_are_not_hidden(study, config_file):
@@ -81,7 +90,7 @@ def test_defects_are_not_hidden(study, config_file):
 
     study.action = action
     with pytest.raises(AssertionError, match="an invariant"):
-        cli.main(["chexreason", config_file])
+        cli.main(["run", config_file])
 
 
 def test_interrupt_exits_130(study, config_file, capsys):
@@ -89,19 +98,18 @@ def test_interrupt_exits_130(study, config_file, capsys):
         raise KeyboardInterrupt
 
     study.action = action
-    assert cli.main(["chexreason", config_file]) == 130
+    assert cli.main(["run", config_file]) == 130
     assert "goes on when the same command is given again" in capsys.readouterr().err
 
 
 def test_report_writes_the_report_of_a_run_folder(monkeypatch, tmp_path, capsys):
     room = ModuleType("vlmalign.reporting.html")
     asked = []
-    room.write_report = asked.append
+    room.write_report = lambda run: asked.append(run) or run / "report.html"
     monkeypatch.setitem(sys.modules, room.__name__, room)
     assert cli.main(["report", str(tmp_path)]) == 0
     assert asked == [tmp_path]
-    assert cli.main(["report", str(tmp_path / "absent")]) == 2
-    assert "is not a folder" in capsys.readouterr().err
+    assert capsys.readouterr().out == f"report: {tmp_path / 'report.html'}\n"
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS, ids=lambda command: command.name)
@@ -116,9 +124,9 @@ def test_each_command_explains_itself(command, capsys):
 
 def test_unknown_command_names_the_known_ones(capsys):
     with pytest.raises(SystemExit) as left:
-        cli.main(["chexraison"])
+        cli.main(["statsu"])
     assert left.value.code == 2
-    assert "chexreason" in capsys.readouterr().err
+    assert "status" in capsys.readouterr().err
 
 
 def test_help_and_version_are_instant_and_need_no_library():

@@ -508,6 +508,7 @@ def test_processes_tell_each_other(repository):
         assert f"row {own['batches'][0][-1][0]} is broken" in own["broken"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("dead", "heartbeat"), [(0, 10), (1, 30)])
 def test_a_process_that_dies_while_the_others_work_alone_ends_them_by_its_silence(repository, dead, heartbeat):
     """No connection breaks, since nothing is exchanged: the missed heartbeats tell. Process 0 keeps the record of them."""

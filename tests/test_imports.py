@@ -51,9 +51,12 @@ ALLOWED: dict[str, set[str]] = {
     "reporting": set(),
     "preview": {"types", "data", "weights"},
     "exporting": RECORDS | {"config_yaml", "training"} | MODELS,
-    "studies": BELOW_TRAINING
-    | {"distributed", "exchange", "training", "evaluation", "reporting"},
-    "planning": CORE | CONFIGS | {"data", "tasks", "distributed", "exchange", "training", "studies"} | MODELS | NUMERICS,
+    "studies": BELOW_TRAINING | {"distributed", "exchange", "training", "evaluation", "reporting"},
+    "planning": CORE
+    | CONFIGS
+    | {"data", "tasks", "distributed", "exchange", "training", "studies"}
+    | MODELS
+    | NUMERICS,
     "api": BELOW_TRAINING | {"training", "evaluation", "exporting"},
     "answering": {"types", "api", "data", "weights", "progress", "reporting"},
     "cli": RECORDING

@@ -14,16 +14,16 @@ from safetensors.numpy import load_file, save_file
 
 
 def shortened(source: Path, folder: Path) -> Path:
-    """A copy of the checkpoint `source` with its first two decoder layers and its first layer of the tower."""
+    """A copy of the checkpoint `source` with the first layer of its decoder and of its tower."""
     shutil.copytree(source, folder)
     config = json.loads((source / "config.json").read_text())
-    config["text_config"] |= {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+    config["text_config"] |= {"num_hidden_layers": 1, "layer_types": ["sliding_attention"]}
     config["vision_config"]["num_hidden_layers"] = 1
     (folder / "config.json").write_text(json.dumps(config))
     kept = {}
     for name, value in load_file(source / "model.safetensors").items():
         layer = re.search(r"layers\.(\d+)\.", name)
-        if layer is None or int(layer[1]) < (1 if "vision" in name else 2):
+        if layer is None or layer[1] == "0":
             kept[name] = value
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

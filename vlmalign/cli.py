@@ -84,13 +84,12 @@ def _run_folder_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from vlmalign.studies.engine.chain import load_study
-
-    config = load_study(arguments.config, _overrides(arguments))
-    _begin(arguments)
     from vlmalign.planning.auto import settled
+    from vlmalign.studies.engine.chain import load_study
     from vlmalign.studies.engine.run import Asked, run
 
+    _begin(arguments)
+    config = load_study(arguments.config, _overrides(arguments))
     asked = Asked(tuple(arguments.only), tuple(arguments.redo), arguments.dry)
     run(config, Path(arguments.config), asked, settle=lambda config: settled(config, _say))
 

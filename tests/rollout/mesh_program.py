@@ -1,7 +1,12 @@
-"""Run by test_rollout_mesh.py in a process with eight devices: sampling and encoding on meshes beside one device, as JSON."""
+"""Run by test_rollout_mesh.py in a process with eight devices: sampling and encoding on meshes beside one device, as JSON.
+
+mesh_program.py few     samples with rows and weights cut; what decoding sends between devices; Gemma's images
+mesh_program.py rest    the other mesh, greedy answers, and images of several sizes
+"""
 
 import json
 import re
+import sys
 from dataclasses import replace
 from functools import cache
 
@@ -21,6 +26,11 @@ from vlmalign.rollout.sampling import Sampling
 from vlmalign.types import Grid, Patches
 
 MESHES = {"data 8": MeshSettings(), "data 4 tensor 2": MeshSettings(tensor=2)}
+#: mesh -> how it samples
+RUNS = {
+    "few": {"data 4 tensor 2": ("sampled",)},
+    "rest": {"data 4 tensor 2": ("greedy",), "data 8": ("greedy", "sampled")},
+}
 SAMPLINGS = {"greedy": Sampling(0.0), "sampled": Sampling(0.8, top_p=0.9)}
 KEY = jax.random.key(4)
 #: completions of up to 70 tokens: caches grow from 64, and the last ones move into smaller shapes
@@ -91,14 +101,14 @@ def compared(found, expected) -> dict:
     }
 
 
-def sampled(settings: MeshSettings) -> dict:
+def sampled(settings: MeshSettings, names: tuple[str, ...]) -> dict:
     """Completions on a mesh, of parameters that fsdp training left cut; and programs compiled after warm-up."""
     own, mesh = checkpoint(), build_mesh(settings)
     start = reshard(own.params, training_placement(own.model, build_mesh(MeshSettings(data=1, fsdp=8))))
     params = reshard(start, rollout_placement(own.model, mesh))
     found = {"cut": sum(any(x.sharding.spec) for x in params.values())}
-    for name, sampling in SAMPLINGS.items():
-        made, stats = generator(own.model, sampling, mesh), []
+    for name in names:
+        made, stats = generator(own.model, SAMPLINGS[name], mesh), []
         before = len(SEEN.names)
         programs_made = made.warm_up(params)
         decoding = sum("decode_block" in name for name in SEEN.names[before:])
@@ -191,17 +201,20 @@ def refusal() -> str:
     return ""
 
 
-def main() -> None:
+def main(which: str) -> None:
     assert jax.device_count() == 8
-    found = {
-        "rollouts": {name: sampled(mesh) for name, mesh in MESHES.items()},
-        "decode": {name: decoding(mesh) for name, mesh in MESHES.items()},
-        "parameters": [list(x.shape) for x in checkpoint(VOCAB).model.shapes.values()],
-        "features": {"squares": encoded(vlm(), sizes=False), "sizes": encoded(family("qwen2.5-vl"), sizes=True)},
-        "refusal": refusal(),
-    }
+    found = {"rollouts": {mesh: sampled(MESHES[mesh], names) for mesh, names in RUNS[which].items()}}
+    if which == "few":
+        found |= {
+            "decode": {name: decoding(mesh) for name, mesh in MESHES.items()},
+            "parameters": [list(x.shape) for x in checkpoint(VOCAB).model.shapes.values()],
+            "features": encoded(vlm(), sizes=False),
+            "refusal": refusal(),
+        }
+    else:
+        found["features"] = encoded(family("qwen2.5-vl"), sizes=True)
     print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

@@ -10,6 +10,7 @@ from tiny_checkpoints import SOFT_TOKENS, adapted, assert_close, group, picture,
 from vlmalign.rollout.completions import Generator
 from vlmalign.rollout.features import FeatureStore
 from vlmalign.rollout.sampling import Sampling
+from vlmalign.rollout.slots import Ending, Slots
 from vlmalign.types import Grid, Layout
 
 PROMPTS = [
@@ -140,20 +141,16 @@ def test_more_images_than_the_batch_has_room_for(store):
         generator(store, images=1, prefill_rows=3).run(vlm().params, few, jax.random.key(0))
 
 
-def test_every_block_is_watched(store):
-    """20 tokens are two blocks: after each, every completion that goes on is shown as far as it has come."""
-    seen: dict[tuple[int, int], list[np.ndarray]] = {}
-    made = generator(store, completion=20)
-    found = made.run(
-        vlm().params, PROMPTS, jax.random.key(0), watch=lambda n, k, tokens: seen.setdefault((n, k), []).append(tokens)
-    )
-    assert set(seen) == {(n, k) for n in range(4) for k in range(3)}
-    for (number, sample), shown in seen.items():
-        tokens = found[number][sample].tokens
-        assert [len(part) for part in shown] == [min(made.steps, len(tokens)), len(tokens)][: len(shown)]
-        assert all(np.array_equal(part, tokens[: len(part)]) for part in shown)
-        assert len(shown) == -(-len(tokens) // made.steps)
-    assert {len(shown) for shown in seen.values()} == {1, 2}, "some end in the first block"
+def test_every_block_is_watched():
+    """Of two completions one ends in the first block; each is shown as far as it has come, and no free row is."""
+    slots, seen = Slots(2, 2, Ending(longest=6, stop_ids=(1,))), []
+    slots.put(1, 7, group_id=70, length=3, next_position=3)
+    zeros = np.zeros((2, 2, 4), np.float32)
+    for block in ([[9, 9, 9, 9], [5, 1, 9, 9]], [[8, 8, 8, 8], [9, 9, 9, 9]]):
+        tokens = np.array([[[9] * 4] * 2, block], np.int32)
+        done = slots.add((tokens, zeros, zeros), lambda *found: seen.append((*found[:2], found[2].tolist())))
+    assert seen == [(7, 0, [9, 9, 9, 9]), (7, 1, [5, 1]), (7, 0, [9, 9, 9, 9, 8, 8])]
+    assert [completion.tokens.tolist() for completion in done[7]] == [seen[2][2], seen[1][2]]
 
 
 def test_one_program_has_room_for_the_longest_completion(store):

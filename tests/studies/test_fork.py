@@ -230,6 +230,24 @@ def test_a_torn_film_stops_the_run_or_is_left_out_and_listed(finished, copied, t
 
 
 @pytest.mark.parametrize(
+    ("override", "kind"),
+    [("sets.near.from=mimic", "patient"), ("sources.mimic-test.root='{run}/sources/copy'", "content")],
+)
+def test_sets_that_overlap_are_refused_before_training(config_file, tmp_path, finished, override, kind):
+    """The training films as a test set; and the same films under another root, which only their content tells."""
+    shutil.copytree(finished / "sources", tmp_path / "run" / "sources")
+    if kind == "content":
+        shutil.copytree(finished / "sources" / "mimic", tmp_path / "run" / "sources" / "copy")
+        override = f"{override} ; sources.mimic-test.split=train".split(" ; ")
+    overrides = [override] if isinstance(override, str) else override
+    with pytest.raises(
+        ValueError, match=rf"(?s)training set 'train.sft' overlaps the evaluation set 'near':.* {kind}: "
+    ):
+        start(config_file, f"run={tmp_path / 'run'}", *overrides)
+    assert not (tmp_path / "run" / "stages").exists()
+
+
+@pytest.mark.parametrize(
     ("override", "expected"),
     [
         (
@@ -267,6 +285,7 @@ def kill_and_go_on(config_file: Path, folder: Path, kills: int, seed: int) -> No
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.full
 def test_a_killed_study_goes_on_to_the_same_bytes(finished, config_file, tmp_path):
     kill_and_go_on(config_file, tmp_path / "run", kills=2, seed=0)
     assert same_files(tmp_path / "run", finished) == []

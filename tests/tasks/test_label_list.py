@@ -209,7 +209,6 @@ def test_every_set_of_labels_is_read_back_in_every_style(labels, style):
         ((E, " "), (), "a name in one line with letters or digits, found ' '"),
         ((E, "**"), (), r"found '\*\*'; rename it"),
         (("Edema\nleft",), (), "in one line"),
-        ((E, 5), (), "found 5; rename it"),
         ((E, "EDEMA"), (), "found 'Edema' and 'EDEMA'; drop one"),
         (("No Finding", "No  Finding"), (), "found 'No Finding' and 'No  Finding'"),
         (("No Finding", "No_Finding"), (), "case, spacing and underscores"),

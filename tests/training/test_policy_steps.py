@@ -176,7 +176,15 @@ def two_updates(loss: str, cut: str) -> list[Params]:
     return found
 
 
-@pytest.mark.parametrize(("loss", "cut"), [*((loss, cut) for loss in LOSSES for cut in ("8x1", "4x2")), ("ppo", "8x1")])
+@pytest.mark.parametrize(
+    ("loss", "cut"),
+    [
+        ("grpo", "8x1"),
+        ("ppo", "8x1"),
+        *((loss, "4x2") for loss in LOSSES),
+        *(pytest.param(loss, "8x1", marks=pytest.mark.full) for loss in LOSSES if loss != "grpo"),
+    ],
+)
 def test_every_cut_of_a_rollout_is_the_same_step(loss, cut):
     before = start(loss)
     for found, expected in zip(two_updates(loss, cut), two_updates(loss, "1x8"), strict=True):

@@ -16,12 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import QUICK
 
 TOLERANCE = 1e-5
 #: four compile twice as much as two, for as little training
 PROCESSES = [2, pytest.param(4, marks=pytest.mark.full)]
-#: compiling is what these tests pay for
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 def start(repository: Path, what: str, folder: Path, *, processes: int, devices: int) -> subprocess.CompletedProcess:

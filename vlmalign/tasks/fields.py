@@ -136,11 +136,9 @@ class FieldsTask(Config):
             if (opened, closed) not in ((0, 0), (1, 1)):
                 raise ValueError(f"expected one <{name}> and one </{name}>, found {opened} and {closed}")
             if opened:
-                before, _, rest = text.partition(f"<{name}>")
-                value, end, _ = rest.partition(f"</{name}>")
+                value, end, _ = text.partition(f"<{name}>")[2].partition(f"</{name}>")
                 if not end:
                     raise ValueError(f"expected <{name}> before </{name}>, found them the other way round")
-                del before
                 found[name] = value.strip()
         return found
 

@@ -23,8 +23,10 @@ class CompletionLog:
     Every process of a run holds all completions; process 0 writes them.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, run: Path | None = None):
+        """Images that lie in `run`, the run's folder, are named relative to it, so that the folder can be moved."""
         self._writer = MetricsWriter(path, writes=is_writer())
+        self._run = None if run is None else run.resolve()
 
     def write(self, step: int, rollouts: Sequence[Rollout], advantages: np.ndarray) -> None:
         """The completions that optimiser step `step` (from 1) learnt from; `advantages` is [groups, K]."""
@@ -35,7 +37,7 @@ class CompletionLog:
                         "step": step,
                         "prompt_id": rollout.task.prompt.id,
                         "sample": sample,
-                        "images": list(rollout.task.prompt.images),
+                        "images": [self._name(key) for key in rollout.task.prompt.images],
                         "prompt": rollout.task.text,
                         "columns": dict(rollout.task.columns),
                         "completion": text,
@@ -46,6 +48,11 @@ class CompletionLog:
                         "advantage": float(row[sample]),
                     }
                 )
+
+    def _name(self, key: str) -> str:
+        path = Path(key)
+        inside = self._run is not None and path.is_relative_to(self._run)
+        return path.relative_to(self._run).as_posix() if inside else key
 
     def position(self) -> int:
         return self._writer.position()

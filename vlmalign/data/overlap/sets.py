@@ -80,21 +80,22 @@ def overlaps(training: SetMarks, evaluation: SetMarks) -> list[Overlap]:
 
 def describe(found: Sequence[Overlap], training: SetMarks, evaluation: SetMarks) -> str:
     """The error for at least one overlap: how many cases by which kind, a few pairs by id, and what to do."""
+    ours = training.name.partition(".")[0]  # a part is drawn with its set
     lines = [f"the training set {training.name!r} overlaps the evaluation set {evaluation.name!r}:"]
     for overlap in found:
-        ours, theirs = (len(set(ids)) for ids in zip(*overlap.pairs, strict=True))
+        count, theirs = (len(set(ids)) for ids in zip(*overlap.pairs, strict=True))
         shown = ", ".join(f"{one} - {other}" for one, other in overlap.pairs[:SHOWN])
         more = ", ..." if len(overlap.pairs) > SHOWN else ""
         lines.append(
-            f"  {overlap.kind}: {theirs} of {len(evaluation.rows)} cases of {evaluation.name!r} and {ours} of "
+            f"  {overlap.kind}: {theirs} of {len(evaluation.rows)} cases of {evaluation.name!r} and {count} of "
             f"{len(training.rows)} of {training.name!r} {MEANINGS[overlap.kind]}: {shown}{more}"
         )
     return "\n".join(
         [
             *lines,
             f"The pairs are ids, {training.name!r} first. Scores on cases that were trained on mean nothing: draw the set "
-            f"apart (sets.{training.name}.apart: [{evaluation.name}]), or, if this is meant, allow it by name "
-            f"(sets.{training.name}.may_overlap: [{evaluation.name}])",
+            f"apart (sets.{ours}.apart: [{evaluation.name}]), or, if this is meant, allow it by name "
+            f"(sets.{ours}.may_overlap: [{evaluation.name}])",
         ]
     )
 

@@ -113,6 +113,10 @@ class MimicCxrJpg(Films):
         )
 
 
+#: the time of writing stays out of a gzip file, so that an invented set is the same to the byte whenever it is made
+WITHOUT_TIME = {"method": "gzip", "mtime": 0}
+
+
 def find_version(root: Path) -> str:
     """The newest version whose metadata table is in `root`; FileNotFoundError when there is none."""
     table = find_table(Path(root), *(f"mimic-cxr-{version}-metadata.csv" for version in VERSIONS))
@@ -171,12 +175,12 @@ def write_synthetic(
         ],
         columns=["subject_id", "study_id", *alphabetical],
     ).astype(dict.fromkeys(alphabetical, float))
-    pd.DataFrame(metadata, columns=METADATA).to_csv(f"{prefix}-metadata.csv.gz", index=False)
+    pd.DataFrame(metadata, columns=METADATA).to_csv(f"{prefix}-metadata.csv.gz", index=False, compression=WITHOUT_TIME)
     pd.DataFrame(splits, columns=["dicom_id", "study_id", "subject_id", "split"]).to_csv(
-        f"{prefix}-split.csv.gz", index=False
+        f"{prefix}-split.csv.gz", index=False, compression=WITHOUT_TIME
     )
     for labeler in LABELERS:
-        labels.to_csv(f"{prefix}-{labeler}.csv.gz", index=False)
+        labels.to_csv(f"{prefix}-{labeler}.csv.gz", index=False, compression=WITHOUT_TIME)
     write_films(root, jobs, institution.look, seed=seed, size=size, workers=workers)
     write_truth(root, truth)
     return truth

@@ -58,7 +58,7 @@ class Opened:
     def _bits(self) -> dict[Path, int]:
         """How many bits the 16-bit films of each source use, by its folder of films."""
         return {
-            self.config.place(getattr(section, "root", None) or section.images): section.bits
+            self.config.place(section.folder): section.bits
             for section in self.config.sources.values()
             if getattr(section, "bits", 16) != 16
         }
@@ -107,10 +107,7 @@ class Opened:
 
     def cases(self, ref: str) -> Cases:
         """A drawn set."""
-        found = open_cases(self.config, ref, self.source(self.config.sets[set_ref(ref).name].from_))
-        # Other cases would make other batches: processes would compute different things, or wait for each other for ever.
-        agree(digest_of([row["sha256"] for row in found.rows]), f"the cases of set {ref}")
-        return found
+        return open_cases(self.config, ref, self.source(self.config.sets[set_ref(ref).name].from_))
 
     def task(self, name: str | None, data: Data) -> AnyTask:
         """What is asked about these cases: the task of this name; for rows of turns their own, for all others the study's
@@ -138,9 +135,11 @@ class Opened:
         return self.task(entry.task, Data(set=ref))
 
     def numbered(self, data: Data) -> Numbered:
-        """The cases that a stage reads, with the numbers that their draws are derived from."""
+        """The cases that a stage reads, with the numbers that their draws are derived from; all processes call this."""
         if data.set is not None:
             cases = self.cases(data.set)
+            # Other cases would make other batches: processes would compute different things, or wait for ever.
+            agree(digest_of([row["sha256"] for row in cases.rows]), f"the cases of set {data.set}")
             return ((int(place), cases[i]) for i, place in enumerate(cases.places))
         rows = self.rows(data)
         return ((i + 1, rows[i]) for i in range(len(rows)))

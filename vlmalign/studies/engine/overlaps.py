@@ -10,13 +10,14 @@ from vlmalign.data.overlap.texts import marks_of_text
 from vlmalign.data.sources.rows import Rows
 from vlmalign.studies.engine.config import StudyConfig, set_ref
 from vlmalign.studies.engine.opened import Opened
+from vlmalign.studies.engine.record import MADE
 from vlmalign.studies.engine.stage_config import Stage
 
 
 def check_overlaps(study: Opened, stages: Iterable[str]) -> None:
     """Raises ValueError naming each set that one of these stages learns from and that overlaps one it is measured on.
 
-    Sets that say so (`may_overlap`) may share what they share.
+    Sets that say so (`may_overlap`) may share what they share. Sets that have not been drawn are compared when they are.
     """
     marks: dict[str, SetMarks] = {}
 
@@ -28,6 +29,7 @@ def check_overlaps(study: Opened, stages: Iterable[str]) -> None:
     problems = [
         describe(found, of(training), of(measured))
         for training, measured in sorted(set(_pairs(study.config, stages)))
+        if _drawn(study.config, training) and _drawn(study.config, measured)
         if (found := overlaps(of(training), of(measured)))
     ]
     if problems:
@@ -45,6 +47,10 @@ def _pairs(config: StudyConfig, stages: Iterable[str]) -> Iterator[tuple[str, st
         for ref in (*held_out, *answered):
             if ref is not None and not _allowed(config, stage.data.set, ref):
                 yield stage.data.set, ref
+
+
+def _drawn(config: StudyConfig, ref: str) -> bool:
+    return (config.run / "sets" / set_ref(ref).name / MADE).exists()
 
 
 def _allowed(config: StudyConfig, one: str, other: str) -> bool:

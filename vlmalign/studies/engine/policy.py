@@ -67,7 +67,7 @@ def run_policy(stage: Grpo | Ppo, work: Work, rewards: Rewards) -> Finished:
             shapes=work.shapes(stage),
             settings=stage.rollout_settings(work.seed),
             memory=recorded,
-            log=open_files.enter_context(closing(CompletionLog(work.folder / COMPLETIONS))),
+            log=open_files.enter_context(closing(CompletionLog(work.folder / COMPLETIONS, work.folder.parent.parent))),
             bring=lambda merged: base.devices.bring(merged, where),
         )
         evaluate = None

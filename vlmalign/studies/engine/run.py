@@ -76,6 +76,7 @@ def run(
     )
     from_first(lambda: check_folder(config, nodes))
     study = Opened(settle(config), Hashes(config.run / HASHES), config)
+    agree(dump_config(study.config), "what was chosen for the devices")
     with Progress(quiet=not is_writer()) as progress:
         progress.say(f"run folder {config.run}")
         devices = {name: _devices(study, name) for name in _bases(config, nodes, wanted)}
@@ -193,9 +194,10 @@ class Steps:
                 self._close(loaded[1])
 
     def _compare_sets(self) -> None:
-        """Raises ValueError for a set that is learnt from and overlaps one that is measured on."""
-        due = [n for n in self._in_order() if n.key in self.study.config.trained and n.name.startswith("stages/")]
-        check_overlaps(self.study, [node.key for node in due if not self._earlier(node)[1]])
+        """Raises ValueError for a set that is learnt from and overlaps one that is measured on, where anything is due."""
+        due = [node for node in self._in_order() if node.base is not None and not is_given(node)]
+        if not all(self._earlier(node)[1] for node in due):
+            check_overlaps(self.study, [node.key for node in due if node.name.startswith("stages/")])
 
     def base_key(self, stage: str) -> str:
         """Stages of kind model that name the same folder in the same way are one base."""
@@ -259,7 +261,8 @@ class Steps:
         names = list(self.nodes)
         later = [self.nodes[name] for name in names[names.index(node.name) + 1 :] if name in self.wanted]
         key = self.base_key(node.base)
-        return all(each.base is None or self.base_key(each.base) != key or self._earlier(each)[1] for each in later)
+        rest = [each for each in later if each.base is not None and self.base_key(each.base) == key]
+        return from_first(lambda: all(self._earlier(each)[1] for each in rest))
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
