@@ -71,35 +71,37 @@ class Planned(NamedTuple):
 
 def plan(asked: argparse.Namespace) -> Planned:
     """The study on this model, planned for this device and compiled."""
-    from vlmalign.config import load_config
-    from vlmalign.planning.inputs import read_lengths, read_model
+    from vlmalign.planning.lengths import Given
     from vlmalign.planning.memory import phases
     from vlmalign.planning.plan import jobs
     from vlmalign.planning.programs import lower, options_of, read_compiled
-    from vlmalign.planning.target import open_target
+    from vlmalign.planning.study import workloads_of
     from vlmalign.planning.this_device import this_device
-    from vlmalign.planning.workload import read_workload
-    from vlmalign.studies.chexreason.config import ChexReasonConfig
+    from vlmalign.studies.engine.chain import load_study
 
-    overrides = ["model.dtype=float32", f"model.remat={asked.remat}", "evaluation.sets=[]"]
+    overrides = ["base.dtype=float32", f"base.remat={asked.remat}"]
     overrides += [f"grpo.rollout.rows={asked.rows}", f"grpo.rollout.completion={asked.completion}"]
     overrides += [f"grpo.prompts={asked.rows}", f"sft.batch={asked.rows}"]
     for stage in ("sft", "grpo"):
         overrides += [f"{stage}.shapes.rows={asked.rows}", f"{stage}.shapes.completion_multiple=32"]
-    config = load_config(ChexReasonConfig, CONFIG, overrides)
+    config = load_study(CONFIG, [f"stages.{each}" for each in overrides])
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.json"
         file.write_text(json.dumps(gemma(asked)), encoding="utf-8")
-        model = read_model(config.model, file)
-    lengths = read_lengths(config, model, prompt=asked.prompt, answer=None, completion=None)
-    workload = read_workload(config, model, lengths, count=1)
-    target = open_target(this_device(model.dtype), 1)
+        ((workload, target),) = workloads_of(
+            config,
+            this_device,
+            1,
+            model_configs={"": str(file)},
+            given=Given(prompt=asked.prompt),
+            only=["sft", "grpo"],
+        )
     planned = {job.name: job for job in jobs(workload, target)}
     compiled = {
         name: lower(job, target).compile(compiler_options=options_of(job, target)) for name, job in planned.items()
     }
     programs = {name: read_compiled(name, each) for name, each in compiled.items()}
-    return Planned(model, planned, compiled, {p.name: p.peak for p in phases(workload, programs, target)})
+    return Planned(workload.model, planned, compiled, {p.name: p.peak for p in phases(workload, programs, target)})
 
 
 def filled(tree: Any) -> Any:
@@ -146,9 +148,9 @@ def run_phases(planned: Planned) -> tuple[dict[str, int], int]:
     del sums, _
     reference = {name: value.copy() for name, value in state.params.items()}
     # The program makes the matrices that change; the others are the base's own.
-    policy = with_made(base_of(planned.model), base, run("rollout merge", base, state.params, program="merge"))
-    run("rollout prefill", policy, *inputs("rollout prefill", 1))
-    run("rollout decode", policy, *inputs("rollout decode", 1))
+    policy = with_made(base_of(planned.model), base, run("grpo merge", base, state.params, program="merge"))
+    run("grpo prefill", policy, *inputs("grpo prefill", 1))
+    run("grpo decode", policy, *inputs("grpo decode", 1))
     del policy
     run("grpo reference", base, reference, *inputs("grpo reference", 2))
     (sums,) = inputs("grpo gradients", 0, 1)

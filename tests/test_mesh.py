@@ -4,7 +4,6 @@ import json
 import logging
 import math
 from functools import cache
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +34,7 @@ from vlmalign.mesh import (
 from vlmalign.models.families import read_config
 from vlmalign.models.lora import LoraSpec
 from vlmalign.models.model import Model
+from vlmalign.planning.inputs import KNOWN_MODELS
 
 
 def mesh(replica: int = 1, data: int = 1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
@@ -54,7 +54,7 @@ def spec(name: str, shape: tuple[int, ...], dims: tuple[str, ...], where: Abstra
 @cache
 def full_size(name: str) -> Model:
     """A published model, of which nothing but shapes is made; the text-only one with an adapter."""
-    config = json.loads((Path(__file__).parent / "models" / "full_size" / f"{name}.json").read_text())
+    config = json.loads(KNOWN_MODELS[name].read_text())
     return Model(read_config(config), dtype="bfloat16", lora=LORA if name == "openbiollm-8b" else None)
 
 

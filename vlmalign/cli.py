@@ -53,6 +53,10 @@ def _training_arguments(parser: argparse.ArgumentParser) -> None:
         help="set these artefacts aside, and all that was made from them, and make them again",
     )  # fmt: skip
     parser.add_argument("--dry", action="store_true", help="say what would be done, and do nothing")
+    parser.add_argument(
+        "--device", metavar="NAME", help="with --dry: hours on such devices, as `vlmalign plan` names them"
+    )
+    parser.add_argument("--count", type=int, default=1, metavar="N", help="with --device: how many of them (1)")
     several = parser.add_argument_group(
         "several processes",
         "read from SLURM, Open MPI or Kubernetes, or set by scripts/launch_ssh.py, unless given here",
@@ -88,9 +92,18 @@ def _run(arguments: argparse.Namespace) -> None:
     from vlmalign.studies.engine.chain import load_study
     from vlmalign.studies.engine.run import Asked, run
 
+    if arguments.device is not None and not arguments.dry:
+        raise ValueError(
+            "--device is for --dry: it says how long a study would take; a run takes the devices that are here"
+        )
     _begin(arguments)
     config = load_study(arguments.config, _overrides(arguments))
-    asked = Asked(tuple(arguments.only), tuple(arguments.redo), arguments.dry)
+    hours = {}
+    if arguments.device is not None:
+        from vlmalign.planning.study import hours as planned
+
+        hours = planned(config, arguments.device, arguments.count)
+    asked = Asked(tuple(arguments.only), tuple(arguments.redo), arguments.dry, hours)
     run(config, Path(arguments.config), asked, settle=lambda config: settled(config, _say))
 
 

@@ -199,8 +199,8 @@ def cuts_weights(mesh: Mesh | AbstractMesh | None) -> bool:
     return mesh is not None and mesh.shape[FSDP] * mesh.shape[TENSOR] > 1
 
 
-def reshard(params: Mapping[str, Array], where: Placement) -> dict[str, Array]:
-    """The parameters, each where `where` says; those that are there already are not copied."""
+def reshard(params: Mapping[str, Any], where: Placement) -> dict[str, Array]:
+    """The parameters, JAX's or NumPy's, each where `where` says; those that are there already are not copied."""
     return jax.device_put(dict(params), {name: where(name) for name in params})
 
 

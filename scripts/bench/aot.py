@@ -23,7 +23,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "chexreason" / "medgemma_4b.yaml"
-SIZES = ROOT / "tests" / "models" / "full_size" / "medgemma-4b.json"
 GIB = 2**30
 PROMPT, COMPLETION = 456, 512
 #: GiB: the update in one micro-batch, at two groups per micro-batch, and the highest point of a whole step
@@ -32,16 +31,19 @@ WHOLE, PAIRS, STEP = 16.5, 12.0, 18.0
 
 def workload(rows: int, remat: str = "full") -> Any:
     """ChexReason's, at the shapes of the limits, `rows` groups per micro-batch."""
-    from vlmalign.config import load_config
-    from vlmalign.planning.inputs import read_lengths, read_model
-    from vlmalign.planning.workload import read_workload
-    from vlmalign.studies.chexreason.config import ChexReasonConfig
+    from vlmalign.planning.devices import find_device
+    from vlmalign.planning.lengths import Given
+    from vlmalign.planning.study import workloads_of
+    from vlmalign.planning.target import Target
+    from vlmalign.studies.engine.chain import load_study
 
-    shapes = [f"grpo.rollout.completion={COMPLETION}", "grpo.shapes.prompt_multiple=8", f"grpo.shapes.rows={rows}"]
-    config = load_config(ChexReasonConfig, CONFIG, [*shapes, "evaluation.sets=[]", f"model.remat={remat}"])
-    model = read_model(config.model, SIZES)
-    lengths = read_lengths(config, model, prompt=PROMPT, answer=None, completion=None)
-    return read_workload(config, model, lengths, count=1)
+    settings = [f"rollout.completion={COMPLETION}", "shapes.prompt_multiple=8", f"shapes.rows={rows}"]
+    config = load_study(CONFIG, [*(f"stages.grpo.{each}" for each in settings), f"stages.base.remat={remat}"])
+    ((found, _),) = workloads_of(
+        config, lambda dtype: find_device("a100-80"), 1, model_configs={"": "medgemma-4b"}, given=Given(prompt=PROMPT),
+        only=["grpo"], make_target=lambda device, count, *axes: Target(device, count),
+    )  # fmt: skip
+    return found
 
 
 def describe(name: str) -> tuple[Any, Callable[[str], None]]:
@@ -84,9 +86,9 @@ def limits(name: str) -> Iterator[dict[str, Any]]:
 
     target, say = describe(name)
     whole, pairs = workload(8), workload(2)
-    assert whole.grpo.layout == (PROMPT, 4, COMPLETION)
+    assert whole["grpo"].layout == (PROMPT, 4, COMPLETION)
     wanted = [job for job in jobs(whole, target) if not job.name.startswith("sft")]
-    small = micro_job(pairs.model, pairs.grpo, places(target, pairs.model), target)
+    small = micro_job(pairs.model, pairs["grpo"], places(target, pairs.model), target)
     programs = compile_all([*wanted, small._replace(name="pairs")], target, say)
     by_rows = {
         "update of 8 groups in one micro-batch": (whole, programs, WHOLE),
@@ -108,7 +110,7 @@ def limits(name: str) -> Iterator[dict[str, Any]]:
         "kept": peak.peak <= STEP * GIB,
         "phases_gib": {phase.name: round(phase.peak / GIB, 2) for phase in found},
     }
-    decode, base = programs["rollout decode"], size(split(whole.model).frozen)
+    decode, base = programs["grpo decode"], size(split(whole.model).frozen)
     per_token = sum(each.bytes for each in decode.findings.copies) / BLOCK
     yield {
         "limit": "decode: no copies of weights or caches and no sorts in the loop over tokens, caches donated",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-SIZES = ROOT / "tests" / "models" / "full_size"
+SIZES = ROOT / "vlmalign" / "planning" / "known_models"
 MODELS = {"medgemma-4b": "medgemma-4b.json", "llama-3-8b": "openbiollm-8b.json", "qwen2.5-7b": "qwen2.5-7b.json"}
 
 

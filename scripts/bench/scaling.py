@@ -2,7 +2,7 @@
 
     python scripts/bench/scaling.py > scripts/bench/SCALING.md
 
-Nothing on it was run on a GPU. Sizes are those of the models' config.json in `tests/models/full_size`; compiled numbers
+Nothing on it was run on a GPU. Sizes are those of the models' config.json in `vlmalign/planning/known_models`; compiled numbers
 are read from the plans kept in `scripts/bench/results`.
 """
 
@@ -19,7 +19,7 @@ from vlmalign.models.sizes import head_weights, layer_weights
 from vlmalign.weights.checkpoint import parse_config, read_json
 
 ROOT = Path(__file__).resolve().parents[2]
-SIZES = ROOT / "tests" / "models" / "full_size"
+SIZES = ROOT / "vlmalign" / "planning" / "known_models"
 RESULTS = Path(__file__).resolve().parent / "results"
 
 #: bytes per second into and out of one GPU, each: data sheets of H100 SXM (900 GB/s NVLink, both ways together) and of

@@ -35,7 +35,7 @@ def updates(tmp_path_factory):
 def test_update_is_four_operations_per_weight_and_token(updates, group):
     """Forward and gradients of inputs: none of frozen weights, no prompt twice, and the head forward, again, backward."""
     flops, workload = updates[group]
-    config, (prompt, k, c) = workload.model.config.decoder, workload.grpo.layout
+    config, (prompt, k, c) = workload.model.config.decoder, workload["grpo"].layout
     assert (prompt, k, c) == (PROMPT, group, COMPLETION)
     weights = layer_weights(config) + adapter_weights(workload.model)
     head = 6 * head_weights(config) * ROWS * k * c
@@ -54,7 +54,7 @@ def test_decoding_is_two_operations_per_weight_and_token(tmp_path):
     workload = workload_of(tmp_path, PROMPT, 4, COMPLETION, ROWS)
 
     def decode(model, update, where, target):
-        return rollout_jobs("rollout", model, workload.rollout, where, target)[1]
+        return rollout_jobs(model, workload["grpo"].rollout, where, target)[1]
 
     flops = compiled_job(workload, decode).cost_analysis()["flops"]
     config = workload.model.config.decoder
@@ -68,7 +68,7 @@ def test_the_last_layer_of_a_prompt_makes_one_state(tmp_path):
     workload = workload_of(tmp_path, PROMPT, 4, COMPLETION, ROWS)
 
     def prefill(model, update, where, target):
-        return rollout_jobs("rollout", model, workload.rollout, where, target)[0]
+        return rollout_jobs(model, workload["grpo"].rollout, where, target)[0]
 
     flops = compiled_job(workload, prefill).cost_analysis()["flops"]
     config = workload.model.config.decoder

@@ -3,21 +3,19 @@
 The whole model's memory against its limits is `scripts/bench/aot.py`, whose figures are in `scripts/bench/results`.
 """
 
-import pytest
-from small_gates import CONFIG, MEDGEMMA
+from dataclasses import replace
 
-from vlmalign.config import load_config
+import pytest
+from small_gates import grpo_of
+
 from vlmalign.planning.batches import base_of, places, whole
 from vlmalign.planning.depth import shallow
 from vlmalign.planning.devices import find_device
 from vlmalign.planning.graphs import launches_per_round
-from vlmalign.planning.inputs import read_lengths, read_model
 from vlmalign.planning.jobs import micro_job, rollout_jobs
 from vlmalign.planning.programs import compile_all, lower, read_compiled
 from vlmalign.planning.target import open_target, plug_in_problem
-from vlmalign.planning.workload import read_workload
 from vlmalign.rollout.engine import BLOCK
-from vlmalign.studies.chexreason.config import ChexReasonConfig
 
 PROBLEM = plug_in_problem()
 needs_plug_in = pytest.mark.skipif(PROBLEM is not None, reason=str(PROBLEM))
@@ -28,11 +26,15 @@ PROJECTION = 1024 * 2560 * 2
 
 @pytest.fixture(scope="module")
 def workload():
-    overrides = ["grpo.rollout.completion=512", "grpo.shapes.prompt_multiple=8", "grpo.shapes.rows=2"]
-    config = load_config(ChexReasonConfig, CONFIG, [*overrides, "grpo.rollout.top_p=1.0", "grpo.beta=0.0"])
-    model = shallow(read_model(config.model, MEDGEMMA), 2)
-    lengths = read_lengths(config, model, prompt=456, answer=None, completion=None)
-    return read_workload(config, model, lengths, count=1)
+    settings = [
+        "rollout.completion=512",
+        "shapes.prompt_multiple=8",
+        "shapes.rows=2",
+        "rollout.top_p=1.0",
+        "objective.beta=0.0",
+    ]
+    found = grpo_of("medgemma-4b", 456, *(f"stages.grpo.{each}" for each in settings))
+    return replace(found, model=shallow(found.model, 2))
 
 
 @needs_plug_in
@@ -40,7 +42,7 @@ def workload():
 def test_decoding_copies_no_weights_and_is_one_cuda_graph_per_token(workload, device):
     target = open_target(find_device(device), 1)
     where = places(target, workload.model)
-    job = rollout_jobs("rollout", workload.model, workload.rollout, where, target)[1]
+    job = rollout_jobs(workload.model, workload["grpo"].rollout, where, target)[1]
     program = compile_all([job], target, lambda text: None)[job.name]
     assert program.launches == ("CommandBuffer",)
     assert [each for each in program.findings.copies if each.bytes >= BLOCK * each.count * PROJECTION] == []
@@ -57,7 +59,7 @@ def test_left_alone_the_compiler_would_copy_weights_for_every_token(workload):
     that the copies would be found."""
     target = open_target(find_device("a100-80"), 1)
     where = places(target, workload.model)
-    job = rollout_jobs("rollout", workload.model, workload.rollout, where, target)[1]
+    job = rollout_jobs(workload.model, workload["grpo"].rollout, where, target)[1]
     job = job._replace(arguments=(where.sampled(whole(base_of(workload.model))), *job.arguments[1:]))
     options = {**target.options, "xla_gpu_enable_triton_gemm": False}  # Triton's products read each matrix by itself
     found = read_compiled(job.name, lower(job, target).compile(compiler_options=options)).findings.copies
@@ -68,7 +70,7 @@ def test_left_alone_the_compiler_would_copy_weights_for_every_token(workload):
 def test_the_update_keeps_no_second_copy_of_the_head(workload):
     """Its gradient for the states runs in bfloat16: in float32 the head would be converted for every chunk."""
     target = open_target(find_device("a100-80"), 1)
-    job = micro_job(workload.model, workload.grpo, places(target, workload.model), target)
+    job = micro_job(workload.model, workload["grpo"], places(target, workload.model), target)
     text = lower(job, target).compile(compiler_options=target.options).as_text()
     assert "bf16[262208,2560]" in text
     assert "f32[262208,2560]" not in text

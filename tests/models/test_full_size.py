@@ -1,6 +1,6 @@
 """The models of the papers at full size, without their memory: parameter counts, tensor names and shapes.
 
-`full_size/` holds the config.json of each checkpoint. Our shapes are traced, transformers' model is built on torch's
+The package holds the config.json of each checkpoint (`planning/known_models`). Our shapes are traced, transformers' model is built on torch's
 meta device; neither holds a weight, nothing is compiled.
 """
 
@@ -18,10 +18,11 @@ from vlmalign.models.config import ModelConfig
 from vlmalign.models.families import FAMILIES, read_config
 from vlmalign.models.model import Model
 
-FOLDER = Path(__file__).parent / "full_size"
+FOLDER = Path(__file__).parents[2] / "vlmalign" / "planning" / "known_models"
 
 #: parameters, a tied output head counted once, as the checkpoints' pages and Keras Hub's presets give them
 PUBLISHED = {
+    "llama-3-8b": 8_030_261_248,
     "medgemma-4b": 4_300_079_472,
     "medgemma-4b-text": 3_880_099_328,
     "medgemma-27b": 27_432_406_640,
@@ -30,6 +31,7 @@ PUBLISHED = {
     "qwen2.5-0.5b": 494_032_768,
     "qwen2.5-7b": 7_615_616_512,
     "qwen2.5-vl-3b": 3_754_622_976,
+    "qwen2.5-vl-7b": 8_292_166_656,
 }
 
 #: one literal name per checkpoint, so that the rules above are not the only witness: (hub file, ours, shape)
@@ -50,12 +52,14 @@ KNOWN = {
     "medgemma-27b-text": (
         "model.layers.61.self_attn.q_norm.weight", "language_model.layers.61.self_attn.q_norm.weight", (128,),
     ),
+    "llama-3-8b": ("lm_head.weight", "lm_head.weight", (128_256, 4096)),
     "openbiollm-8b": ("lm_head.weight", "lm_head.weight", (128_256, 4096)),
     "qwen2.5-0.5b": (
         "model.layers.23.self_attn.k_proj.bias", "language_model.layers.23.self_attn.k_proj.bias", (128,),
     ),
     "qwen2.5-7b": ("model.layers.27.mlp.down_proj.weight", "language_model.layers.27.mlp.down_proj.weight", (3584, 18_944)),
     "qwen2.5-vl-3b": ("visual.blocks.31.attn.qkv.weight", "visual.blocks.31.attn.qkv.weight", (3840, 1280)),
+    "qwen2.5-vl-7b": ("visual.merger.mlp.2.weight", "visual.merger.mlp.2.weight", (3584, 5120)),
 }  # fmt: skip
 
 

@@ -149,12 +149,13 @@ def test_what_was_kept_gives_way_where_an_arm_does_not_fit_beside_it(tmp_path, m
 
 def test_a_file_that_says_auto_is_settled_for_the_devices_here(repository, tmp_path):
     """From YAML to numbers, as `vlmalign run` does it, with programs compiled for this device."""
-    path = repository / "configs" / "align" / "tiny_text.yaml"
-    text = path.read_text().replace("rows: 16,", "rows: auto,").replace("rows: 8,", "rows: auto,")
-    (tmp_path / "auto.yaml").write_text(text)
-    config = load_study(tmp_path / "auto.yaml", [f"run={tmp_path}", "model.remat=auto"])
+    head, *_, grpo = (repository / "configs" / "align" / "tiny_text.yaml").read_text().split("\n  - kind: ")
+    stated, left = tmp_path / "stated.yaml", tmp_path / "auto.yaml"
+    stated.write_text(f"{head}\n  - kind: {grpo}")
+    left.write_text(stated.read_text().replace("rows: 8,", "rows: auto,"))
+    config = load_study(left, [f"run={tmp_path}", "model.remat=auto"])
     said = []
     found = settled(config, said.append)
-    assert found == load_study(path, [f"run={tmp_path}"])
-    assert any("tried 03-grpo remat none, 8 rows" in text for text in said)
+    assert found == load_study(stated, [f"run={tmp_path}"])
+    assert any("tried 01-grpo remat none, 8 rows" in text for text in said)
     assert settled(config, said.append) == found

@@ -49,9 +49,9 @@ def test_from_a_csv_to_scores_with_intervals_and_a_report(study):
     (dataset,) = results["datasets"]
     assert dataset["n"] == 20
     assert dataset["role"] == "in-schema"
-    assert dataset["labels"] == ["basal veil", "broad silhouette", "odd edge", "plain", "round shadow", "soft cloud"]
+    assert dataset["labels"] == ["basal veil", "odd edge", "plain", "round shadow", "soft cloud"]
     for row in results["results"]:
-        assert len(row["results"]["blocks"]["all 6"]["per_label"]) == 6
+        assert len(row["results"]["blocks"]["all 5"]["per_label"]) == 5
     drawn = [{row["patient"] for row in rows(folder / "sets" / name / "cases.jsonl")} for name in ("train", "held-out")]
     assert not set.intersection(*drawn)
     page = (folder / "report.html").read_text()

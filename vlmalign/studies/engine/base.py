@@ -86,10 +86,10 @@ class Base:
         return {name: value for name, value in self.params.items() if not name.startswith(DECODER)}
 
     def start(self, state: State, spec: LoraSpec | None, seed: int, *, last: bool) -> dict[str, Array]:
-        """The parameters that a stage begins to train. Training gives their buffers back as it goes, so they are copies;
-        but the decoder itself where this is the last use of the base as it is (`last`)."""
+        """The parameters that a stage begins to train. Training gives their buffers back as it goes: those of the state,
+        which is of no use afterwards, and copies of the base's, unless nothing needs it as it is any more (`last`)."""
         if not state.plain:
-            return {name: jnp.array(value) for name, value in state.params.items()}
+            return dict(state.params)
         if spec is not None:
             return init_adapter(self.model(spec).shapes, self.params, key=key_for(seed, 0, "adapter"))
         decoder = [name for name in self.params if name.startswith(DECODER)]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from vlmalign.distributed import own_share, process_count
@@ -153,7 +154,8 @@ def state_of(study: Opened, base: Base, edge: Edge) -> State:
         return State({}, None)
     spec = study.spec(name)
     if isinstance(stage, AdapterStage):
-        return State(dict(study.adapters[name].params), spec)
+        # A copy: training gives the buffers of what it begins with back, and others may go on from this adapter.
+        return State({key: jnp.array(value) for key, value in study.adapters[name].params.items()}, spec)
     params = read_state(study.config.run / edge.node, edge.which)
     return State(base.devices.place(base.model(spec), params), spec)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ class Asked:
     only: Sequence[str] = ()  #: names of artefacts; they and what they are made from. None: all
     redo: Sequence[str] = ()  #: names of artefacts that are set aside first, with all that was made from them
     dry: bool = False  #: say what would be done, and do nothing
+    hours: Mapping[str, float] = field(default_factory=dict)  #: stage -> what a plan says that it takes, for a dry run
 
 
 def run(
@@ -83,15 +84,15 @@ def run(
         set_aside = [
             name for text in asked.redo for found in find_nodes(nodes, text) for name in descendants(nodes, found)
         ]
+        _open_files(study, nodes, wanted, progress)
         if not asked.dry:
             from_first(lambda: _set_aside(config.run, dict.fromkeys(set_aside)))
-        _open_files(study, nodes, wanted, progress)
         steps = Steps(
             study, nodes, wanted, devices, progress, asked.dry, frozenset(set_aside) if asked.dry else frozenset()
         )
         steps.refuse_changed()
         if asked.dry:
-            steps.tell()
+            steps.tell(asked.hours)
             return config.run
         from_first(lambda: _begin(config))
         steps.make_all()
@@ -157,8 +158,8 @@ class Steps:
     def _in_order(self) -> Iterator[Node]:
         return (node for node in self.nodes.values() if node.name in self.wanted)
 
-    def tell(self) -> None:
-        """Say what would be done."""
+    def tell(self, hours: Mapping[str, float]) -> None:
+        """Say what would be done, and how long stages take where a plan says it."""
         whole = {}
         for node in self._in_order():
             if is_given(node):
@@ -167,7 +168,8 @@ class Steps:
             if node.kind == REPORT:
                 earlier, done = None, all(whole.values()) and (self.study.config.run / "report.html").exists()
             whole[node.name] = done
-            self.progress.say(f"{'there' if done else 'to continue' if earlier else 'to make':12} {node.name}")
+            planned = f"  {hours[node.key]:.2g} h" if node.name == f"stages/{node.key}" and node.key in hours else ""
+            self.progress.say(f"{'there' if done else 'to continue' if earlier else 'to make':12} {node.name}{planned}")
 
     def make_all(self) -> None:
         """Make what is missing, in order; each base is loaded for as long as it is needed."""

@@ -95,10 +95,11 @@ def steps_of(config: StudyConfig, entry: Answers) -> list[tuple[str, str]]:
 
 def _dataset(config: StudyConfig, ref: str, cases: Cases, task: Any) -> dict[str, Any]:
     patients = {row["patient"] for row in cases.rows}
-    schema = "in-schema"
-    if isinstance(task, LabelsTask) and set(cases.labels) != set(task.names):
-        schema = "cross-schema"
     section = config.sets[set_ref(ref).name]
+    # Labels told in other names than the source's own follow another convention, unless the task has just these.
+    mapped = getattr(config.sources[section.from_], "label_map", None) is not None
+    other = isinstance(task, LabelsTask) and mapped and set(cases.labels) != set(task.names)
+    schema = "cross-schema" if other else "in-schema"
     known = {"name": ref, "role": schema, "labels": list(cases.labels), "n": len(cases), "patients": len(patients)}
     return {**known, "peeked": True} if section.peek else known
 
