@@ -7,7 +7,6 @@ from typing import Any
 from vlmalign.planning.devices import find_device
 from vlmalign.planning.lengths import Given
 from vlmalign.planning.study import workloads_of
-from vlmalign.planning.target import Target
 from vlmalign.planning.workload import Workload
 from vlmalign.studies.engine.chain import load_study
 from vlmalign.studies.engine.config import StudyConfig
@@ -59,11 +58,6 @@ OVERRIDES = (
 )
 
 
-def unopened(device, count, axes, sampling_axes) -> Target:
-    """Of devices that nothing is compiled for."""
-    return Target(device, count, axes=axes, sampling_axes=sampling_axes)
-
-
 def only_workload(config: StudyConfig, model_config: Path | str, *, count: int = 1, **given: int) -> Workload:
     """The study's only workload."""
     device = find_device("a100-80")
@@ -73,7 +67,7 @@ def only_workload(config: StudyConfig, model_config: Path | str, *, count: int =
         count,
         model_configs={"": str(model_config)},
         given=Given(**given),
-        make_target=unopened,
+        compiles=False,
     )
     return workload
 

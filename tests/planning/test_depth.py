@@ -83,12 +83,12 @@ def test_what_is_known_is_not_compiled_and_scales_the_others(five, monkeypatch):
 
     monkeypatch.setattr("vlmalign.planning.search._compiled", stand_in)
     huge = replace(linear(9), memory=Memory(0, 0, 1 << 40, 0))
-    said = []
-    choice = choose_rows(
-        five, "grpo", target, said.append, policies=("none", "full"), known={Candidate("none", 2): huge}
-    )
-    # Scaled to the huge one, a single row does not fit either, and nothing is compiled before full rematerialisation.
-    assert [t.how for t in choice.tried[:2]] == ["compiled", "arithmetic scaled to what was compiled"]
+    known, say = {Candidate("none", 2): huge}, [].append
+    # Scaled to the huge one, a single row does not fit either, and nothing is compiled.
+    choice = choose_rows(five, "grpo", "none", target, say, known=known)
+    assert [t.how for t in choice.tried] == ["compiled", "arithmetic scaled to what was compiled"]
+    assert (choice.taken, compiled) == (None, [])
+    choice = choose_rows(five, "grpo", "full", target, say, known=known)
     assert compiled == [("full", 2)]
     assert choice.taken == Candidate("full", 2)
     assert choice.program is not None

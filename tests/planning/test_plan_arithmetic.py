@@ -18,7 +18,7 @@ from vlmalign.planning.memory import MARGIN, phases, usable
 from vlmalign.planning.plan import make_plan
 from vlmalign.planning.record import record
 from vlmalign.planning.schedule import times
-from vlmalign.planning.search import SCALED, Candidate, Choice, candidates, changed, choose_rows
+from vlmalign.planning.search import SCALED, Candidate, Choice, changed, choose_all, choose_rows, rows_to_try
 from vlmalign.planning.target import Target
 from vlmalign.types import Layout
 
@@ -133,16 +133,16 @@ def test_rows_divide_over_the_devices(tmp_path):
     assert (workload["grpo"].rows, workload["sft"].rows, workload["grpo"].rollout.rows) == (8, 8, 8)
 
 
-def test_candidates_fastest_first(real):
-    found = list(candidates(real["grpo"], 1, ("full", "none")))
-    assert found == [Candidate(remat, rows) for remat in ("none", "full") for rows in (8, 4, 2, 1)]
-    assert list(candidates(real["grpo"], 8, ("none",))) == [Candidate("none", 8)]
+def test_the_most_rows_first(real):
+    assert list(rows_to_try(real["grpo"], 1)) == [8, 4, 2, 1]
+    assert list(rows_to_try(real["grpo"], 8)) == [8]
+    assert list(rows_to_try(real["grpo"], 3)) == [9, 6, 3]
 
 
 def test_a_cut_over_tensor_shares_out_no_rows(real):
     """Two devices that hold one layer between them see the same rows: one row is tried, and counted whole on each."""
     alone, cut = Target(A100, 1), Target(A100, 2, axes=MeshSettings(data=1, tensor=2))
-    tried = choose_rows(real, "grpo", replace(cut, device=replace(A100, memory=1)), lambda text: None).tried
+    tried = choose_rows(real, "grpo", "full", replace(cut, device=replace(A100, memory=1)), lambda text: None).tried
     assert min(t.candidate.rows for t in tried) == 1
     (one,) = (p for p in phases(real, {}, alone) if p.name == "grpo gradients")
     (two,) = (p for p in phases(real, {}, cut) if p.name == "grpo gradients")
@@ -153,29 +153,29 @@ def test_sft_asks_for_the_next_policy_where_none_of_its_rows_fit(tmp_path, monke
     """GRPO would keep everything; SFT fits only where everything is made again, and both take that."""
     asked = []
 
-    def choose(workload, stage, target, say, *, policies, rows, known, scales):
+    def choose(workload, stage, remat, target, say, *, rows, known, scale):
         assert rows is None, "what the config states is tried as well as the rest"
-        asked.append((stage, policies))
-        assert scales == ({policies[0]: 0.9} if stage == "sft" else {}), "SFT hears of what GRPO's program took"
-        found = next((p for p in policies if stage == "grpo" or p == "full"), None)
-        return Choice(stage, None if found is None else Candidate(found, 2), (), scales={policies[0]: 0.9})
+        asked.append((stage, remat))
+        assert scale == (0.9 if stage == "sft" else None), "SFT hears of what GRPO's program took"
+        fits = stage == "grpo" or remat == "full"
+        return Choice(stage, Candidate(remat, 2) if fits else None, (), scale=0.9)
 
     monkeypatch.setattr("vlmalign.planning.search.choose_rows", choose)
     plan = make_plan(small_workload(tmp_path), Target(A100, 1), search=True, say=lambda text: None)
-    assert plan.proposed.model.remat == "full"
-    assert [stage for stage, _ in asked] == ["grpo", "sft"] * len(REMAT)
+    assert plan.better.workload.model.remat == "full"
+    assert asked == [(stage, remat) for remat in ("none", "dots", "attention", "full") for stage in ("grpo", "sft")]
     assert record(plan, share=0.5)["nothing_fits"] == []
     monkeypatch.setattr("vlmalign.planning.search.choose_rows", lambda *a, **k: Choice("grpo", None, ()))
     plan = make_plan(small_workload(tmp_path), Target(A100, 1), search=True, say=lambda text: None)
-    assert plan.proposed is None
+    assert plan.better is None
     assert record(plan, share=0.5)["nothing_fits"] == ["grpo"]
 
 
 def test_what_the_other_stage_took_says_what_fits_with_room(real):
     """Half of what arithmetic says, since GRPO's program under the same policy took half of it: nothing is compiled."""
     target = Target(find_device("h200"), 1)
-    plain = choose_rows(real, "sft", target, lambda text: None, policies=("full",))
-    scaled = choose_rows(real, "sft", target, lambda text: None, policies=("full",), scales={"full": 0.5})
+    plain = choose_rows(real, "sft", "full", target, lambda text: None)
+    scaled = choose_rows(real, "sft", "full", target, lambda text: None, scale=0.5)
     assert (plain.program, plain.tried[0].how) == (None, "arithmetic")
     assert scaled.taken == plain.taken
     assert scaled.tried[0].how == SCALED
@@ -184,15 +184,15 @@ def test_what_the_other_stage_took_says_what_fits_with_room(real):
 
 
 def test_the_first_that_fits_is_taken(real):
-    said = []
-    taken = {}
+    said, taken = [], {}
     for device in DEVICES:
-        choice = choose_rows(real, "grpo", Target(device, 1), said.append)
-        taken[device.name] = choice.taken
-        assert [t.fits for t in choice.tried] == [False] * (len(choice.tried) - 1) + [choice.taken is not None]
-        assert choice.tried[-1].peak <= usable(device.memory) or choice.taken is None
-    assert taken["h200"].remat == "none"
-    assert taken["rtx4090-24"] is None or taken["rtx4090-24"].remat != "none"
+        found, tried = choose_all(real, Target(device, 1), said.append)
+        taken[device.name] = None if found is None else found.model.remat
+        for choice in tried:
+            assert [t.fits for t in choice.tried] == [False] * (len(choice.tried) - 1) + [choice.taken is not None]
+            assert choice.tried[-1].peak <= usable(device.memory) or choice.taken is None
+    assert taken["h200"] == "none"
+    assert taken["rtx4090-24"] != "none"
     assert len(said) >= len(DEVICES)
 
 

@@ -39,9 +39,9 @@ def test_a_plan_in_json_and_words(no_plug_in, model_config, tmp_path, capsys):
     assert found["method"] == "arithmetic"
     assert found["versions"]["jax"] == jax.__version__
     assert "pip install no-such-wheel" in found["refusal"]
-    assert found["fits"] is True
     assert found["lengths"][0]["known"]["prompt"].startswith("image tokens")
     settings = found["as_configured"]
+    assert settings["fits"] is True
     assert settings["peak_bytes"] == max(phase["peak"] for phase in settings["memory_per_device"])
     assert settings["time"]["gpu_hours"] == pytest.approx(2 * settings["time"]["roofline_gpu_hours"])
     assert found["proposed"]["remat"] == "none"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 from small_plan import CONFIG as FILMS
-from small_plan import REPOSITORY, only_workload, unopened
+from small_plan import REPOSITORY, only_workload
 
 from vlmalign.models import sizes
 from vlmalign.objectives.ppo import RECORDED
@@ -79,7 +79,7 @@ def read(tmp_path):
         path.write_text((text or CONFIG % (lora, beta)).replace("kind: grpo", f"kind: {kind}"))
         return workloads_of(
             load_study(path, overrides), lambda dtype: A100, count, only=only,
-            model_configs={"": str(tmp_path / "config.json")}, make_target=unopened,
+            model_configs={"": str(tmp_path / "config.json")}, compiles=False,
         )  # fmt: skip
 
     return run
@@ -286,7 +286,7 @@ answers:"""
 def test_what_is_counted_and_what_is_limited():
     """The repository's own chain of three stages, with its rows and its tokenizer."""
     config = load_study(REPOSITORY / "configs" / "align" / "tiny_text.yaml")
-    ((workload, _),) = workloads_of(config, lambda dtype: A100, 1, make_target=unopened)
+    ((workload, _),) = workloads_of(config, lambda dtype: A100, 1, compiles=False)
     sft, dpo, grpo = workload.stages
     assert all(update.lengths.known["prompt"].startswith("counted: the longest of") for update in workload.stages)
     assert sft.lengths.prompt <= 96, "the limit that the run keeps"
@@ -296,9 +296,9 @@ def test_what_is_counted_and_what_is_limited():
     assert [update.lengths.images for update in workload.stages] == [0, 0, 0]
     assert not workload.encodes, "a vision-language model that is shown no image"
     given = Given(prompt=40, answer=30, completion=20)
-    ((workload, _),) = workloads_of(config, lambda dtype: A100, 1, given=given, make_target=unopened)
+    ((workload, _),) = workloads_of(config, lambda dtype: A100, 1, given=given, compiles=False)
     assert {(each.lengths.prompt, each.lengths.answer) for each in workload.stages[:2]} == {(40, 30)}
-    assert workload.stages[2].rollout.length == 20
+    assert workload.stages[2].rollout.lengths.completion == 20
 
 
 def test_lengths_that_nobody_says(read):
@@ -316,7 +316,7 @@ def test_images_of_any_size_need_their_tokens():
     config = load_study(FILMS)
     with pytest.raises(ValueError, match="give --image-tokens"):
         only_workload(config, "qwen2.5-vl-3b", prompt=900)
-    workload = only_workload(config, "qwen2.5-vl-3b", prompt=900, images=720)
+    workload = only_workload(config, "qwen2.5-vl-3b", prompt=900, image=720)
     batch, _ = update_batch(workload.model, workload["grpo"])
     assert batch.features.shape == (8 * 720, 2048)
     assert (workload.encodes, workload.films) == (False, 0)

@@ -7,7 +7,6 @@ again: it continues bit for bit.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,7 +24,7 @@ from vlmalign.planning.target import Target
 from vlmalign.planning.this_device import unmeasured_device
 from vlmalign.planning.workload import Update, Workload
 from vlmalign.studies.engine.config import StudyConfig
-from vlmalign.studies.engine.files import write_json
+from vlmalign.studies.engine.files import digest_of, write_json
 
 CHOSEN = "chosen.json"
 
@@ -42,9 +41,9 @@ def leaves_open(config: StudyConfig) -> bool:
     return any(_open(stage) for stage in config.stages.values())
 
 
-def settled(config: StudyConfig, say: Callable[[str], None]) -> StudyConfig:
+def settled(config: StudyConfig, say: Callable[[str], None], *, keep: bool = True) -> StudyConfig:
     """The config for the devices that JAX runs on here, with nothing left open; the same where nothing was. All processes
-    of a run call this.
+    of a run call this. `keep`: what was chosen is written into the run folder.
 
     Raises:
         ValueError: when nothing fits, and as `study.workloads_of`.
@@ -62,7 +61,7 @@ def settled(config: StudyConfig, say: Callable[[str], None]) -> StudyConfig:
         kept, chosen = {}, _chosen(config, say)
     stages = {name: kept.get(name, {}) | chosen.get(name, {}) for name in {**kept, **chosen}}
     marked = {name: {**each, "of": _mark(config, name)} for name, each in stages.items()}
-    if chosen:
+    if chosen and keep:
         from_first(lambda: write_json(config.run / CHOSEN, {"devices": here, "stages": marked}))
     return filled(config, stages)
 
@@ -165,5 +164,4 @@ def _kept(config: StudyConfig, here: str) -> Chosen:
 def _mark(config: StudyConfig, name: str) -> str:
     """Of what a choice for this stage depends on: its section, its model's, and the mesh."""
     sections = [config.stages[name], config.stages[config.base_of(name)], *filter(None, [config.mesh])]
-    text = json.dumps([each.model_dump(mode="json", by_alias=True) for each in sections])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return digest_of([each.model_dump(mode="json", by_alias=True) for each in sections])

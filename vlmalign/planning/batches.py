@@ -130,11 +130,8 @@ def base_of(model: Model) -> Model:
 
 def size(tree: Any) -> int:
     """Bytes of all arrays on one device: of those that are placed, its share."""
-    return sum(_share(x) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
-def _share(x: jax.ShapeDtypeStruct) -> int:
-    return x.size if x.sharding is None else math.prod(x.sharding.shard_shape(x.shape))
+    shares = ((x, x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
+    return sum(math.prod(shape) * x.dtype.itemsize for x, shape in shares)
 
 
 def prompt_batch(model: Model, *, rows: int, prompt: int, images: int) -> GroupBatch:
@@ -171,12 +168,8 @@ def _batch(model: Model, layout: Layout, rows: int, images: int) -> GroupBatch:
         # A batch has room for an image in each row, also where no row has one.
         features = _array((rows * max(images, vision.tokens or 1), config.embed), jnp.dtype(model.dtype))
     return GroupBatch(
-        tokens=per_token,
-        segment=per_token,
-        order=per_token,
+        **dict.fromkeys(("tokens", "segment", "order", "image", "block"), per_token),
         position=_array((rows, layout.row, *axes), jnp.int32),
-        image=per_token,
-        block=per_token,
         weight=_array((rows, layout.group, layout.completion), jnp.float32),
         group_id=_array((rows,), jnp.int32),
         features=features,

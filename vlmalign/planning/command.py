@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+from vlmalign.planning.devices import SHARE, THIS, find_device
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
@@ -38,7 +40,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         ("image", "of all images of a prompt, where neither model nor data says it"),
     ):
         parser.add_argument(f"--{name}-tokens", type=int, metavar="N", help=what)
-    parser.add_argument("--share", type=float, metavar="X", help="of the roofline, for GPU-hours (default 0.5)")
+    parser.add_argument(
+        "--share", type=float, default=SHARE, metavar="X", help=f"of the roofline, for GPU-hours (default {SHARE})"
+    )
     parser.add_argument("--no-search", dest="search", action="store_false", help="look for no better settings")
     parser.add_argument("--quick", action="store_true", help="draw training out from models of 2 and 4 layers")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there as well")
@@ -46,11 +50,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Plan and print; ValueError for what cannot be planned."""
-    from vlmalign.planning.devices import SHARE, THIS, find_device
-
-    share = SHARE if arguments.share is None else arguments.share
-    if not 0 < share <= 1:
-        raise ValueError(f"--share must be above 0 and at most 1, found {share:g}")
+    if not 0 < arguments.share <= 1:
+        raise ValueError(f"--share must be above 0 and at most 1, found {arguments.share:g}")
     # All that can be wrong with the arguments is found before JAX is loaded.
     device = None if arguments.device == THIS else find_device(arguments.device)
     for name, value in vars(arguments).items():
@@ -77,23 +78,19 @@ def run(arguments: argparse.Namespace) -> None:
         this_device if device is None else lambda dtype: device,
         arguments.count,
         model_configs=dict(text.rpartition("=")[::2] for text in arguments.model_config),
-        given=Given(
-            arguments.prompt_tokens, arguments.answer_tokens, arguments.completion_tokens, arguments.image_tokens
-        ),
+        given=Given(*(getattr(arguments, f"{name}_tokens") for name in Given._fields)),
         only=arguments.stages,
     )
+    # Tables do not fit the 80 columns that a pipe is taken to have.
     progress, console = Console(stderr=True), Console(width=None if sys.stdout.isatty() else 120)
+
+    def say(text: str) -> None:
+        progress.print(f"[dim]{text}[/dim]")
+
     found = []
     for workload, target in read:
-        plan = make_plan(
-            workload,
-            target,
-            search=arguments.search,
-            quick=arguments.quick,
-            say=lambda text: progress.print(f"[dim]{text}[/dim]"),
-        )
-        found.append(record(plan, share=share))
-        # Tables do not fit the 80 columns that a pipe is taken to have.
+        plan = make_plan(workload, target, search=arguments.search, quick=arguments.quick, say=say)
+        found.append(record(plan, share=arguments.share))
         show(found[-1], console)
     spent_on = {
         "seconds": round(time.perf_counter() - started, 1),

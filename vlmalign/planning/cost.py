@@ -39,6 +39,10 @@ class Cost(NamedTuple):
     def times(self, number: float) -> Cost:
         return Cost(self.flops * number, self.bytes * number)
 
+    def bound(self, device: Device, dtype: str) -> str:
+        """What it waits for: "operations" or "bandwidth"."""
+        return "operations" if self.flops / device.flops[dtype] >= self.bytes / device.bandwidth else "bandwidth"
+
 
 def roofline(cost: Cost, device: Device, dtype: str) -> float:
     """Seconds on one device below which nothing can come."""

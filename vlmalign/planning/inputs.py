@@ -42,13 +42,10 @@ def model_of(config: StudyConfig, name: str, given: str | None = None) -> Model:
 
 def _spec(config: StudyConfig, name: str, shape: ModelConfig) -> LoraSpec | None:
     """The adapter of a stage; None where the whole decoder is trained."""
-    stage = config.stages[name]
-    if isinstance(stage, ModelStage | AdapterStage) and stage.lora is not None:
-        return stage.lora.spec
-    if isinstance(stage, ModelStage):
-        return None
-    if not isinstance(stage, AdapterStage):
-        return _spec(config, stage_ref(stage.from_).name, shape)
+    while not isinstance(stage := config.stages[name], ModelStage | AdapterStage):
+        name = stage_ref(stage.from_).name
+    if isinstance(stage, ModelStage) or stage.lora is not None:
+        return None if stage.lora is None else stage.lora.spec
     folder = config.place(stage.path)
     if not folder.is_dir():
         raise ValueError(f"stages.{name}: there is no folder {folder}; give the adapter's settings in a section lora")

@@ -71,7 +71,7 @@ def merge_job(model: Model, where: Where, target: Target) -> Job:
     """The trained parameters into a policy to sample from: the matrices that change, made anew."""
     frozen, trained = split(model)
 
-    changed = partial(changed_parameters, model, join=_joins(target))
+    changed = partial(changed_parameters, model, join=joins_here(target.mesh, target.sampling_mesh))
     return Job("merge", changed, (where.trained(frozen), where.trained(trained)), mesh=target.mesh)
 
 
@@ -85,16 +85,8 @@ def changed_names(model: Model) -> set[str]:
 
 def generator(model: Model, sampled: Sampled, target: Target) -> Generator:
     """How the study samples, from which follow the shapes of its programs."""
-    return Generator(
-        model=base_of(model),
-        features=None,
-        stop_ids=(),
-        rows=sampled.rows,
-        group=sampled.group,
-        completion=sampled.completion,
-        sampling=sampled.sampling,
-        mesh=target.sampling_mesh if target.devices else None,
-    )
+    mesh, sizes = target.sampling_mesh if target.devices else None, (sampled.rows, sampled.group, sampled.completion)
+    return Generator(base_of(model), None, (), *sizes, sampled.sampling, mesh=mesh)
 
 
 def rollout_jobs(model: Model, sampled: Sampled, where: Where, target: Target) -> list[Job]:
@@ -107,31 +99,21 @@ def rollout_jobs(model: Model, sampled: Sampled, where: Where, target: Target) -
     per_row = jax.ShapeDtypeStruct((n,), jnp.int32)
     rows = Rows(per_row, per_row, per_row, jax.ShapeDtypeStruct((n, k), jnp.int32), per_row)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    batch = prompt_batch(base, rows=made.prefilled_at_once, prompt=sampled.prompt, images=sampled.images)
+    batch = prompt_batch(base, rows=made.prefilled_at_once, prompt=sampled.prompt, images=sampled.lengths.images)
     weights = where.sampled(_sampled_from(model, target))
+    caches = _put_caches(cache, where, heads=2), _put_caches(shared, where, heads=1)
+    decoding = partial(decode_block, base, steps=made.steps, sampling=sampled.sampling)
+    on_gpu, mesh = bool(target.devices) and target.devices[0].platform != "cpu", target.sampling_mesh
     return [
-        Job(
-            f"{sampled.name} prefill",
-            lambda params, batch: prefill(base, params, batch),
-            (weights, _put_batch(batch, where)),
-            mesh=target.sampling_mesh,
-        ),
+        Job(f"{sampled.name} prefill", partial(prefill, base), (weights, _put_batch(batch, where)), mesh=mesh),
         Job(
             f"{sampled.name} decode",
-            lambda params, cache, shared, rows, key: decode_block(
-                base, params, cache, shared, rows, key, steps=made.steps, sampling=sampled.sampling
-            ),
-            (
-                weights,
-                _put_caches(cache, where, heads=2),
-                _put_caches(shared, where, heads=1),
-                put(rows, where.rows),
-                put(key, where.whole),
-            ),
+            decoding,
+            (weights, *caches, put(rows, where.rows), put(key, where.whole)),
             donated=(1,),
             options=DECODING,
-            counted=bool(target.devices) and target.devices[0].platform != "cpu",
-            mesh=target.sampling_mesh,
+            counted=on_gpu,
+            mesh=mesh,
         ),
     ]
 
@@ -153,46 +135,26 @@ def _put_caches(tree: Any, where: Where, *, heads: int) -> Any:
 
 def _sampled_from(model: Model, target: Target) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of the parameters of a rollout: the base's, and merged ones, joined where they are."""
-    shapes, join = whole(base_of(model)), _joins(target)
+    shapes, join = whole(base_of(model)), joins_here(target.mesh, target.sampling_mesh)
     made = {name: shapes[name] for name in changed_names(model)}
     return with_made(model, shapes, jax.eval_shape(lambda made: joined(model, made), made) if join else made)
 
 
-def _joins(target: Target) -> bool:
-    return joins_here(target.mesh, target.sampling_mesh)
-
-
 def trainer(model: Model, update: Update, where: Where) -> Trainer:
     """The stage's own trainer. Parameters of the reference are arguments of its programs: none are needed here."""
-    return Trainer(
-        model,
-        update.objective,
-        update.optimiser,
-        reference=(model, {}) if update.objective.needs_reference else None,
-        placement=where.training,
-    )
+    reference = (model, {}) if update.objective.needs_reference else None
+    return Trainer(model, update.objective, update.optimiser, reference=reference, placement=where.training)
 
 
 def micro_job(model: Model, update: Update, where: Where, target: Target) -> Job:
     """Gradients of one micro-batch, added to those before."""
     frozen, trained = where.trained(split(model).frozen), where.trained(trained_in(model, update))
     batch, recorded = update_batch(model, update)
-    step = jax.ShapeDtypeStruct((), jnp.int32)
-    return Job(
-        f"{update.name} gradients",
-        trainer(model, update, where)._micro,
-        (
-            trained,
-            trained,
-            frozen,
-            _put_batch(batch, where),
-            put(recorded, where.rows),
-            put(counts(model, update), where.whole),
-            put(step, where.whole),
-        ),
-        donated=(0,),
-        mesh=target.mesh,
-    )
+    placed = _put_batch(batch, where), put(recorded, where.rows), put(counts(model, update), where.whole)
+    step = put(jax.ShapeDtypeStruct((), jnp.int32), where.whole)
+    function = trainer(model, update, where)._micro
+    arguments = (trained, trained, frozen, *placed, step)
+    return Job(f"{update.name} gradients", function, arguments, donated=(0,), mesh=target.mesh)
 
 
 def apply_job(model: Model, update: Update, where: Where, target: Target) -> Job:
@@ -200,14 +162,9 @@ def apply_job(model: Model, update: Update, where: Where, target: Target) -> Job
     trained = where.trained(trained_in(model, update))
     scalar = put(jax.ShapeDtypeStruct((), jnp.int32), where.whole)
     state = TrainState(dict(trained), moments(model, update, where), scalar)
-    loss = jax.ShapeDtypeStruct((), jnp.float32)
-    return Job(
-        f"{update.name} optimiser",
-        trainer(model, update, where)._update,
-        (state, dict(trained), put(loss, where.whole)),
-        donated=(0,),
-        mesh=target.mesh,
-    )
+    loss = put(jax.ShapeDtypeStruct((), jnp.float32), where.whole)
+    function, arguments = trainer(model, update, where)._update, (state, dict(trained), loss)
+    return Job(f"{update.name} optimiser", function, arguments, donated=(0,), mesh=target.mesh)
 
 
 def moments(model: Model, update: Update, where: Where) -> Any:
@@ -229,12 +186,9 @@ def reference_job(model: Model, update: Update, where: Where, target: Target) ->
     # Kept in the dtypes of the model, as the studies keep it.
     kept = used(model)
     extra = {n: jax.ShapeDtypeStruct(v.shape, kept[n].dtype, sharding=v.sharding) for n, v in trained.items()}
-    return Job(
-        f"{update.name} reference",
-        trainer(model, update, where)._reference_scores,
-        (frozen, extra, _put_batch(update_batch(model, update)[0], where)),
-        mesh=target.mesh,
-    )
+    function = trainer(model, update, where)._reference_scores
+    arguments = (frozen, extra, _put_batch(update_batch(model, update)[0], where))
+    return Job(f"{update.name} reference", function, arguments, mesh=target.mesh)
 
 
 def _put_batch(batch: GroupBatch, where: Where) -> GroupBatch:

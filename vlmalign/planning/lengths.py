@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ class Given(NamedTuple):
     prompt: int | None = None
     answer: int | None = None
     completion: int | None = None
-    images: int | None = None  #: of all images of a prompt
+    image: int | None = None  #: of all images of a prompt
 
 
 class UnknownLength(ValueError):
@@ -48,7 +49,6 @@ class Texts:
     given: Given
     folder: Path
     _opened: dict[str, Any] = field(default_factory=dict)
-    _chats: dict[Path, Any] = field(default_factory=dict)
 
     def number(self, data: Data) -> int | None:
         """How many cases there are; None where neither config nor data says it."""
@@ -112,12 +112,10 @@ class Texts:
         for number, how in ways:
             if number is not None:
                 return number, how
-        base = self._base(name)
-        here = (base / "tokenizer.json").is_file()
+        limit = {"prompt": "max_prompt", "answer": "max_completion"}[what]
         raise UnknownLength(
-            f"stages.{name}: how long {what}s are is not known: there is no {'data' if here else 'tokenizer.json'} to count"
-            f"{'' if here else f' with in {base}'}; set max_{'prompt' if what == 'prompt' else 'completion'} in its data "
-            f"section, or give --{what}-tokens"
+            f"stages.{name}: how long {what}s are is not known: there is no tokenizer.json in {self._base(name)}, or no data, "
+            f"to count; set {limit} in its data section, or give --{what}-tokens"
         )
 
     def _images(self, data: Data, shape: ModelConfig, groups: Sequence[Group]) -> int:
@@ -128,7 +126,7 @@ class Texts:
             return max(
                 sum(int((piece.image >= 0).sum()) for piece in (each.prompt, *each.continuations)) for each in groups
             )
-        found = self.given.images if self.given.images is not None else shape.vision.tokens
+        found = shape.vision.tokens if self.given.image is None else self.given.image
         if found is None and data.set is not None and self._source(data.set).kind != "rows":
             raise UnknownLength(
                 "how many tokens an image has follows from its size in this family: give --image-tokens, or put the "
@@ -166,19 +164,7 @@ class Texts:
         make = questions if learns is None else pairs_to_learn if isinstance(learns, Dpo) else answers_to_learn
         found = self.config.task_of(task)
         asks = FreeTask(kind="free") if found is None else found[1]
-        return make(iter(numbered), data, self._chat(path, shape), asks, lambda key: None).groups
-
-    def _chat(self, path: Path, shape: ModelConfig) -> Any:
-        if path not in self._chats:
-            from vlmalign.data.chat.chat import open_chat
-            from vlmalign.studies.engine.base import open_front
-
-            if isinstance(shape.vision, SiglipConfig):  # no film is needed to count its tokens
-                tokens = shape.vision.tokens
-                self._chats[path] = open_chat(path, family=shape.family, image_tokens=lambda key: tokens)
-            else:
-                self._chats[path] = open_front(path, self.config.reading, self.config.run, str(path)).chat
-        return self._chats[path]
+        return make(iter(numbered), data, _chat(path, shape), asks, lambda key: None).groups
 
     def _base(self, name: str) -> Path:
         return self.config.place(self.config.stages[self.config.base_of(name)].path)
@@ -207,3 +193,14 @@ class Texts:
             place = self.config.place(section.root if "root" in type(section).model_fields else section.path)
             self._opened[key] = section.open(self.config.place) if place.exists() else None
         return self._opened[key]
+
+
+@cache
+def _chat(path: Path, shape: ModelConfig) -> Any:
+    from vlmalign.data.chat.chat import open_chat
+    from vlmalign.studies.engine.base import open_front
+    from vlmalign.studies.engine.sections import Reading
+
+    if isinstance(shape.vision, SiglipConfig):  # no film is needed to count its tokens
+        return open_chat(path, family=shape.family, image_tokens=lambda key: shape.vision.tokens)
+    return open_front(path, Reading(), path, str(path)).chat

@@ -57,7 +57,7 @@ def phases(workload: Workload, programs: Mapping[str, Program], target: Target) 
         found.append(_phase("encode", Held(size(where.trained(whole(model)))), programs, _encoding(model)))
     for update in workload.stages:
         # The reference is kept in the dtypes of the model, by which an adapter's are float32.
-        reference = frozen_copy(model, where) if update.objective.needs_reference else 0
+        reference = size(where.trained(used(model))) if update.objective.needs_reference else 0
         trained = size(where.trained(trained_in(model, update)))
         held = Held(frozen, trained + reference, size(moments(model, update, where)))
         if update.rollout is not None:
@@ -77,11 +77,6 @@ def phases(workload: Workload, programs: Mapping[str, Program], target: Target) 
         held = Held(frozen, adapter) if workload.stages else None
         found += _rollout("answers", largest, model, held, programs, target)
     return found
-
-
-def frozen_copy(model: Model, where: Where) -> int:
-    """Bytes of what a stage starts from, kept as its reference."""
-    return size(where.trained(used(model)))
 
 
 class Held(NamedTuple):
@@ -113,7 +108,7 @@ def _rollout(
     # Heads are cut between devices and never across: what does not divide is whole on each.
     kv = cache_bytes(model) // (tensor if model.config.decoder.kv_heads % tensor == 0 else 1)
     prompts, own = rows * sampled.prompt * kv, rows * sampled.group * sampled.completion * kv
-    batch = size(prompt_batch(model, rows=sampled.rows, prompt=sampled.prompt, images=sampled.images)) // count
+    batch = size(prompt_batch(model, rows=sampled.rows, prompt=sampled.prompt, images=sampled.lengths.images)) // count
     some = rows if count > 1 else max(1, rows // 4)
     prefill = some * (
         sampled.prompt * kv + _scores(model, Layout(sampled.prompt, 0, 0)) + _wide(model, sampled.prompt) * item
@@ -172,8 +167,8 @@ def _training(model: Model, update: Update, where: Where, shares: int) -> int:
     kept = _kept(model, layout.row) * item + (_scores(model, layout) if model.remat == "none" else 0)
     at_work = 2 * (_wide(model, layout.row) * item + _scores(model, layout))
     # A whole decoder that is trained is used in the model's dtype, and its gradient is there before it is added up.
-    used = 0 if model.lora is not None else 2 * frozen_copy(model, where)
-    return rows * (layers * kept + at_work) + 2 * _head(model) + used
+    whole = 0 if model.lora is not None else 2 * size(where.trained(used(model)))
+    return rows * (layers * kept + at_work) + 2 * _head(model) + whole
 
 
 def _kept(model: Model, tokens: int) -> int:

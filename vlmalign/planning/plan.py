@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from vlmalign.planning.batches import places
 from vlmalign.planning.depth import draw_out, shallow_jobs
@@ -19,7 +20,7 @@ from vlmalign.planning.jobs import (
     reference_job,
     rollout_jobs,
 )
-from vlmalign.planning.memory import Phase, phases, usable
+from vlmalign.planning.memory import Phase, phases
 from vlmalign.planning.programs import Program, compile_all
 from vlmalign.planning.schedule import Times, times
 from vlmalign.planning.search import Choice, choose_all
@@ -27,32 +28,27 @@ from vlmalign.planning.target import Target
 from vlmalign.planning.workload import Workload
 
 
-@dataclass(frozen=True)
-class Plan:
-    """`workload`, `phases`, `programs` and `times` are of the config as it stands; `proposed` is its better self."""
+class Version(NamedTuple):
+    """A workload with what it needs."""
 
-    target: Target
     workload: Workload
-    programs: dict[str, Program]
     phases: tuple[Phase, ...]
     times: Times
-    choices: tuple[Choice, ...]
-    proposed: Workload | None  #: with what was chosen; None: not searched, or nothing fits
-    proposed_phases: tuple[Phase, ...]
-    proposed_times: Times | None
-
-    @property
-    def usable(self) -> int:
-        """Bytes of one device that may be planned with."""
-        return usable(self.target.device.memory)
 
     @property
     def peak(self) -> Phase:
         return max(self.phases, key=lambda phase: phase.peak)
 
-    @property
-    def fits(self) -> bool:
-        return self.peak.peak <= self.usable
+
+@dataclass(frozen=True)
+class Plan:
+    """The study as its config stands, and its better self."""
+
+    target: Target
+    now: Version
+    programs: dict[str, Program]  #: of `now`
+    choices: tuple[Choice, ...] = ()
+    better: Version | None = None  #: with what was chosen; None: not searched, or nothing fits
 
 
 def make_plan(
@@ -69,10 +65,12 @@ def make_plan(
         programs = _compiled(workload, target, say, quick)
     elif target.refusal:
         say(f"arithmetic only: {target.refusal}")
-    found = tuple(phases(workload, programs, target))
-    timing = times(workload, target.device, target.count)
-    plan = Plan(target, workload, programs, found, timing, (), None, (), None)
+    plan = Plan(target, _version(workload, programs, target), programs)
     return _improved(plan, say) if search and workload.stages else plan
+
+
+def _version(workload: Workload, programs: dict[str, Program], target: Target) -> Version:
+    return Version(workload, tuple(phases(workload, programs, target)), times(workload, target.device, target.count))
 
 
 def jobs(workload: Workload, target: Target) -> list[Job]:
@@ -119,21 +117,15 @@ def _compiled(workload: Workload, target: Target, say: Callable[[str], None], qu
 
 def _improved(plan: Plan, say: Callable[[str], None]) -> Plan:
     """With the fastest policy under which every stage has rows that fit."""
-    target = plan.target
-    proposed, tried = choose_all(plan.workload, target, say, programs=plan.programs)
-    if proposed is None:
+    now = plan.now.workload
+    better, tried = choose_all(now, plan.target, say, programs=plan.programs)
+    if better is None:
         return replace(plan, choices=tried)
     programs = dict(plan.programs)
-    for choice in tried[-len(proposed.stages) :]:
-        if proposed[choice.stage].rows != plan.workload[choice.stage].rows:
+    for choice in tried[-len(better.stages) :]:
+        if better[choice.stage].rows != now[choice.stage].rows:
             # Compiled for other rows; it needs less than the gradients do, and is estimated.
             programs.pop(f"{choice.stage} reference", None)
         if choice.program is not None:
             programs[choice.program.name] = choice.program
-    return replace(
-        plan,
-        choices=tried,
-        proposed=proposed,
-        proposed_phases=tuple(phases(proposed, programs, target)),
-        proposed_times=times(proposed, target.device, target.count),
-    )
+    return replace(plan, choices=tried, better=_version(better, programs, plan.target))

@@ -82,8 +82,10 @@ def read_update(stage: Trains, name: str, model: Model, texts: Texts, *, shares:
         objective, updates = replace(objective, needs_reference=stage.needs_reference), stage.updates
         rollout = _rollout(stage, name, lengths, prompt, shares)
         recorded = ["rollout_logp", "kept_logp"] + ["old_logp"] * stage.rollout_settings(0).scores_first
+        recorded += ["ref_logp"] * stage.needs_reference
         recorded += ["old_values", "returns", "advantage"] * isinstance(stage, Ppo)
-    recorded += ["ref_logp"] * _compares(stage)
+    elif isinstance(stage, Dpo):
+        recorded = ["ref_logp"] * stage.objective.settings().needs_reference
     optimiser, rows = build_optimiser(stage.optimiser.settings, steps or 1), min(shapes.rows_of(layout), groups)
     return Update(
         (name,), objective, optimiser, layout, round_up(rows, shares), groups, steps or 1, tuple(recorded), lengths,
@@ -94,19 +96,12 @@ def read_update(stage: Trains, name: str, model: Model, texts: Texts, *, shares:
     )  # fmt: skip
 
 
-def _compares(stage: Trains) -> bool:
-    """Whether log-probabilities under a reference come with the batches."""
-    if isinstance(stage, Policy):
-        return stage.needs_reference
-    return isinstance(stage, Dpo) and stage.objective.settings().needs_reference
-
-
 def _rollout(stage: Policy, name: str, lengths: Lengths, prompt: int, shares: int) -> Sampled:
     rollout = stage.rollout
     rows = round_up(stage.prompts if rollout.rows == AUTO else rollout.rows, shares)
     return Sampled(
         name, rows, rollout.group, rollout.completion, Sampling(rollout.temperature, rollout.top_p), prompt,
-        lengths.images, lengths.completion, stage.prompts, stage.steps // stage.updates,
+        lengths, stage.prompts, stage.steps // stage.updates,
     )  # fmt: skip
 
 
@@ -131,7 +126,7 @@ def _answered(
             found += [
                 Sampled(
                     f"{title} {ref}", rows, entry.samples, entry.completion, Sampling(entry.temperature, entry.top_p),
-                    prompt, lengths.images, lengths.completion, size, len(states),
+                    prompt, lengths, size, len(states),
                 )
             ]  # fmt: skip
     return found, left_out

@@ -12,11 +12,10 @@ from typing import Any
 from vlmalign.mesh import AXES
 from vlmalign.planning.batches import places, size, whole
 from vlmalign.planning.cost import adapter_weights
-from vlmalign.planning.devices import THIS, Device
-from vlmalign.planning.memory import MARGIN, Phase
-from vlmalign.planning.plan import Plan
-from vlmalign.planning.schedule import Times
-from vlmalign.planning.target import COMPILER_OPTIONS, build_sizes
+from vlmalign.planning.devices import THIS
+from vlmalign.planning.memory import MARGIN, usable
+from vlmalign.planning.plan import Plan, Version
+from vlmalign.planning.target import COMPILER_OPTIONS, Target, build_sizes
 from vlmalign.planning.workload import Workload
 
 LIMITS = (
@@ -37,7 +36,7 @@ LIMITS = (
 
 def record(plan: Plan, *, share: float) -> dict[str, Any]:
     """Everything a plan says; `share` is of the roofline, for the GPU-hours to expect."""
-    target, workload = plan.target, plan.workload
+    target, workload = plan.target, plan.now.workload
     device, model = target.device, workload.model
     return {
         "device": {
@@ -45,7 +44,7 @@ def record(plan: Plan, *, share: float) -> dict[str, Any]:
             "title": device.title,
             "count": target.count,
             "memory_bytes": device.memory,
-            "usable_bytes": plan.usable,
+            "usable_bytes": usable(device.memory),
             "margin": MARGIN,
             "axes": dict(zip(AXES, build_sizes(target.axes, target.count), strict=True)),
             "bytes_per_second": device.bandwidth,
@@ -73,18 +72,14 @@ def record(plan: Plan, *, share: float) -> dict[str, Any]:
             }
             for update in workload.stages
         ],
-        "fits": plan.fits,
-        "peak_bytes": plan.peak.peak,
-        "as_configured": _settings(plan, workload, plan.phases, plan.times, share),
-        "proposed": None
-        if plan.proposed is None
-        else _settings(plan, plan.proposed, plan.proposed_phases, plan.proposed_times, share),
+        "as_configured": _settings(plan.now, target, share),
+        "proposed": None if plan.better is None else _settings(plan.better, target, share),
         "tried": [
             {"stage": choice.stage, **t.candidate._asdict(), "peak_bytes": t.peak, "fits": t.fits, "how": t.how}
             for choice in plan.choices
             for t in choice.tried
         ],
-        "nothing_fits": [choice.stage for choice in plan.choices[-1:] if plan.proposed is None],
+        "nothing_fits": [choice.stage for choice in plan.choices[-1:] if plan.better is None],
         "programs": [
             {
                 "name": program.name,
@@ -118,23 +113,21 @@ def _calls(program: str, workload: Workload) -> int | None:
 
 def _gathered(plan: Plan) -> int:
     """Bytes of the weights that a rollout reads on each device where training has cut them otherwise; 0 where not."""
-    target, model = plan.target, plan.workload.model
-    if target.mesh is None or all(update.rollout is None for update in plan.workload.stages):
-        return 0
-    if (target.axes.fsdp, target.sampling_axes.tensor) == (1, 1):
+    target, model = plan.target, plan.now.workload.model
+    samples = any(update.rollout is not None for update in plan.now.workload.stages)
+    if target.mesh is None or not samples or (target.axes.fsdp, target.sampling_axes.tensor) == (1, 1):
         return 0
     return size(places(target, model).sampled(whole(model)))
 
 
-def _settings(plan: Plan, workload: Workload, phases: tuple[Phase, ...], times: Times, share: float) -> dict[str, Any]:
-    device, count = plan.target.device, plan.target.count
-    peak = max(phase.peak for phase in phases)
+def _settings(version: Version, target: Target, share: float) -> dict[str, Any]:
+    (workload, phases, times), device = version, target.device
     return {
         "remat": workload.model.remat,
         "rows": {update.name: update.rows for update in workload.stages},
         "rollout_rows": {update.name: update.rollout.rows for update in workload.stages if update.rollout is not None},
-        "fits": peak <= plan.usable,
-        "peak_bytes": peak,
+        "fits": version.peak.peak <= usable(device.memory),
+        "peak_bytes": version.peak.peak,
         "memory_per_device": [{**phase._asdict(), "peak": phase.peak} for phase in phases],
         "time": {
             "how": "arithmetic",
@@ -143,7 +136,7 @@ def _settings(plan: Plan, workload: Workload, phases: tuple[Phase, ...], times: 
                     "name": part.name,
                     "flops": part.cost.flops,
                     "bytes": part.cost.bytes,
-                    "bound": _bound(part.cost.flops, part.cost.bytes, device, workload.model.dtype),
+                    "bound": part.cost.bound(device, workload.model.dtype),
                     "roofline_seconds": part.seconds,
                     "times": part.times,
                 }
@@ -153,12 +146,8 @@ def _settings(plan: Plan, workload: Workload, phases: tuple[Phase, ...], times: 
                 {"stages": list(each.stages), "step_seconds": each.step, "epoch_seconds": each.epoch}
                 for each in times.stages
             ],
-            "roofline_gpu_hours": times.hours(count, 1.0),
+            "roofline_gpu_hours": times.hours(target.count, 1.0),
             "share_of_roofline": share,
-            "gpu_hours": times.hours(count, share),
+            "gpu_hours": times.hours(target.count, share),
         },
     }
-
-
-def _bound(flops: float, moved: float, device: Device, dtype: str) -> str:
-    return "operations" if flops / device.flops[dtype] >= moved / device.bandwidth else "bandwidth"

@@ -57,7 +57,7 @@ def times(workload: Workload, device: Device, count: int) -> Times:
 
     def sampled(work: Sampled) -> list[Cost]:
         made = Generator(base_of(model), None, (), work.rows, work.group, work.completion, work.sampling)
-        found = cost.rollout(model, work, made, rows=work.rows / count, length=work.length)
+        found = cost.rollout(model, work, made, rows=work.rows / count, length=work.lengths.completion)
         return [piece.times(-(-work.prompts // work.rows)) for piece in found]
 
     if workload.films:
@@ -79,7 +79,7 @@ def times(workload: Workload, device: Device, count: int) -> Times:
         step = sum(part.seconds * part.times for part in parts[before:]) / update.steps
         stages.append(StageTime(update.stages, step, update.epoch * step))
     for work in workload.evaluation:
-        if workload.encodes and work.images:
+        if workload.encodes and work.lengths.images:
             add(f"{work.name}: films", cost.encode(model, work.prompts / count), 1)
         prefill, decode = sampled(work)
         add(f"{work.name}: prefill", prefill, work.count)

@@ -10,7 +10,7 @@ are not worth compiling.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
 
@@ -58,24 +58,16 @@ class Choice:
     taken: Candidate | None
     tried: tuple[Tried, ...]
     program: Program | None = None  #: of the gradients with what was taken; where `how` is `SCALED`, its memory alone
-    scales: Mapping[str, float] = field(default_factory=dict)  #: by policy: what was compiled took, in estimates of it
+    scale: float | None = None  #: what was compiled took, in estimates of it
 
 
-def candidates(update: Update, shares: int, policies: tuple[str, ...], rows: int | None = None) -> Iterator[Candidate]:
-    """Fastest first: by operations, then by rows, halved from the whole optimiser batch to one row in each of `shares`.
-
-    With `rows`, these alone.
-    """
-    if rows is not None:
-        yield from (Candidate(remat, rows) for remat in sorted(policies, key=FORWARD_AGAIN.__getitem__))
-        return
-    for remat in sorted(policies, key=FORWARD_AGAIN.__getitem__):
-        rows = -(-update.groups // shares)
-        while True:
-            yield Candidate(remat, rows * shares)
-            if rows == 1:
-                break
-            rows = -(-rows // 2)
+def rows_to_try(update: Update, shares: int) -> Iterator[int]:
+    """Most first: halved from the whole optimiser batch to one row in each of `shares`."""
+    rows = -(-update.groups // shares)
+    yield rows * shares
+    while rows > 1:
+        rows = -(-rows // 2)
+        yield rows * shares
 
 
 def changed(workload: Workload, stage: str, candidate: Candidate) -> Workload:
@@ -104,19 +96,17 @@ def choose_all(
     `programs` are those of the workload as it is.
     """
     tried: list[Choice] = []
-    for policy in sorted(policies, key=FORWARD_AGAIN.__getitem__):
-        found, scales = workload, {}
+    for remat in sorted(policies, key=FORWARD_AGAIN.__getitem__):
+        found, scale = workload, None
         for update in reversed(workload.stages):
             program = programs.get(f"{update.name} gradients")
             known = {} if program is None else {Candidate(workload.model.remat, update.rows): program}
             rows = update.rows if stated and not update.open_rows else None
-            choice = choose_rows(
-                found, update.name, target, say, policies=(policy,), rows=rows, known=known, scales=scales
-            )
+            choice = choose_rows(found, update.name, remat, target, say, rows=rows, known=known, scale=scale)
             tried.append(choice)
             if choice.taken is None:
                 break
-            found, scales = changed(found, update.name, choice.taken), choice.scales
+            found, scale = changed(found, update.name, choice.taken), choice.scale
         else:
             return found, tuple(tried)
     return None, tuple(tried)
@@ -125,58 +115,55 @@ def choose_all(
 def choose_rows(
     workload: Workload,
     stage: str,
+    remat: str,
     target: Target,
     say: Callable[[str], None],
     *,
-    policies: tuple[str, ...] = tuple(REMAT),
     rows: int | None = None,
     known: Mapping[Candidate, Program] = {},
-    scales: Mapping[str, float] = {},
+    scale: float | None = None,
 ) -> Choice:
-    """The fastest candidate of this stage whose gradients fit; `rows`: with so many, neither more nor fewer.
+    """The most rows of this stage, under this policy, whose gradients fit; `rows`: so many, neither more nor fewer.
 
-    `known` are programs of gradients that need not be compiled again, `scales` those of another stage's choice.
+    `known` are programs of gradients that need not be compiled again, `scale` is that of another stage's choice.
     """
     tried: list[Tried] = []
     limit = usable(target.device.memory)
-    own = {each.remat: _scale(workload, stage, each, target, program) for each, program in known.items()}
-    scales = {**scales, **own}
-    for candidate in candidates(workload[stage], target.row_shares, policies, rows):
+    for candidate, program in known.items():
+        if candidate.remat == remat:
+            scale = _scale(workload, stage, candidate, target, program)
+    for number in rows_to_try(workload[stage], target.row_shares) if rows is None else [rows]:
+        candidate = Candidate(remat, number)
         work, program = changed(workload, stage, candidate), known.get(candidate)
-        need, how = _estimate(work, stage, target), "arithmetic"
-        peak, beyond = need.held + need.rough, BEYOND
-        if candidate.remat in scales:
-            peak, beyond = need.held + round(need.rough * scales[candidate.remat]), BEYOND_SCALED
-            how = SCALED
+        held, rough = _estimate(work, stage, target)
+        peak, beyond, how = held + rough, BEYOND, "arithmetic"
+        if scale is not None:
+            peak, beyond, how = held + round(rough * scale), BEYOND_SCALED, SCALED
             if program is None and peak <= CLEAR * limit and target.device.name != THIS:
-                memory, nothing = Memory(0, 0, peak - need.held, 0), Findings((), (), {}, 0)
+                memory, nothing = Memory(0, 0, peak - held, 0), Findings((), (), {}, 0)
                 program = Program(f"{stage} gradients", memory, nothing, 0.0, how=SCALED)
         if program is None and target.devices and peak <= beyond * limit:
             program = _compiled(work, stage, target)
-            scales[candidate.remat] = _scale(workload, stage, candidate, target, program)
+            scale = _scale(workload, stage, candidate, target, program)
         if program is not None:
-            peak, how = need.held + program.memory.beyond, program.how
+            peak, how = held + program.memory.beyond, program.how
         tried.append(Tried(candidate, peak, peak <= limit, how))
-        say(f"tried {stage} remat {candidate.remat}, {candidate.rows} rows: {peak / 2**30:.1f} GiB ({how})")
+        say(f"tried {stage} remat {remat}, {number} rows: {peak / 2**30:.1f} GiB ({how})")
         if tried[-1].fits:
-            return Choice(stage, candidate, tuple(tried), program, scales)
-    return Choice(stage, None, tuple(tried), scales=scales)
+            return Choice(stage, candidate, tuple(tried), program, scale)
+    return Choice(stage, None, tuple(tried), scale=scale)
 
 
-class _Need(NamedTuple):
-    held: int  #: bytes that stay or are arguments: exact
-    rough: int  #: what the program adds, estimated
-
-
-def _estimate(workload: Workload, stage: str, target: Target) -> _Need:
+def _estimate(workload: Workload, stage: str, target: Target) -> tuple[int, int]:
+    """Bytes of gradients that stay or are arguments, which is exact, and what the program adds, estimated."""
     (phase,) = (p for p in phases(workload, {}, target) if p.name == f"{stage} gradients")
     held = phase.peak - phase.working + size(update_batch(workload.model, workload[stage])) // target.row_shares
-    return _Need(held, phase.peak - held)
+    return held, phase.peak - held
 
 
 def _scale(workload: Workload, stage: str, candidate: Candidate, target: Target, program: Program) -> float:
     """What the compiled program adds, in estimates of it."""
-    return program.memory.beyond / _estimate(changed(workload, stage, candidate), stage, target).rough
+    return program.memory.beyond / _estimate(changed(workload, stage, candidate), stage, target)[1]
 
 
 def _compiled(workload: Workload, stage: str, target: Target) -> Program:

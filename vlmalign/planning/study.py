@@ -26,12 +26,12 @@ def workloads_of(
     model_configs: Mapping[str, str] = {},
     given: Given = Given(),
     only: Sequence[str] = (),
-    make_target: Callable[[Device, int, MeshSettings, MeshSettings], Target] = open_target,
+    compiles: bool = True,
 ) -> list[tuple[Workload, Target]]:
     """What a study makes `count` devices do, a workload for each model; `device` is asked for with the model's dtype.
 
-    `model_configs`: stage of kind model ("": all others) -> what `inputs.read_shape` takes. `only`: of these stages, and of
-    what they answer.
+    `model_configs`: stage of kind model ("": all others) -> what `inputs.model_of` takes. `only`: of these stages, and of
+    what they answer. `compiles`: programs are compiled where that can be done.
 
     Raises:
         ValueError: for anything in config, stages, lengths or device count that does not fit.
@@ -49,8 +49,8 @@ def workloads_of(
         texts = Texts(config, given, Path(folder))
         for (model, _), names in models.items():
             trained = [stage for name, stage in config.trained.items() if name in names]
-            axes = default_mesh(lora=model.lora is not None or not trained)
-            axes = axes if config.mesh is None else config.mesh.settings
+            default = default_mesh(lora=model.lora is not None or not trained)
+            axes = default if config.mesh is None else config.mesh.settings
             sizes = dict(zip(AXES, build_sizes(axes, count), strict=True))
             workload = read_workload(config, names, model, texts, shares=count // sizes[TENSOR])
             if workload is None:
@@ -60,7 +60,8 @@ def workloads_of(
                 raise ValueError(f"planned is one rollout.tensor at a time, found {sorted(tensors)}; choose by --stage")
             key = (model.dtype, axes, MeshSettings(tensor=tensors.pop()))
             if key not in targets:
-                targets[key] = make_target(device(model.dtype), count, *key[1:])
+                make = open_target if compiles else Target
+                targets[key] = make(device(model.dtype), count, axes=axes, sampling_axes=key[2])
             found.append((workload, targets[key]))
     if not found:
         raise ValueError("there is nothing to plan: no stage trains, and none answers a set whose size is known")
@@ -77,12 +78,7 @@ def hours(
         ValueError: for an unknown device, and as `workloads_of`.
     """
     device, found = find_device(device_name), {}
-
-    def unopened(device: Device, count: int, axes: MeshSettings, sampling: MeshSettings) -> Target:
-        return Target(device, count, axes=axes, sampling_axes=sampling)
-
-    read = workloads_of(config, lambda dtype: device, count, model_configs=model_configs, make_target=unopened)
-    for workload, _ in read:
+    for workload, _ in workloads_of(config, lambda dtype: device, count, model_configs=model_configs, compiles=False):
         for each in times(workload, device, count).stages:
             for name in each.stages:
                 stage = config.stages[name]

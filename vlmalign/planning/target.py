@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -58,9 +59,8 @@ class Target:
     count: int
     devices: tuple[jax.Device, ...] = ()
     refusal: str | None = None
-    axes: MeshSettings = field(
-        default_factory=MeshSettings
-    )  #: how they stand in training; by default, with copies of the parameters
+    #: how they stand in training; by default, with copies of the parameters
+    axes: MeshSettings = field(default_factory=MeshSettings)
     sampling_axes: MeshSettings = field(default_factory=MeshSettings)  #: in rollouts
     kernels: KernelFiles | None = field(default=None, compare=False)  #: of a GPU that is not here: what is kept of them
 
@@ -162,22 +162,20 @@ def open_target(
         raise ValueError(f"count must be >= 1 device, found {count}")
     for each in (axes, sampling_axes):
         build_sizes(each, count)
+    made = partial(Target, device, count, axes=axes, sampling_axes=sampling_axes)
     if device.name == THIS:
         here = jax.devices()
         if count > len(here):
             raise ValueError(f"count is {count}, but only {len(here)} devices are here; name a device of the table")
-        return Target(device, count, tuple(here[:count]), axes=axes, sampling_axes=sampling_axes)
+        return made(tuple(here[:count]))
     problem = plug_in_problem()
     if problem is not None:
-        return Target(device, count, refusal=problem, axes=axes, sampling_axes=sampling_axes)
-    described = topologies.get_topology_desc(
-        platform="cuda", target_config=description(device), topology=f"1x1x{count}"
-    )
-    devices = tuple(described.devices)
-    problem = assembler_problem(devices[0])
+        return made(refusal=problem)
+    found = topologies.get_topology_desc(platform="cuda", target_config=description(device), topology=f"1x1x{count}")
+    problem = assembler_problem(found.devices[0])
     if problem is not None:
-        return Target(device, count, refusal=problem, axes=axes, sampling_axes=sampling_axes)
-    return Target(device, count, devices, axes=axes, sampling_axes=sampling_axes, kernels=KernelFiles())
+        return made(refusal=problem)
+    return made(tuple(found.devices), kernels=KernelFiles())
 
 
 @contextmanager

@@ -38,15 +38,14 @@ class Sampled:
     completion: int  #: the limit, tokens
     sampling: Sampling
     prompt: int  #: padded, tokens
-    images: int  #: of a prompt's images: soft tokens
-    length: int  #: of a completion, on average
+    lengths: Lengths
     prompts: int  #: per rollout
     count: int  #: rollouts
 
     @property
     def shape(self) -> tuple:
         """What its programs follow from."""
-        return self.rows, self.group, self.completion, self.sampling, self.prompt, self.images
+        return self.rows, self.group, self.completion, self.sampling, self.prompt, self.lengths.images
 
 
 @dataclass(frozen=True)
@@ -101,5 +100,5 @@ class Workload:
     @property
     def encodes(self) -> bool:
         """Whether images are encoded, by a tower whose programs have one shape."""
-        fixed = isinstance(self.model.config.vision, SiglipConfig)
-        return fixed and any(each.images for each in (*(update.lengths for update in self.stages), *self.evaluation))
+        shown = any(each.lengths.images for each in (*self.stages, *self.evaluation))
+        return shown and isinstance(self.model.config.vision, SiglipConfig)
