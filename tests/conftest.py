@@ -23,13 +23,13 @@ install_import_hook("vlmalign", "beartype.beartype(conf=beartype.BeartypeConf(is
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
+#: for processes whose numbers are compared with those of processes compiled alike: less time, other rounding
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
 # In the environment rather than in jax.config, so that the processes which tests start run under the same settings.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's idle threads must not spin on JAX's cores
-#: Compiling is what the tests pay for: on their sizes LLVM's optimisations take longer than they save.
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-os.environ.setdefault("XLA_FLAGS", QUICK)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -94,7 +94,7 @@ def on_eight_devices() -> Callable[..., Any]:
             [sys.executable, REPOSITORY / "tests" / program, *map(str, arguments)],
             env={
                 **os.environ,
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {QUICK}",
+                "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
                 "PYTHONPATH": os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests"))),
             },
             cwd=REPOSITORY,

@@ -34,7 +34,7 @@ def study(monkeypatch):
 
     chain.load_study = lambda path, overrides: load_config(SmallConfig, path, overrides)
     room.run, room.Asked = run, namedtuple("Asked", ["only", "redo", "dry", "hours"])
-    auto.settled = lambda config, say: config
+    auto.settled = lambda config, say, keep: config
     for module in (chain, room, auto):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     return seen

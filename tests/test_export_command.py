@@ -169,7 +169,7 @@ def test_mistakes_are_said_in_plain_words(arguments, said, run, capsys):
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        (None, "no config.yaml of its run lies beside it"),
+        (None, "no config.yaml of a run of version 0.1 lies beside it"),
         ("stages: []", "needs a section `model` with `path` and a section `lora`; found None"),
         ("model: {path: x}", "needs a section `model` with `path` and a section `lora`; found {'path': 'x'}"),
         (

@@ -104,7 +104,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
         hours = planned(config, arguments.device, arguments.count)
     asked = Asked(tuple(arguments.only), tuple(arguments.redo), arguments.dry, hours)
-    run(config, Path(arguments.config), asked, settle=lambda config: settled(config, _say))
+    run(config, Path(arguments.config), asked, settle=lambda config: settled(config, _say, keep=not arguments.dry))
 
 
 def _say(line: str) -> None:

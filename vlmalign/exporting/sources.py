@@ -106,7 +106,10 @@ def _model_section(adapter: Path) -> dict[str, Any]:
             return model
     path = adapter.absolute().parent / RUN_CONFIG
     if not path.exists():
-        raise ValueError(f"{adapter} is a stage's folder without a record ({' or '.join(RECORDS)}); restore it")
+        raise ValueError(
+            f"{adapter} is a stage's folder without a record ({' or '.join(RECORDS)}), and no {RUN_CONFIG} of a run of "
+            "version 0.1 lies beside it; restore the record"
+        )
     found = read_yaml(path.read_text(encoding="utf-8"))
     model = found.get("model") if isinstance(found, dict) else None
     if not isinstance(model, dict) or "path" not in model or not isinstance(model.get("lora"), dict):

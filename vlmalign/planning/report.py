@@ -25,7 +25,8 @@ def _parts(found: Mapping[str, Any]) -> Iterator[RenderableType]:
         f"{device['bytes_per_second'] / 1e9:.0f} GB/s ({device['how']})"
     )
     yield (
-        f"{', '.join(model['stages'])}: {model['family']}, {model['layers']} layers, {model['parameters'] / 1e9:.3f} B parameters in {model['dtype']}, "
+        f"{', '.join(model['stages'])}: {model['family']}, {model['layers']} layers, "
+        f"{model['parameters'] / 1e9:.3f} B parameters in {model['dtype']}, "
         f"of which {model['trained_parameters'] / 1e6:.1f} M are trained"
     )
     for each in found["lengths"]:
