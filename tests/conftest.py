@@ -38,7 +38,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 
 #: bytes; above this much a process gives up what it has compiled before it begins another test file
-MOST_RESIDENT = 1 << 30
+MOST_RESIDENT = 3 << 29
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -77,6 +77,17 @@ def bounded_memory() -> Iterator[None]:
         sys.modules["jax"].clear_caches()
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed pages between those that are in use
+
+
+@pytest.fixture
+def optimised() -> Iterator[None]:
+    """What is compiled in this test is compiled as for users, where the tests' command asks for less (scripts/test.sh)."""
+    jax = sys.modules["jax"]
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")

@@ -244,6 +244,7 @@ sys.exit(75) if me == 0 else os.abort()
 """
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("how", "code", "said"), [("killed", 137, "SIGKILL"), ("failed", 3, "exit code 3")])
 def test_the_cause_is_not_one_that_ended_for_the_sake_of_another(repository, how, code, said):
     assert LOST_ANOTHER == 75
@@ -325,6 +326,7 @@ def test_an_interrupted_launcher_interrupts_all(repository):
     assert_gone("".join(lines))
 
 
+@pytest.mark.full
 def test_no_process_outlives_its_launcher(repository):
     started = launch(repository, "--hosts", "a,b,c", "--", sys.executable, "-c", WAITS, "wait")
     lines = [started.stdout.readline() for _ in range(3)]
@@ -522,6 +524,7 @@ def test_a_process_that_dies_while_the_others_work_alone_ends_them_by_its_silenc
     assert processes[1 - dead].returncode != 0
 
 
+@pytest.mark.full
 def test_a_defect_in_one_process_ends_it_at_once_and_the_others_learn_of_it(repository):
     processes = together(repository, "raises")
     begun, ends, errors = time.monotonic(), [], []

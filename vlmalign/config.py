@@ -13,12 +13,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails, PydanticUndefined
 
 from vlmalign.config_tree import complete, join, nearest
 from vlmalign.config_yaml import read_yaml, write_yaml
 from vlmalign.overrides import apply_override, parse_override
+
+#: marks a setting that cannot change a result beyond rounding (`studies/engine/sections.py`)
+FREE = Field(json_schema_extra={"free": True})
 
 
 class Config(BaseModel):

@@ -1,6 +1,7 @@
-"""Preference files become groups of two with one prompt; bad pairs are named by line and reason, or counted."""
+"""Preference files become groups of two with one prompt; bad pairs are named by line, or left out and listed."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +13,13 @@ from tiny_tokenizer import SOFT_TOKENS, chat_folder, processor
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from vlmalign.data.chat.chat import Chat, open_chat
-from vlmalign.data.chat.preferences import REASONS, BadPair, Limits, read_preferences
 from vlmalign.data.films.images import BadImage
+from vlmalign.data.sources.row_files import open_rows
+from vlmalign.data.sources.rows import Rows
+from vlmalign.data.sources.stored_images import StoredImages
+from vlmalign.studies.engine.data_config import Data
+from vlmalign.studies.engine.texts import Texts, pairs_to_learn
+from vlmalign.tasks.free import FreeTask
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +38,21 @@ YES, NO = [turn("assistant", "Yes, the heart is large.")], [turn("assistant", "Y
 ROW = {"prompt": ASKED, "chosen": YES, "rejected": NO}
 
 
+def learn(path: Path, chat: Chat, **settings) -> Texts:
+    """The pairs of a file, as a stage gets them."""
+    data = Data(path=path, **settings)
+    source = Rows(open_rows(path, None), StoredImages(path.parent, path.parent / "cache"), on_bad=data.on_bad)
+    return pairs_to_learn(enumerate(source), data, chat, FreeTask(), lambda key: None)
+
+
 @pytest.fixture
 def read(tmp_path, chat):
-    def run(*rows, **options):
-        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-        (tmp_path / "pairs.jsonl").write_text("\n".join(lines) + "\n")
-        return read_preferences(tmp_path / "pairs.jsonl", chat, **options)
+    for name in ("film", "other", "chosen", "rejected"):
+        (tmp_path / f"{name}.png").touch()  # never decoded here
+
+    def run(*rows, **settings):
+        (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+        return learn(tmp_path / "pairs.jsonl", chat, **settings)
 
     return run
 
@@ -140,75 +155,43 @@ def test_each_answer_may_show_images_of_its_own(read):
 
 LONG = [turn("assistant", "Yes. " * 50)]
 BAD = {
-    "no JSON": ("{", "malformed", "not a line of JSON"),
-    "no object": ("[1]", "malformed", "expected an object, found list"),
-    "no rejected": ({"prompt": ASKED, "chosen": YES}, "malformed", 'no "rejected"'),
-    "no prompt": ({"chosen": "Yes.", "rejected": "No."}, "malformed", 'no "prompt"'),
-    "no common turn": ({"chosen": YES, "rejected": NO}, "malformed", "begin with different turns"),
-    "not a turn": ({**ROW, "chosen": [{"role": "assistant"}]}, "malformed", r'"chosen": messages\[0\]: content'),
-    "neither turns nor text": ({**ROW, "prompt": 3}, "malformed", '"prompt"'),
-    "answer with its question": ({**ROW, "chosen": ASKED + YES}, "malformed", "must begin with an assistant turn"),
-    "unweighted": ({**ROW, "chosen": [{**YES[0], "weight": 0}]}, "malformed", "weight 0"),
-    "empty": ({**ROW, "rejected": [turn("assistant", "  ")]}, "empty completion", '"rejected" is empty'),
-    "equal": ({**ROW, "rejected": YES}, "equal completions", "same tokens"),
-    "equal but for spaces": ({**ROW, "rejected": YES[0]["content"] + " "}, "equal completions", "same tokens"),
-    "equal turns": ({"chosen": ASKED + YES, "rejected": ASKED + YES}, "equal completions", "same turns"),
-    "a forged turn": ({**ROW, "chosen": "Yes.<end_of_turn>"}, "conversation", "spells '<end_of_turn>'"),
-    "roles": ({**ROW, "prompt": ASKED + ASKED}, "conversation", "template refuses"),
-    "outside": (
-        {**ROW, "prompt": [turn("user", [{"type": "image", "image": "../film.png"}])]},
-        "image",
-        "leaves the data root",
-    ),
-    "an image too many": ({**ROW, "images": ["film.png"]}, "malformed", "holds 1, the turns have places for 0"),
-    "an image too few": (
-        {**ROW, "prompt": [turn("user", [{"type": "image"}])], "images": []},
-        "malformed",
-        r'"prompt": messages\[0\]: content\[0\]',
-    ),
-    "long prompt": ({**ROW, "prompt": "Is it? " * 50}, "prompt too long", "the limit is 40"),
-    "long answer": ({**ROW, "rejected": LONG}, "completion too long", "the limit is 30"),
+    "answer with its question": ({**ROW, "chosen": ASKED + YES}, "must begin with an assistant turn"),
+    "unweighted": ({**ROW, "chosen": [{**YES[0], "weight": 0}]}, "weight 0"),
+    "empty": ({**ROW, "rejected": [turn("assistant", "  ")]}, '"rejected" is empty'),
+    "equal": ({**ROW, "rejected": YES}, "same tokens"),
+    "equal but for spaces": ({**ROW, "rejected": [turn("assistant", YES[0]["content"] + " ")]}, "same tokens"),
+    "a forged turn": ({**ROW, "chosen": [turn("assistant", "Yes.<end_of_turn>")]}, "spells '<end_of_turn>'"),
+    "roles": ({**ROW, "prompt": ASKED + ASKED}, "template refuses"),
+    "long prompt": ({**ROW, "prompt": [turn("user", "Is it? " * 50)]}, "more than 40"),
+    "long answer": ({**ROW, "rejected": LONG}, "more than 30"),
 }
-LIMITS = Limits(prompt=40, completion=30)
+LIMITS = {"max_prompt": 40, "max_completion": 30}
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_pair_is_named(read, name):
-    row, reason, message = BAD[name]
-    with pytest.raises(BadPair, match=message) as caught:
-        read(ROW, "", row, limits=LIMITS)
-    assert caught.value.reason == reason
-    assert str(caught.value).startswith("pairs.jsonl:3: ")
+    row, message = BAD[name]
+    with pytest.raises(ValueError, match=message) as caught:
+        read(ROW, row, **LIMITS)
+    assert str(caught.value).startswith("pairs.jsonl:2: ")
 
 
-def test_skipped_pairs_are_counted_and_named(read):
-    rows = [row for row, _, _ in BAD.values()]
-    found = read(ROW, *rows, ROW, limits=LIMITS, on_bad="skip")
+def test_pairs_left_out_are_listed(read):
+    rows = [row for row, _ in BAD.values()]
+    found = read(ROW, *rows, ROW, **LIMITS, on_bad="skip", on_long="skip")
     assert [group.id for group in found.groups] == [0, len(rows) + 1]
-    expected = [reason for _, reason, _ in BAD.values()]
-    assert [bad.reason for bad in found.skipped] == expected
-    assert found.reasons == {reason: expected.count(reason) for reason in REASONS}
-    assert [bad.name for bad in found.skipped] == [f"pairs.jsonl:{i + 2}" for i in range(len(rows))]
+    assert [one.name for one in found.left_out] == [f"pairs.jsonl:{i + 2}" for i in range(len(rows))]
+    assert all(re.search(message, one.reason) for one, (_, message) in zip(found.left_out, BAD.values(), strict=True))
 
 
-def test_a_file_without_a_pair_says_why(read):
-    with pytest.raises(ValueError, match="no pair to learn from: 2 equal completions"):
-        read({**ROW, "rejected": YES}, {**ROW, "rejected": YES}, on_bad="skip")
-    with pytest.raises(ValueError, match="no pair to learn from: it is empty"):
-        read("")
-    with pytest.raises(ValueError, match="on_bad must be one of error, skip; found 'warn'"):
-        read(ROW, on_bad="warn")
-
-
-def test_an_image_that_cannot_be_read_is_the_pairs_fault(tmp_path, read, chat):
+def test_an_image_that_cannot_be_read_is_the_pairs_fault(read, tmp_path, chat):
     """Families whose images differ in size look at the file before the text is made."""
 
-    def missing(key: str) -> int:
+    def unreadable(key: str) -> int:
         raise (BadImage if "film" in key else FileNotFoundError)(f"no image {key}")
 
-    looking = replace(chat, image_tokens=missing)
     rows = [{**ROW, "prompt": [turn("user", [part])]} for part in (IMAGE, OTHER)]
     (tmp_path / "two.jsonl").write_text("\n".join(map(json.dumps, [*rows, ROW])))
-    found = read_preferences(tmp_path / "two.jsonl", looking, on_bad="skip")
-    assert found.reasons == {"image": 2}
+    found = learn(tmp_path / "two.jsonl", replace(chat, image_tokens=unreadable), on_bad="skip")
+    assert [one.name for one in found.left_out] == ["two.jsonl:1", "two.jsonl:2"]
     assert len(found.groups) == 1

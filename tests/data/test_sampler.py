@@ -277,6 +277,7 @@ def lowest_objective(labels, goal):
     return round(solved.fun) + goal.objective(np.zeros(width, np.int64))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("count", [10, pytest.param(200, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("target", [None, 1 / 14], ids=["default-target", "one-label-per-film"])
 def test_close_to_the_optimum(count, target):

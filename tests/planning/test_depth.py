@@ -53,6 +53,7 @@ def five(tmp_path_factory):
     return small_workload(tmp_path_factory.mktemp("five"), "stages.base.remat=full", sizes=deep(5))
 
 
+@pytest.mark.full
 def test_memory_of_gradients_is_linear_in_the_layers(five):
     """The real training program of five layers, beside what two and four of them say of it."""
     target = open_target(HERE, 1)

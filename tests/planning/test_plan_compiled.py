@@ -76,6 +76,7 @@ def test_arguments_are_what_the_phases_hold(workload, compiled):
     assert found["grpo gradients"].working >= gradients.temporary > 0
 
 
+@pytest.mark.full
 def test_what_was_compiled_runs(workload, compiled):
     """The planned program is the real one: it takes real arrays, and its step lowers no loss to NaN."""
     target = open_target(HERE, 1)

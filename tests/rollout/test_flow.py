@@ -97,6 +97,7 @@ def plain(prompts: list[Group], made: Generator):
     )
 
 
+@pytest.mark.full
 def test_growing_and_shrinking_caches_give_the_same_samples():
     """Long completions: the cache doubles, then those that go on move into smaller shapes."""
     made = generator(rows=4, group=4, completion=150, prompt_lengths=(16,), smaller=2)

@@ -9,11 +9,11 @@ MESHES = ("data 8", "data 4 tensor 2")
 #: (which run of the program, mesh, sampling)
 RUNS = [
     ("few", "data 4 tensor 2", "sampled"),
-    *(
-        pytest.param("rest", *each, marks=pytest.mark.full)
-        for each in (("data 4 tensor 2", "greedy"), ("data 8", "greedy"), ("data 8", "sampled"))
-    ),
+    ("rest", "data 4 tensor 2", "greedy"),
+    ("rest", "data 8", "greedy"),
+    ("rest", "data 8", "sampled"),
 ]
+pytestmark = pytest.mark.full
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,6 @@ def test_weights_are_cut_by_tensor(few):
     assert few["rollouts"]["data 4 tensor 2"]["cut"] > 5
 
 
-@pytest.mark.full
 def test_weights_are_whole_without_it(rest):
     assert rest["rollouts"]["data 8"]["cut"] == 0
 
@@ -83,7 +82,7 @@ def test_caches_are_cut_and_given_away(few):
         assert few["decode"][mesh]["donated"] == few["decode"][mesh]["held"]
 
 
-@pytest.mark.parametrize(("which", "shapes"), [("few", 1), pytest.param("rest", 3, marks=pytest.mark.full)])
+@pytest.mark.parametrize(("which", "shapes"), [("few", 1), ("rest", 3)])
 def test_images_are_shared_out(request, which, shapes):
     """Of one size, and of three."""
     own = request.getfixturevalue(which)["features"]

@@ -284,6 +284,7 @@ def test_finished_run_does_nothing_again(finished, config_file):
     assert {path: path.read_bytes() for path in before} == before
 
 
+@pytest.mark.full
 def test_killed_run_continues_with_the_same_command(finished, config_file, tmp_path):
     """Kill -9 in the middle of GRPO; the same command ends with the same metrics, completions, rewards and adapter."""
     folder = tmp_path / "run"
@@ -450,6 +451,7 @@ def films(files) -> Path:
     return folder
 
 
+@pytest.mark.full
 def test_sampling_with_images(files, films, tmp_path, capfd):
     """MedGemma's architecture: none to two images in a prompt, in rollouts as in training; read ahead, and kept resized."""
     model = checkpoint(tmp_path / "model", chat_folder(), gemma3_vision(chat_folder()))
@@ -470,6 +472,7 @@ def test_sampling_with_images(files, films, tmp_path, capfd):
     assert shown == {1: ["a.png"], 2: ["b.png", "c.png"], 3: [], 4: ["a.png"]}
 
 
+@pytest.mark.full
 def test_full_fine_tuning_with_images(films, tmp_path):
     """Qwen2.5-VL by DPO on images of several sizes: the decoder is trained, the tower is carried over bit for bit."""
     chat = family_folder("qwen2_5_vl")

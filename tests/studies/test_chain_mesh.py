@@ -19,6 +19,8 @@ from vlmalign.studies.engine.chain import load_study
 from vlmalign.studies.engine.run import run
 from vlmalign.weights.checkpoint import save_params
 
+pytestmark = pytest.mark.full
+
 TOLERANCE = 1e-5
 SHAPES = {"rows": 8, "prompt_multiple": 64, "completion_multiple": 16}
 

@@ -1,7 +1,7 @@
 """Run by test_sharded.py in a process with eight devices: training and sampling on meshes beside one device, as JSON.
 
-    sharded_program.py few     every objective, input, kind of trained parameters and mesh once; what is sent between devices
-    sharded_program.py rest    with the few, every pair of these; dropout, replicas, and sampling
+    sharded_program.py few     each kind of trained parameters once, of text
+    sharded_program.py rest    with the few, every pair of objective, input, kind of trained parameters and mesh; dropout, replicas, sampling
 
 The head runs over five tokens at a time, so that the loop over chunks is there on every device; the second micro-batch
 is half padding.
@@ -58,11 +58,11 @@ TEXT_WHOLE = ("dpo", "text", "all", "fsdp 8", "adamw")
 CASES = {
     "few": [
         TEXT_ADAPTER,
-        IMAGE_ADAPTER,
         TEXT_WHOLE,
-        ("grpo", "text", "all", "data 2 fsdp 2 tensor 2", "adamw"),
     ],
     "rest": [
+        IMAGE_ADAPTER,
+        ("grpo", "text", "all", "data 2 fsdp 2 tensor 2", "adamw"),
         ("sft", "image", "all", "fsdp 8", "sgd"),
         ("sft", "text", "all", "data 2 fsdp 2 tensor 2", "adamw"),
         ("dpo", "image", "lora", "data 2 fsdp 2 tensor 2", "sgd"),
@@ -282,23 +282,21 @@ def refusals() -> dict[str, str]:
     }
 
 
-def traffic() -> dict:
-    """What training sends between devices, beside the shapes of what there is to send."""
+def adapter_traffic(case: tuple) -> dict:
+    """What training an adapter sends between devices, beside the shapes of the adapter."""
+    kind = case[1]
+    return {
+        "collectives": training_collectives(*case),
+        "adapter": [list(x.shape) for x in parameters(kind, "lora")[0].values()],
+    }
+
+
+def fsdp_traffic() -> dict:
     fsdp, shapes = where("text", "all", "fsdp 8"), model("text", "all").shapes
     return {
-        "lora": {
-            kind: {
-                "collectives": training_collectives(*case),
-                "adapter": [list(x.shape) for x in parameters(kind, "lora")[0].values()],
-            }
-            for kind, case in (("text", TEXT_ADAPTER), ("image", IMAGE_ADAPTER))
-        },
-        "fsdp": {
-            "collectives": training_collectives(*TEXT_WHOLE),
-            "cut": [list(shapes[name].shape) for name, place in fsdp.shardings.items() if any(place.spec)],
-            "parameters": [list(x.shape) for x in shapes.values()],
-        },
-        "refusals": refusals(),
+        "collectives": training_collectives(*TEXT_WHOLE),
+        "cut": [list(shapes[name].shape) for name, place in fsdp.shardings.items() if any(place.spec)],
+        "parameters": [list(x.shape) for x in shapes.values()],
     }
 
 
@@ -315,7 +313,10 @@ def main(which: str) -> None:
     step.token_logprobs = partial(token_logprobs, chunk=5)
     assert jax.device_count() == 8
     found = {"cases": [compare(*case) for case in CASES[which]]}
-    found |= traffic() if which == "few" else {"rollouts": rollouts()}
+    if which == "few":
+        found |= {"adapter": adapter_traffic(TEXT_ADAPTER), "fsdp": fsdp_traffic(), "refusals": refusals()}
+    else:
+        found |= {"adapter": adapter_traffic(IMAGE_ADAPTER), "rollouts": rollouts()}
     print(json.dumps(found))
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from functools import cache
+from functools import cache, partial
+from unittest.mock import patch
 
 import jax
 import numpy as np
@@ -38,7 +39,8 @@ def model(rate: float = RATE) -> Model:
 @cache
 def trainer(rate: float = RATE, seed: int = 0) -> Trainer:
     objective = Objective("sft", sft_loss, sft_counts, dropout=True)
-    return Trainer(model(rate), objective, optax.sgd(1.0), seed=seed)
+    with patch.object(jax, "jit", partial(jax.jit, compiler_options=QUICK)):
+        return Trainer(model(rate), objective, optax.sgd(1.0), seed=seed)
 
 
 def updated(cut: list[list], layout: Layout, rows: int, *, rate: float = RATE, seed: int = 0, step: int = 0):
@@ -58,11 +60,10 @@ def whole():
 @pytest.mark.parametrize(
     ("cut", "layout", "rows"),
     [
-        ([[g] for g in GROUPS], LAYOUT, 1),
-        ([GROUPS[i : i + 2] for i in range(0, 8, 2)][::-1], LAYOUT, 2),
-        ([GROUPS[:5], GROUPS[5:]], WIDER, 5),
+        pytest.param([[g] for g in GROUPS], LAYOUT, 1, id="8x1", marks=pytest.mark.full),
+        pytest.param([GROUPS[i : i + 2] for i in range(0, 8, 2)][::-1], LAYOUT, 2, id="4x2", marks=pytest.mark.full),
+        pytest.param([GROUPS[:5], GROUPS[5:]], WIDER, 5, id="uneven, wider"),
     ],
-    ids=["8x1", "4x2", "uneven, wider"],
 )
 def test_cutting_and_padding_change_nothing(whole, cut, layout, rows):
     params, loss = updated(cut, layout, rows)

@@ -2,7 +2,7 @@
 
 Prompts are `begin, word, symbol, ask`; the right answer is the symbol and the stop token. Two layers, 32 wide, all
 parameters trained. A few supervised steps on random answers teach the form, so that about one answer in eight is right
-at the start. Seed 0 is part of every test run but for PPO, which is marked `full`; seeds 1 and 2 are marked `soak`.
+at the start. Seed 0 is marked `full`, seeds 1 and 2 `soak`.
 """
 
 from __future__ import annotations
@@ -158,6 +158,7 @@ def policy(kind: str, seed: int) -> Params:
     return learn(own, begin, source, UPDATES)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_start_knows_the_form_and_no_answer(seed):
     found = measure(start(seed))
@@ -166,8 +167,9 @@ def test_the_start_knows_the_form_and_no_answer(seed):
     assert found.stopped >= 0.95
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("kind", ["grpo", pytest.param("ppo", marks=pytest.mark.full)])
+@pytest.mark.parametrize("kind", ["grpo", "ppo"])
 def test_a_policy_learns_from_its_rewards(kind, seed):
     found = measure(policy(kind, seed))
     print("LEARN", kind, seed, found)
@@ -181,6 +183,7 @@ def pairs(words) -> list[Group]:
     return [question.group(i, question.symbol, wrong) for i, (question, wrong) in enumerate(asked)]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("seed", SEEDS)
 def test_preferences_carry_over_to_pairs_not_seen(seed):
     """Trained on six words, judged on pairs with the two others."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
+from unittest.mock import patch
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny_checkpoints import QUICK
 
 from vlmalign.models.config import DecoderConfig, LayerSpec, ModelConfig, Rope
 from vlmalign.models.lora import LoraSpec, init_adapter
@@ -46,7 +49,8 @@ def base(model: Model) -> dict:
 @pytest.fixture(scope="module")
 def trainer(model: Model) -> Trainer:
     settings = OptimiserSettings(1e-2)
-    return Trainer(model, Objective("sft", sft_loss, sft_counts), build_optimiser(settings, STEPS))
+    with patch.object(jax, "jit", partial(jax.jit, compiler_options=QUICK)):
+        return Trainer(model, Objective("sft", sft_loss, sft_counts), build_optimiser(settings, STEPS))
 
 
 def examples(count: int = 12) -> list[Group]:

@@ -31,13 +31,14 @@ def test_every_pair_of_objective_input_parameters_and_mesh_occurs(few, rest):
 
 
 @pytest.fixture(params=["few", pytest.param("rest", marks=pytest.mark.full)])
-def cases(request) -> list[dict]:
-    return request.getfixturevalue(request.param)["cases"]
+def found(request) -> dict:
+    """Of text; in the full tests also of images."""
+    return request.getfixturevalue(request.param)
 
 
-def test_every_mesh_makes_the_same_updates(cases):
+def test_every_mesh_makes_the_same_updates(found):
     """Gradients, and parameters after one SGD or five AdamW updates; loss, metrics and gradient norm."""
-    for case in cases:
+    for case in found["cases"]:
         for what in ("metrics", "gradients", "parameters"):
             assert case[what] <= TOLERANCE, case
         # What is compared is neither zero nor huge, and something was learnt.
@@ -54,23 +55,22 @@ def test_dropout_is_drawn_by_token_and_not_by_device(few, rest):
     assert abs(dropped / plain - 1) > 100 * TOLERANCE, (dropped, plain)
 
 
-def test_state_is_cut_and_not_copied(cases):
+def test_state_is_cut_and_not_copied(found):
     """Parameters and moments of full fine-tuning on one device, as a share of all: 1/8 or 1/4 and the vectors."""
     limits = {"data 8": (1, 1), "fsdp 8": (0.125, 0.2), "data 2 fsdp 2 tensor 2": (0.25, 0.3)}
-    for case in cases:
+    for case in found["cases"]:
         _, _, trained, mesh, _ = case["case"]
         if trained == "all":
             low, high = limits[mesh]
             assert low <= case["share_of_state"] <= high, case
 
 
-@pytest.mark.parametrize("kind", ["text", "image"])
-def test_an_adapter_on_copies_of_its_base_reduces_its_gradients_and_nothing_else(few, kind):
-    operations = {operation for operation, _ in few["lora"][kind]["collectives"]}
-    shapes = [shape for _, group in few["lora"][kind]["collectives"] for shape in group]
+def test_an_adapter_on_copies_of_its_base_reduces_its_gradients_and_nothing_else(found):
+    operations = {operation for operation, _ in found["adapter"]["collectives"]}
+    shapes = [shape for _, group in found["adapter"]["collectives"] for shape in group]
     assert operations == {"all-reduce"}
     # A gradient may be summed as its transpose.
-    assert sorted(sorted(shape) for shape in shapes if shape) == sorted(map(sorted, few["lora"][kind]["adapter"]))
+    assert sorted(sorted(shape) for shape in shapes if shape) == sorted(map(sorted, found["adapter"]["adapter"]))
 
 
 def test_fsdp_gathers_weights_and_never_activations(few):

@@ -16,7 +16,7 @@ from vlmalign.planning.workload import Lengths, Sampled, Update, Workload
 from vlmalign.rollout.sampling import Sampling
 from vlmalign.studies.engine.config import StudyConfig, stage_ref
 from vlmalign.studies.engine.data_config import Data
-from vlmalign.studies.engine.policy_objective import objective_of
+from vlmalign.studies.engine.objective import objective_of
 from vlmalign.studies.engine.stage_config import Dpo, ModelStage, Policy, Ppo, Trains
 from vlmalign.training.optimiser import build_optimiser
 from vlmalign.training.supervised import Shapes

@@ -17,11 +17,11 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import field_validator
 
-from vlmalign.config import Config
+from vlmalign.config import FREE, Config
 from vlmalign.data.films.files import BadImage
 from vlmalign.data.sources.layouts import arranged, layout_of
 from vlmalign.data.sources.row_files import RowFile, open_rows
-from vlmalign.data.sources.settings import PLACE, Place
+from vlmalign.data.sources.settings import Place
 from vlmalign.data.sources.stored_images import StoredImages
 from vlmalign.types import Example
 
@@ -89,11 +89,11 @@ class RowSource(Config):
     """A file of rows."""
 
     kind: Literal["rows"]
-    path: Annotated[Path, PLACE]  #: .jsonl or .parquet, or a folder that `save_to_disk` wrote
+    path: Annotated[Path, FREE]  #: .jsonl or .parquet, or a folder that `save_to_disk` wrote
     split: str | None = None  #: of a saved DatasetDict
-    images: Annotated[Path | None, PLACE] = None  #: folder that image paths start from and may not leave
+    images: Annotated[Path | None, FREE] = None  #: folder that image paths start from and may not leave
     on_bad: Literal["error", "skip"] = "error"  #: a row that cannot be used stops the run, or is left out and listed
-    cache: Annotated[Path | None, PLACE] = (
+    cache: Annotated[Path | None, FREE] = (
         None  #: for images that the table holds as bytes; None: sources/images of the run
     )
 

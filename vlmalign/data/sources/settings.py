@@ -8,13 +8,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from vlmalign.config import Config
+from vlmalign.config import FREE, Config
 from vlmalign.data.sources.films import Films
 from vlmalign.data.sources.json_lines import read_texts
 from vlmalign.data.sources.schema import LABEL_MAPS, LabelMap, LabelSchema, renaming
 
-#: marks a setting that says where something lies, or how fast it is made, and so cannot change a result
-PLACE = Field(json_schema_extra={"free": True})
 Positive = Annotated[int, Field(ge=1)]
 #: fills "{run}", the run folder, into a path of the config
 Place = Callable[[str], Path]
@@ -26,7 +24,7 @@ class FilmSource(Config):
     #: the name of a built-in map, or {their label: our label, or null to drop it}; labels it does not list stay
     label_map: str | dict[str, str | None] | None = None
     #: JSON Lines of {"id": film, "trace": the reasoning that leads to its labels}; becomes `meta["trace"]`
-    traces: Annotated[Path | None, PLACE] = None
+    traces: Annotated[Path | None, FREE] = None
     on_bad: Literal["error", "skip"] = "error"  #: a film that cannot be used stops the run, or is left out and listed
     bits: Annotated[int, Field(ge=9, le=16)] = (
         16  #: that 16-bit grey films use, counted from the lowest: 12 of many detectors

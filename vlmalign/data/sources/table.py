@@ -19,10 +19,10 @@ import numpy as np
 import pandas as pd
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from vlmalign.config import Config
+from vlmalign.config import FREE, Config
 from vlmalign.data.sources.films import Films
 from vlmalign.data.sources.schema import LabelSchema, renaming, unknown_label
-from vlmalign.data.sources.settings import PLACE, FilmSource, Place
+from vlmalign.data.sources.settings import FilmSource, Place
 from vlmalign.data.sources.tables import LABEL_VALUES, label_values, positives
 from vlmalign.data.sources.text_table import check_ending, read_text_table
 
@@ -66,8 +66,8 @@ class TableFilms(FilmSource):
     """A table of films; every column that is not named here becomes text in `meta`, under its own name."""
 
     kind: Literal["table"]
-    path: Annotated[Path, PLACE]  #: .csv, .csv.gz, .parquet or .jsonl
-    images: Annotated[Path | None, PLACE] = (
+    path: Annotated[Path, FREE]  #: .csv, .csv.gz, .parquet or .jsonl
+    images: Annotated[Path | None, FREE] = (
         None  #: folder that image paths start from and may not leave; None: the table's
     )
     image: str  #: column with the path of the image

@@ -9,12 +9,12 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import model_validator
 
-from vlmalign.config import Config
+from vlmalign.config import FREE, Config
 from vlmalign.data.phantoms.traces import write_traces
 from vlmalign.data.sources import chexpert, mimic, nih
 from vlmalign.data.sources.films import Films
 from vlmalign.data.sources.schema import CHEXPERT, NIH14, LabelSchema
-from vlmalign.data.sources.settings import PLACE, FilmSource, Place, Positive, label_map_of
+from vlmalign.data.sources.settings import FilmSource, Place, Positive, label_map_of
 
 #: beside an invented archive: the reasoning that leads to its labels
 TRACES = "traces.jsonl"
@@ -26,7 +26,7 @@ class Phantom(Config):
     films: Positive | dict[str, Positive]  #: in all, or per split
     seed: int = 0
     size: Positive = 128  #: pixels per side
-    workers: Annotated[Positive, PLACE] = 1
+    workers: Annotated[Positive, FREE] = 1
 
 
 class Archive(FilmSource):
@@ -36,7 +36,7 @@ class Archive(FilmSource):
     splits: ClassVar[tuple[str, ...]] = ()
     write: ClassVar[Any]  #: writes an invented archive
 
-    root: Annotated[Path, PLACE]  #: the archive's folder
+    root: Annotated[Path, FREE]  #: the archive's folder
     phantom: Phantom | None = None
 
     @model_validator(mode="after")

@@ -15,11 +15,11 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from vlmalign.config import Config
+from vlmalign.config import FREE, Config
 from vlmalign.config_tree import nearest
 from vlmalign.data.sources.formats import AnySource
 from vlmalign.studies.engine.reward_config import FileReward
-from vlmalign.studies.engine.sections import FREE, Mesh, Positive, Reading, Share
+from vlmalign.studies.engine.sections import Mesh, Positive, Reading, Share
 from vlmalign.studies.engine.stage_config import AdapterStage, AnyStage, ModelStage, Policy, Stage, Trains
 from vlmalign.tasks.tasks import AnyTask
 

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import model_validator
 
-from vlmalign.config import Config
-from vlmalign.studies.engine.sections import FREE, Positive
+from vlmalign.config import FREE, Config
+from vlmalign.studies.engine.sections import Positive
 
 
 class Data(Config):

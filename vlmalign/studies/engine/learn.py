@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from vlmalign.studies.engine.policy_objective import objective_of
+from vlmalign.studies.engine.objective import objective_of
 from vlmalign.studies.engine.stage_config import Dpo, Sft
 from vlmalign.studies.engine.states import REFERENCE
 from vlmalign.studies.engine.validate import answers_loss, preferences, watching

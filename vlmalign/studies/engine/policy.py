@@ -11,7 +11,7 @@ from vlmalign.rewards.contract import MemoryReward, Reward
 from vlmalign.rewards.outcomes import OutcomeFile
 from vlmalign.rewards.runner import RewardRunner
 from vlmalign.rollout.sampling import Sampling
-from vlmalign.studies.engine.policy_objective import objective_of
+from vlmalign.studies.engine.objective import objective_of
 from vlmalign.studies.engine.stage_config import Grpo, Ppo
 from vlmalign.studies.engine.validate import greedy_rewards, watching
 from vlmalign.studies.engine.work import Work

@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from vlmalign.config import Config
+from vlmalign.config import FREE, Config
 from vlmalign.config_tree import nearest
 from vlmalign.rewards.contract import MemoryReward, Reward
 from vlmalign.rewards.rewards import REWARDS, REWARDS_WITH_MEMORY
-from vlmalign.studies.engine.sections import FREE, Positive
+from vlmalign.studies.engine.sections import Positive
 from vlmalign.tasks.labels import LabelsTask
 from vlmalign.tasks.tasks import AnyTask
 

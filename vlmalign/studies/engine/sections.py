@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from vlmalign.config import Config
+from vlmalign.config import FREE, Config
 from vlmalign.mesh import MeshSettings
 from vlmalign.models.lora import ATTENTION_AND_FEED_FORWARD, LoraSpec
 from vlmalign.training.optimiser import OptimiserSettings
@@ -19,9 +19,6 @@ from vlmalign.training.optimiser import OptimiserSettings
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-#: marks a field that cannot change a result beyond rounding
-FREE = Field(json_schema_extra={"free": True})
 
 
 class Mesh(Config):

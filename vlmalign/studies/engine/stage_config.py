@@ -7,12 +7,12 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from vlmalign.config import Config
+from vlmalign.config import FREE, Config
 from vlmalign.models.attention import IMPLEMENTATIONS
 from vlmalign.studies.engine.data_config import Data
 from vlmalign.studies.engine.objective_config import DpoObjective, GrpoObjective, PpoObjective
 from vlmalign.studies.engine.reward_config import AnyReward, Scoring
-from vlmalign.studies.engine.sections import FREE, Batch, Lora, NotNegative, Optimiser, Positive, Rollout, Share
+from vlmalign.studies.engine.sections import Batch, Lora, NotNegative, Optimiser, Positive, Rollout, Share
 from vlmalign.training.rollout_settings import RolloutSettings
 from vlmalign.training.rollouts import OVERLONG
 

@@ -66,7 +66,7 @@ def pairs_to_learn(cases: Numbered, data: Data, chat: Chat, task: AnyTask, check
     del task  # pairs are written out whole
 
     def make(number: int, case: Example) -> Group:
-        return preference_group(case.meta, case.id, chat, group_id=number)
+        return preference_group(case.meta, chat, group_id=number)
 
     return _gather(cases, data, make, check, data.max_completion)
 
