@@ -32,6 +32,7 @@ def faults(how: str) -> tuple[str, int]:
     return kept, int(count)
 
 
+@pytest.mark.full
 def test_the_next_step_finds_the_pages_of_the_last_one():
     if not sys.platform.startswith("linux"):
         pytest.skip("only glibc's heap can be told to keep memory")

@@ -153,6 +153,7 @@ def test_rolling(ours, theirs):
     assert_close(ours.loglikelihood_rolling(asked, disable_tqdm=True), expected, 1e-4)
 
 
+@pytest.mark.full
 def test_generate_until(ours, theirs, monkeypatch):
     contexts = [context for context, _ in PAIRS if context]
     free = requests("generate_until", *((context, {"until": [], "max_gen_toks": 40}) for context in contexts))

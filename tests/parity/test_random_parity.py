@@ -45,18 +45,8 @@ def test_every_family_is_drawn():
     assert set(CONFIGURATIONS) == set(FAMILIES) == set(SEEDS)
 
 
-#: in every run of the tests: one of text, one with images of several sizes; each family has parity tests of its own too
-ALWAYS = {("gemma3_text", 1005), ("qwen2_5_vl", 1013)}
-
-
-@pytest.mark.parametrize(
-    ("family", "seed"),
-    [
-        pytest.param(f, seed, marks=() if (f, seed) in ALWAYS else pytest.mark.full)
-        for f, seeds in SEEDS.items()
-        for seed in seeds
-    ],
-)
+@pytest.mark.full  # each family has parity tests of its own too
+@pytest.mark.parametrize(("family", "seed"), [(f, seed) for f, seeds in SEEDS.items() for seed in seeds])
 def test_configuration(family, seed, tmp_path):
     outcome = check(family, seed, tmp_path / "checkpoint")
     assert not outcome.problems, line(outcome)

@@ -21,6 +21,8 @@ from vlmalign.planning.plan import jobs, make_plan
 from vlmalign.planning.programs import compile_all, lower, options_of, read_compiled
 from vlmalign.planning.target import Target, open_target, plug_in_problem, tracing
 
+pytestmark = pytest.mark.full
+
 PROBLEM = plug_in_problem()
 needs_plug_in = pytest.mark.skipif(PROBLEM is not None, reason=str(PROBLEM))
 
@@ -76,7 +78,6 @@ def test_arguments_are_what_the_phases_hold(workload, compiled):
     assert found["grpo gradients"].working >= gradients.temporary > 0
 
 
-@pytest.mark.full
 def test_what_was_compiled_runs(workload, compiled):
     """The planned program is the real one: it takes real arrays, and its step lowers no loss to NaN."""
     target = open_target(HERE, 1)

@@ -404,6 +404,7 @@ def test_a_folder_of_another_study_is_refused(begun):
 # ---------------------------------------------------------------- other models, other stages
 
 
+@pytest.mark.full
 def test_full_fine_tuning_ends_in_a_checkpoint(text, files, tmp_path):
     """The whole decoder by PPO, two updates a rollout: a folder that loads, without the value head."""
     ppo = policy(

@@ -1,7 +1,6 @@
 """Run by test_processes.py as one of several processes of a run, each with one device: all objectives are trained.
 
-    processes_program.py few FOLDER        SFT, from its beginning or its last checkpoint
-    processes_program.py rest FOLDER       DPO and GRPO
+    processes_program.py train FOLDER      every case, from its beginning or its last checkpoint
     processes_program.py sft FOLDER        the first of them alone
     processes_program.py killed FOLDER     the same; process 1 is killed in the midst of an update
     processes_program.py restored FOLDER   what the first case saved last, on several meshes, beside what was written
@@ -61,8 +60,6 @@ CASES = {
     "dpo": (MeshSettings(), True),
     "grpo": (MeshSettings(fsdp=2), False),
 }
-
-RUNS = {"few": ("sft",), "rest": ("dpo", "grpo")}
 
 
 def shape() -> ModelConfig:
@@ -272,8 +269,8 @@ def restored(folder: Path) -> None:
 
 def main(what: str, folder: Path) -> None:
     distributed.start()
-    if what in RUNS:
-        for kind in RUNS[what]:
+    if what == "train":
+        for kind in CASES:
             run(kind, folder)
     elif what == "restored":
         restored(folder)

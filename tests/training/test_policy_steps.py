@@ -182,11 +182,10 @@ def two_updates(loss: str, cut: str) -> list[Params]:
     [
         ("grpo", "8x1"),
         ("grpo", "4x2"),
-        ("dapo", "4x2"),
         *(
             pytest.param(*each, marks=pytest.mark.full)
             for each in (
-                ("dapo", "8x1"), ("dr_grpo", "8x1"), ("dr_grpo", "4x2"), ("gspo", "8x1"), ("gspo", "4x2"), ("ppo", "8x1"),
+                *((loss, cut) for loss in ("dapo", "dr_grpo", "gspo") for cut in ("4x2", "8x1")), ("ppo", "8x1"),
             )
         ),
     ],

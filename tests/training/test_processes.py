@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 from conftest import QUICK
 
+pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
+
 TOLERANCE = 1e-5
-#: four compile twice as much as two, for as little training
-PROCESSES = [2, pytest.param(4, marks=pytest.mark.full)]
+PROCESSES = [2, 4]
 
 
 def start(repository: Path, what: str, folder: Path, *, processes: int, devices: int) -> subprocess.CompletedProcess:
@@ -41,18 +42,18 @@ def start(repository: Path, what: str, folder: Path, *, processes: int, devices:
 
 @pytest.fixture(scope="module")
 def trained(repository, tmp_path_factory):
-    """(number of processes, `few` or `rest`) -> the folder of a run of these objectives; each is made once."""
-    folders: dict[tuple[int, str], Path] = {}
+    """Number of processes -> the folder of a run of all cases; each is made once."""
+    folders: dict[int, Path] = {}
 
-    def made(processes: int, which: str = "few") -> Path:
-        if (processes, which) not in folders:
-            folder = tmp_path_factory.mktemp(f"{processes}-processes-{which}")
+    def made(processes: int) -> Path:
+        if processes not in folders:
+            folder = tmp_path_factory.mktemp(f"{processes}-processes")
             done = start(
-                repository, which, folder, processes=processes, devices=1 if processes == 1 else 4 // processes
+                repository, "train", folder, processes=processes, devices=1 if processes == 1 else 4 // processes
             )
             assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-            folders[processes, which] = folder
-        return folders[processes, which]
+            folders[processes] = folder
+        return folders[processes]
 
     return made
 
@@ -80,12 +81,9 @@ def assert_same_params(found: Path, expected: Path) -> None:
 
 
 @pytest.mark.parametrize("processes", PROCESSES)
-@pytest.mark.parametrize(
-    ("which", "kind"),
-    [("few", "sft"), *(pytest.param("rest", kind, marks=pytest.mark.full) for kind in ("dpo", "grpo"))],
-)
-def test_metrics_and_parameters_are_those_of_one_process(trained, which, kind, processes):
-    found, expected = trained(processes, which) / kind, trained(1, which) / kind
+@pytest.mark.parametrize("kind", ["sft", "dpo", "grpo"])
+def test_metrics_and_parameters_are_those_of_one_process(trained, kind, processes):
+    found, expected = trained(processes) / kind, trained(1) / kind
     metrics = lines(expected / "metrics.jsonl")
     assert len(metrics) == 5
     assert_same_metrics(lines(found / "metrics.jsonl"), metrics)
@@ -95,11 +93,10 @@ def test_metrics_and_parameters_are_those_of_one_process(trained, which, kind, p
     assert metrics[-1]["objective"] != metrics[0]["objective"]
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("processes", PROCESSES)
 def test_the_same_completions_and_rewards_come_from_any_number_of_processes(trained, processes):
     """Five prompts a round, so that shares differ in size; one prompt has no label, some answers cannot be scored."""
-    found, expected = (trained(count, "rest") / "grpo" for count in (processes, 1))
+    found, expected = trained(processes) / "grpo", trained(1) / "grpo"
     assert (found / "rewards.jsonl").read_text() == (expected / "rewards.jsonl").read_text()
     ours, theirs = lines(found / "completions.jsonl"), lines(expected / "completions.jsonl")
     assert len(ours) == 5 * 5 * 3
@@ -113,7 +110,6 @@ def test_the_same_completions_and_rewards_come_from_any_number_of_processes(trai
     assert sum(line["reward"] is not None for line in scored) > 50
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("processes", PROCESSES)
 def test_a_checkpoint_goes_to_any_mesh_and_number_of_processes(repository, trained, processes):
     """Written by several processes, fsdp 4; every array, moments too, is exactly what was written."""
@@ -129,7 +125,6 @@ def test_a_checkpoint_goes_to_any_mesh_and_number_of_processes(repository, train
     assert found["data 2 fsdp 2"]["cut"] > 15
 
 
-@pytest.mark.full
 def test_a_killed_process_ends_the_run_which_goes_on_in_another_number(repository, trained, tmp_path):
     begun = time.monotonic()
     done = start(repository, "killed", tmp_path, processes=4, devices=1)

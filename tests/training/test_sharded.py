@@ -3,6 +3,7 @@
 import pytest
 
 TOLERANCE = 1e-5
+pytestmark = pytest.mark.timeout(900)  # of a test, what its program takes included
 
 
 @pytest.fixture(scope="module")

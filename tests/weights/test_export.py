@@ -342,6 +342,7 @@ with new_folder(out) as folder:
 """
 
 
+@pytest.mark.full
 def test_a_killed_export_leaves_no_folder_that_looks_whole_and_can_be_repeated(sharded, tmp_path):
     command = [sys.executable, "-c", KILLED, str(sharded), str(tmp_path / "out")]
     died = subprocess.run(command, env=os.environ, capture_output=True, text=True, check=False)
