@@ -233,13 +233,14 @@ def test_text_bases_answer_records_options_and_constraints(folder, family, tmp_p
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("family", ["qwen2_5_vl"])
 def test_a_vision_language_base_answers_about_films(folder, family, repository, tmp_path):
-    """By the documented config for own films, whose SFT is cut to 30 steps; sampled at temperature 1."""
+    """By the documented config for own films, whose SFT is cut to 30 steps; sampled as ChexReason samples."""
     (tmp_path / "data").mkdir()
     table = write_table(tmp_path / "data", films=60, seed=1, size=64)
     overrides = [
         f"run={tmp_path / 'run'}", f"sources.mine.path={table}", f"sources.mine.images={table.parent / 'scans'}",
         f"stages.base.path={folder}", "stages.sft.epochs=6", "answers.test.stages=[base, sft]",
-        "answers.test.temperature=1.0", "stages.sft.shapes.prompt_multiple=32",
+        "answers.test.temperature=0.8", "answers.test.top_p=0.95", "stages.sft.optimiser.learning_rate=8.0e-3",
+        "stages.sft.shapes.prompt_multiple=32",
     ]  # fmt: skip
     path = repository / "configs" / "own_films.yaml"
     done = run(load_study(path, overrides), path)
