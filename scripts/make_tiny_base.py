@@ -5,7 +5,7 @@
 Families: gemma3 and qwen2_5_vl, taught on invented films (tiny_bases/films.py); llama and qwen2_5, taught on invented
 records, questions with four options and simple constraints (tiny_bases/ward.py). About a million parameters each, all of
 them trained; no study evaluates on what they are taught.
-At most 15 minutes on 2 CPU cores; the same seed and machine give the same files.
+The same seed and machine give the same files.
 """
 
 from __future__ import annotations

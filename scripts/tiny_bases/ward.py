@@ -27,21 +27,19 @@ class Measure(NamedTuple):
     unit: str
     low: int  #: the least that is normal
     high: int  #: the most that is normal
-    least: int
+    least: int  #: that is drawn
     most: int
-    below: str | None  #: what a lower value is called
-    above: str | None
 
 
 MEASURES = {
-    "temperature": Measure("C", 36, 37, 33, 41, "chill", "fever"),
-    "pulse": Measure("/min", 60, 100, 32, 170, "bradycardia", "tachycardia"),
-    "pressure": Measure("mmHg", 100, 140, 62, 220, "hypotension", "hypertension"),
-    "saturation": Measure("%", 94, 100, 74, 100, "hypoxia", None),
-    "breaths": Measure("/min", 12, 20, 5, 44, "bradypnea", "tachypnea"),
-    "glucose": Measure("mmol/l", 4, 8, 1, 29, "hypoglycemia", "hyperglycemia"),
-    "sodium": Measure("mmol/l", 135, 145, 112, 168, "hyponatremia", "hypernatremia"),
-    "hemoglobin": Measure("g/l", 120, 170, 55, 215, "anemia", "polycythemia"),
+    "temperature": Measure("C", 36, 37, 33, 41),
+    "pulse": Measure("/min", 60, 100, 32, 170),
+    "pressure": Measure("mmHg", 100, 140, 62, 220),
+    "saturation": Measure("%", 94, 100, 74, 100),
+    "breaths": Measure("/min", 12, 20, 5, 44),
+    "glucose": Measure("mmol/l", 4, 8, 1, 29),
+    "sodium": Measure("mmol/l", 135, 145, 112, 168),
+    "hemoglobin": Measure("g/l", 120, 170, 55, 215),
 }
 
 

@@ -13,7 +13,7 @@ RUNS = [
     ("rest", "data 8", "greedy"),
     ("rest", "data 8", "sampled"),
 ]
-pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.full
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from vlmalign.studies.engine.chain import load_study
 from vlmalign.studies.engine.run import run
 from vlmalign.weights.checkpoint import save_params
 
-pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.full
 
 TOLERANCE = 1e-5
 SHAPES = {"rows": 8, "prompt_multiple": 64, "completion_multiple": 16}

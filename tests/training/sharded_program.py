@@ -1,7 +1,8 @@
 """Run by test_sharded.py in a process with eight devices: training and sampling on meshes beside one device, as JSON.
 
     sharded_program.py few     each kind of trained parameters once, of text
-    sharded_program.py rest    with the few, every pair of objective, input, kind of trained parameters and mesh; dropout, replicas, sampling
+    sharded_program.py rest    with the few, every pair of objective, input, kind of trained parameters and mesh; dropout, replicas
+    sharded_program.py rollouts    sampling
 
 The head runs over five tokens at a time, so that the loop over chunks is there on every device; the second micro-batch
 is half padding.
@@ -312,11 +313,14 @@ def rollouts() -> dict:
 def main(which: str) -> None:
     step.token_logprobs = partial(token_logprobs, chunk=5)
     assert jax.device_count() == 8
+    if which == "rollouts":
+        print(json.dumps(rollouts()))
+        return
     found = {"cases": [compare(*case) for case in CASES[which]]}
     if which == "few":
         found |= {"adapter": adapter_traffic(TEXT_ADAPTER), "fsdp": fsdp_traffic(), "refusals": refusals()}
     else:
-        found |= {"adapter": adapter_traffic(IMAGE_ADAPTER), "rollouts": rollouts()}
+        found |= {"adapter": adapter_traffic(IMAGE_ADAPTER)}
     print(json.dumps(found))
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from conftest import QUICK
 
-pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.full
 
 TOLERANCE = 1e-5
 PROCESSES = [2, 4]

@@ -3,7 +3,6 @@
 import pytest
 
 TOLERANCE = 1e-5
-pytestmark = pytest.mark.timeout(900)  # of a test, what its program takes included
 
 
 @pytest.fixture(scope="module")
@@ -17,18 +16,9 @@ def rest(on_eight_devices) -> dict:
     return on_eight_devices("training/sharded_program.py", "rest")
 
 
-@pytest.mark.full
-def test_every_pair_of_objective_input_parameters_and_mesh_occurs(few, rest):
-    cases = [
-        case["case"][:4]
-        for case in few["cases"] + rest["cases"]
-        if not set(case["case"]) & {"replicas 2 data 4", "sft dropout"}
-    ]
-    assert len(cases) == 9
-    for i in range(4):
-        for j in range(i):
-            pairs = {(case[i], case[j]) for case in cases}
-            assert len(pairs) == len({case[i] for case in cases}) * len({case[j] for case in cases})
+@pytest.fixture(scope="module")
+def rollouts(on_eight_devices) -> dict:
+    return on_eight_devices("training/sharded_program.py", "rollouts")
 
 
 @pytest.fixture(params=["few", pytest.param("rest", marks=pytest.mark.full)])
@@ -45,6 +35,20 @@ def test_every_mesh_makes_the_same_updates(found):
         # What is compared is neither zero nor huge, and something was learnt.
         assert 0.01 < case["gradient_size"] < 100, case
         assert case["moved"] > 30 * TOLERANCE, case
+
+
+@pytest.mark.full
+def test_every_pair_of_objective_input_parameters_and_mesh_occurs(few, rest):
+    cases = [
+        case["case"][:4]
+        for case in few["cases"] + rest["cases"]
+        if not set(case["case"]) & {"replicas 2 data 4", "sft dropout"}
+    ]
+    assert len(cases) == 9
+    for i in range(4):
+        for j in range(i):
+            pairs = {(case[i], case[j]) for case in cases}
+            assert len(pairs) == len({case[i] for case in cases}) * len({case[j] for case in cases})
 
 
 @pytest.mark.full
@@ -85,21 +89,21 @@ def test_fsdp_gathers_weights_and_never_activations(few):
 
 
 @pytest.mark.full
-def test_samples_do_not_depend_on_the_mesh(rest):
+def test_samples_do_not_depend_on_the_mesh(rollouts):
     for kind in ("whole", "tensor"):
-        assert rest["rollouts"][kind]["same"] == [True, True, True]
-        assert rest["rollouts"][kind]["logp"] <= TOLERANCE
-        assert rest["rollouts"][kind]["different"] > 12
+        assert rollouts[kind]["same"] == [True, True, True]
+        assert rollouts[kind]["logp"] <= TOLERANCE
+        assert rollouts[kind]["different"] > 12
 
 
 @pytest.mark.full
-def test_decoding_moves_no_weights(rest):
+def test_decoding_moves_no_weights(rollouts):
     """With whole weights the devices only agree on when to stop; weights cut by tensor stay where they are."""
-    assert rest["rollouts"]["whole"]["cut"] == 0
-    assert rest["rollouts"]["whole"]["collectives"] == [["all-reduce", [[]]]]
-    assert rest["rollouts"]["tensor"]["cut"] > 5
-    for _, group in rest["rollouts"]["tensor"]["collectives"]:
-        assert all(shape not in rest["rollouts"]["parameters"] for shape in group), group
+    assert rollouts["whole"]["cut"] == 0
+    assert rollouts["whole"]["collectives"] == [["all-reduce", [[]]]]
+    assert rollouts["tensor"]["cut"] > 5
+    for _, group in rollouts["tensor"]["collectives"]:
+        assert all(shape not in rollouts["parameters"] for shape in group), group
 
 
 def test_rows_that_do_not_divide_and_parameters_elsewhere_are_refused(few):
