@@ -216,6 +216,7 @@ def test_earlier_answers_are_context(names):
     assert "normal" in names["model"].chat.decode(group.prompt.tokens)
 
 
+@pytest.mark.full
 def test_a_whole_decoder_with_its_start_as_the_reference(names, tmp_path):
     """Without an adapter; the first update is measured before anything has changed."""
     model = vlmalign.load("configs/models/tiny-medgemma", dtype="float32")

@@ -36,6 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "mesh": RECORDS,
     "distributed": set(),
     "exchange": CORE | {"distributed"},
+    "stopping": {"distributed"},
     "data": {"types", "config"},  # not shapes: without jaxtyping it imports JAX
     "tasks": {"types", "config", "data"},
     "rewards": {"types", "tasks"},
@@ -47,11 +48,11 @@ ALLOWED: dict[str, set[str]] = {
     "control": CORE,
     "judges": CORE | NUMPY_SIDE | MODELS | NUMERICS,
     "evaluation": BELOW_TRAINING,
-    "training": BELOW_TRAINING | {"distributed", "exchange"},
+    "training": BELOW_TRAINING | {"distributed", "exchange", "stopping"},
     "reporting": set(),
     "preview": {"types", "data", "weights"},
     "exporting": RECORDS | {"config_yaml", "training"} | MODELS,
-    "studies": BELOW_TRAINING | {"distributed", "exchange", "training", "evaluation", "reporting"},
+    "studies": BELOW_TRAINING | {"distributed", "exchange", "stopping", "training", "evaluation", "reporting"},
     "planning": CORE
     | CONFIGS
     | {"data", "tasks", "distributed", "exchange", "training", "studies"}
@@ -63,6 +64,7 @@ ALLOWED: dict[str, set[str]] = {
     | {
         "answering",
         "distributed",
+        "stopping",
         "host_memory",
         "planning",
         "config",

@@ -1,6 +1,7 @@
 """The `vlmalign` command: one line of COMMANDS a command, each a thin call of the room that does the work.
 
-Exit codes: 0 done, 2 a mistake in what was asked (said in plain words), 130 interrupted, 1 anything else.
+Exit codes: 0 done, 2 a mistake in what was asked (said in plain words), 85 told to end and saved (SIGTERM and the like),
+130 interrupted, 1 anything else.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from vlmalign.exporting import command as export_command
 from vlmalign.host_memory import computes_on_cpu, keep_freed_memory
 from vlmalign.inspection import command as inspect_command
 from vlmalign.planning import command as plan_command
+from vlmalign.stopping import STOPPED, Stopped
 
 
 class Command(NamedTuple):
@@ -52,6 +54,14 @@ def _training_arguments(parser: argparse.ArgumentParser) -> None:
         "--redo", metavar="NAME", nargs="+", action="extend", default=[],
         help="set these artefacts aside, and all that was made from them, and make them again",
     )  # fmt: skip
+    parser.add_argument(
+        "--take-over", action="store_true",
+        help="what other processes are at work on in this run folder is this one's, whether they have ended or not",
+    )  # fmt: skip
+    parser.add_argument(
+        "--trust-code", action="store_true",
+        help="run rewards' Python files also where they, or the study, lie in a run folder or a checkpoint",
+    )  # fmt: skip
     parser.add_argument("--dry", action="store_true", help="say what would be done, and do nothing")
     parser.add_argument(
         "--device", metavar="NAME", help="with --dry: hours on such devices, as `vlmalign plan` names them"
@@ -70,6 +80,8 @@ def _training_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _begin(arguments: argparse.Namespace) -> None:
     """Get this process ready to train: its memory, and its place among several where flags or variables say so."""
+    from vlmalign import stopping
+
     if computes_on_cpu():
         keep_freed_memory()
     distributed.start(
@@ -81,6 +93,7 @@ def _begin(arguments: argparse.Namespace) -> None:
             arguments.heartbeat,
         )
     )
+    stopping.install()
 
 
 def _run_folder_arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,7 +116,9 @@ def _run(arguments: argparse.Namespace) -> None:
         from vlmalign.planning.study import hours as planned
 
         hours = planned(config, arguments.device, arguments.count)
-    asked = Asked(tuple(arguments.only), tuple(arguments.redo), arguments.dry, hours)
+    asked = Asked(
+        tuple(arguments.only), tuple(arguments.redo), arguments.dry, hours, arguments.trust_code, arguments.take_over
+    )
     run(config, Path(arguments.config), asked, settle=lambda config: settled(config, _say, keep=not arguments.dry))
 
 
@@ -195,6 +210,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; a run goes on when the same command is given again", file=sys.stderr)
         return distributed.leave(130)
+    except Stopped as stopped:
+        print(
+            f"vlmalign {arguments.command}: told to end by {stopped.by}: {stopped}; the same command goes on",
+            file=sys.stderr,
+        )
+        return STOPPED
     except (
         ValueError,
         OSError,

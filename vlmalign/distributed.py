@@ -131,8 +131,6 @@ def start(given: Processes = Processes()) -> None:
     # Programs that do not depend on each other may otherwise run in another order in each process, and each then waits
     # in another collective for ever. Accelerators run them in the order of their streams.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    # It would take SIGTERM for a notice and go on; here SIGTERM ends the process, and its run continues later.
-    jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(**arguments)
     _started = True
     sys.excepthook = _leave_on_error

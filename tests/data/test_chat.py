@@ -304,6 +304,7 @@ def test_an_answer_without_a_stop_token(chat):
 def test_a_template_that_rewrites_earlier_turns(chat, monkeypatch):
     template = "{% for m in messages %}{{ messages | length }}{{ m['content'] }}<end_of_turn>{% endfor %}"
     monkeypatch.setattr(chat.tokenizer, "chat_template", template)
+    chat = replace(chat)  # which has not read its template yet
     with pytest.raises(ValueError, match=r"changes earlier text when messages\[1\] is added"):
         chat.example([{"role": "user", "content": "a"}, model("b"), {"role": "user", "content": "c"}, model("d")])
 

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -509,3 +511,96 @@ def test_gemma_template_of_the_hub(shared_data):
     messages = [SYSTEM, user(FILM, "Is it?", OTHER), model(" Yes."), user("So", FILM), model("No.\n")]
     for rows in (*CONVERSATIONS.values(), messages):
         assert drawn(published, published.example(rows)) == drawn(chat, chat.example(rows))
+
+
+def templated(tmp_path: Path, template: str, **more) -> Chat:
+    """A chat of text whose template is this one."""
+    shutil.copytree(family_folder("gemma3"), tmp_path, dirs_exist_ok=True)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    return open_chat(tmp_path, family="gemma3", image_tokens=None, **more)
+
+
+DATED = (
+    "{{ bos_token }}{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}"
+    "{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ m.content }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+
+
+def test_a_template_that_writes_the_date_is_told_the_same_one_for_ever(tmp_path):
+    turns = [{"role": "user", "content": "Is it?"}, model("Yes.")]
+    first, again, later = (
+        templated(tmp_path, DATED, now=datetime(2026, 3, day)).example(turns).prompt.tokens for day in (1, 1, 2)
+    )
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, later)
+    assert "01 Mar 2026" in templated(tmp_path, DATED).decode(first)
+
+
+@pytest.mark.parametrize(
+    ("more", "key"),
+    [
+        ({"tool_calls": [{"type": "function", "function": {"name": "measure", "arguments": "{}"}}]}, "tool_calls"),
+        ({"reasoning_content": "The heart is large."}, "reasoning_content"),
+    ],
+)
+def test_text_of_any_field_that_the_template_does_not_write_is_refused(more, key):
+    """An empty answer would be taught in place of the call."""
+    turns = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "", **more}]
+    with pytest.raises(ValueError, match=rf"messages\[1\] \(assistant\): the chat template writes nothing of '{key}'"):
+        chat_of("gemma3").example(turns)
+
+
+@pytest.mark.parametrize(
+    ("template", "found"),
+    [
+        ("{{ 'x' * 10**10 }}", "no operation of a template may make more than"),
+        ("{{ [1, 2] * 10**9 }}", "no operation of a template may make more than"),
+        ("{{ 2 ** (10**9) }}", "numbers have a bound"),
+        ("{{ '%1000000000d' % 1 }}", "formats have a bound"),
+        ("{{ '{:1000000000}'.format(1) }}", "formats have a bound"),
+        ("{{ '%1000000000d' | format(1) }}", "formats have a bound"),
+        ("{{ 'x'.ljust(10**10) }}", "no operation of a template may make more than"),
+        ("{{ 'x' | center(10**10) }}", "no operation of a template may make more than"),
+        ("{% for i in range(10**9) %}{% endfor %}", "Range too big"),
+        ("{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}", "writes more than"),
+        ("{{ messages.append(1) }}", "refuses the conversation"),
+        ("{% set n = namespace() %}{% set n.__init_subclass__ = 1 %}", "may not set"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{% if %}", "no Jinja template that can be read"),
+    ],
+)
+def test_what_a_template_may_not_do(tmp_path, template, found):
+    chat = templated(tmp_path, template)
+    with pytest.raises(ValueError, match=found):
+        chat.prompt([{"role": "user", "content": "Is it?"}])
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% set n = namespace(x='xxxxxxxx') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    ],
+    ids=["time", "memory"],
+)
+def test_a_template_that_does_not_end_is_refused_before_it_is_used(tmp_path, template, monkeypatch):
+    monkeypatch.setattr("vlmalign.data.chat.template.TRIAL_S", 5.0)
+    chat = templated(tmp_path, template)
+    with pytest.raises(
+        ValueError, match=r"the chat template (does not end within 5 s|takes more than 10 s or 1024 MiB)"
+    ):
+        chat.prompt([{"role": "user", "content": "Is it?"}])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_templates_are_written_as_transformers_writes_them(family, name):
+    chat = chat_of(family, marked=True)
+    turns = for_template(CONVERSATIONS[name], parts=family in WITH_IMAGES)
+    if family == "gemma3" and turns[0]["role"] == "system":
+        turns = turns[1:]
+    for continues in (False, True):
+        expected = chat.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=continues)
+        assert chat._template.render(turns, continues=continues) == expected

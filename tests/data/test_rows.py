@@ -389,3 +389,35 @@ def test_files_of_other_kinds(folder):
         source(folder, path="rows/bad.parquet")
     with pytest.raises(ValueError, match="split is of saved folders"):
         source(folder, path="rows/bad.parquet", split="train")
+
+
+@pytest.mark.parametrize("prompt", ["Is it?", [user("Is it?")]])
+@pytest.mark.parametrize("completion", ["Yes.", [said("Yes.")]])
+def test_a_prompt_and_its_completion_are_a_conversation(folder, prompt, completion):
+    """TRL's layout: the completion alone is learnt from, whatever answers the prompt holds."""
+    rows = opened(folder, {"prompt": prompt, "completion": completion, "truth": "a"})
+    assert rows.layout == "conversations"
+    assert rows[0].meta == {"messages": [user("Is it?"), said("Yes.")], "truth": "a"}
+
+
+def test_answers_in_a_prompt_are_not_learnt_from(folder):
+    rows = opened(folder, {"prompt": [user("1?"), said("One."), user("2?")], "completion": "Two.", "images": ["a.png"]})
+    first, answer, *rest = rows[0].meta["messages"]
+    assert first["content"][0] == shown(folder / "films" / "a.png")
+    assert answer == {**said("One."), "weight": 0.0}
+    assert rest == [user("2?"), said("Two.")]
+
+
+@pytest.mark.parametrize(
+    ("turn", "why"),
+    [
+        ({**said("Bad."), "loss": False}, r"nobody reads 'loss', whose name here is \"weight\" \(0: not learnt from\)"),
+        ({**said("Bad."), "train": 0}, r"nobody reads 'train', whose name here is \"weight\""),
+        ({**said("Bad."), "score": 0.5}, r"nobody reads 'score'; a turn holds role, content, weight"),
+        (user("<image>Effusion?"), r"messages\[1\] spells <image> in its text, which shows no image"),
+        (user(text("<image>"), text("Effusion?")), r"messages\[1\] spells <image> in its text"),
+    ],
+)
+def test_what_nobody_would_read_is_refused(folder, turn, why):
+    with pytest.raises(ValueError, match=why):
+        opened(folder, {"messages": [user("Q"), turn, said("No.")]})

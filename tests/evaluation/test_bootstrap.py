@@ -111,6 +111,7 @@ def test_copies_of_a_film_add_no_information_when_they_share_a_patient():
     assert 2.5 < ratio < 3.5  # sqrt(9): treating films as independent would claim a third of the width
 
 
+@pytest.mark.full
 def test_coverage_is_near_its_level_by_patient_and_far_below_by_film():
     rng = np.random.default_rng(4)
     by_patient = by_film = 0

@@ -57,7 +57,7 @@ def expected_tokens(reference, image: Patches) -> np.ndarray:
         return reference(torch.from_numpy(image.values), grid).pooler_output.numpy()
 
 
-@pytest.mark.parametrize("grid", [(8, 8), (10, 14), (4, 22), (2, 2)], ids=str)
+@pytest.mark.parametrize("grid", [(8, 8), pytest.param((10, 14), marks=pytest.mark.full), (4, 22), (2, 2)], ids=str)
 def test_soft_tokens(tower, reference, grid):
     """`grid` counts patches; windows are 8 x 8 of them."""
     image = picture(*grid)
@@ -67,6 +67,7 @@ def test_soft_tokens(tower, reference, grid):
     assert_close(found[: len(expected)], expected, 1e-5)
 
 
+@pytest.mark.full
 def test_images_of_different_sizes_in_one_call(tower, reference):
     """One, two and three windows, padded to three: each image's tokens end to end, whatever stands beside it."""
     images = [picture(8, 8), picture(4, 22), picture(10, 6)]

@@ -179,6 +179,7 @@ def test_group_equals_sequences_alone():
             assert_close(found[row, k, : len(continuation)], np.array(expected), 1e-5, f"{row}, {k}")
 
 
+@pytest.mark.full
 def test_gradients_equal_transformers():
     """The sum of all continuations' log-probabilities, with respect to every parameter, the tower's included."""
     ours = checkpoint()

@@ -151,6 +151,7 @@ def test_products_with_the_head(what, frozen, most):
     assert 2 * one <= compiled.cost_analysis()["flops"] < (most + 0.5) * one
 
 
+@pytest.mark.full
 def test_gradients_under_vmap_and_checkpoint():
     """The rule of the frozen head composes with both."""
     states = jnp.stack([STATES[0], STATES[1]])

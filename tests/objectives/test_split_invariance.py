@@ -144,10 +144,10 @@ def stepped(kind: str, split: str) -> tuple[dict, StepMetrics]:
 @pytest.mark.parametrize(
     ("kind", "split"),
     [
-        ("sft", "8x1"),
+        pytest.param("sft", "8x1", marks=pytest.mark.full),
         ("sft", "4x2"),
         ("sft", "8 + padding"),
-        ("grpo, adapter off", "4x2"),
+        pytest.param("grpo, adapter off", "4x2", marks=pytest.mark.full),
         ("grpo, adapter off", "8 + padding"),
     ],
 )

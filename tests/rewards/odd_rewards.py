@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import subprocess
 import sys
 import time
 
@@ -150,4 +151,57 @@ def _refuse():
 
 
 def no_columns(prompts, completions):
+    return length(prompts, completions)
+
+
+def forks_and_both_answer(prompts, completions, **columns):
+    """The child comes back as well."""
+    os.fork()
+    return length(prompts, completions)
+
+
+def children(prompts, completions, **columns):
+    """Leaves a child of a fork, a child process, and a daemon in a session of its own; tells the process ids."""
+    forked = os.fork()
+    if not forked:
+        time.sleep(3600)
+        os._exit(0)
+    started = subprocess.Popen(["sleep", "3600"]).pid
+    daemon = subprocess.Popen(["sleep", "3600"], start_new_session=True).pid
+    return [float(pid) for pid in (forked, started, daemon)][: len(completions)]
+
+
+def prints(prompts, completions, **columns):
+    """On both streams, more than is kept."""
+    for _ in range(40):
+        print("o" * 49_999)
+        print("e" * 49_999, file=sys.stderr)
+    return length(prompts, completions)
+
+
+def writes_anywhere(prompts, completions, **columns):
+    """On "write" eight bytes to every file that is open."""
+    if "write" in completions:
+        for number in range(3, 64):
+            try:
+                os.write(number, b"12345678")
+            except OSError:
+                continue
+    return length(prompts, completions)
+
+
+def answers_by_itself(prompts, completions, **columns):
+    """On "write" a line that looks like the answer to an earlier call."""
+    if "write" in completions:
+        for number in range(3, 64):
+            try:
+                os.write(number, b'[0, "scored", [7.0, 7.0, 7.0, 7.0], ""]\n')
+            except OSError:
+                continue
+    return length(prompts, completions)
+
+
+def interrupts(prompts, completions, **columns):
+    if "interrupt" in completions:
+        raise KeyboardInterrupt
     return length(prompts, completions)

@@ -6,7 +6,7 @@ import pytest
 
 from vlmalign.rewards.contract import MemoryReward
 from vlmalign.rewards.runner import RewardRunner
-from vlmalign.rewards.user_file import load_user_reward
+from vlmalign.rewards.user_file import TURNS, OnMessages, load_user_reward
 
 SOURCE = """
 from __future__ import annotations
@@ -62,6 +62,32 @@ def test_workers_run_what_was_hashed_whatever_becomes_of_the_file(file):
             runner.score(["p"], ["a"], {})
 
 
+def test_a_file_may_import_modules_beside_it(tmp_path):
+    (tmp_path / "units_of_these_rewards.py").write_text("FACTOR = 3.0\n")
+    path = tmp_path / "scaled.py"
+    path.write_text(
+        "from units_of_these_rewards import FACTOR\n"
+        "def scaled(prompts, completions, **columns):\n    return [FACTOR * len(c) for c in completions]\n"
+    )
+    with RewardRunner({"scaled": (load_user_reward(path, "scaled").reward, 1.0)}, workers=1) as runner:
+        assert runner.score(["p"], ["ab"], {}).rewards == [6.0]
+
+
+def test_a_reward_of_trl_s_conversations_is_called_as_trl_calls_it(tmp_path):
+    path = tmp_path / "conversational.py"
+    path.write_text(
+        "def reward(prompts, completions, *, factor, **columns):\n"
+        "    assert 'prompt_messages' not in columns\n"
+        "    return [f * (len(p[-1]['content']) + len(c[0]['content']) + (c[0]['role'] == 'assistant'))"
+        " for p, c, f in zip(prompts, completions, factor)]\n"
+    )
+    plain = load_user_reward(path, "reward").reward
+    columns = {"factor": [1], TURNS: [[{"role": "system", "content": "?"}, {"role": "user", "content": "abc"}]]}
+    with RewardRunner({"r": (OnMessages(plain), 1.0)}, workers=1) as runner:
+        assert runner.score(["system: ?\nuser: abc"], ["four"], columns).rewards == [8.0]
+        assert runner.score(["ab"], ["four"], {"factor": [1]}).rewards == [7.0], "without turns, a prompt is the user's"
+
+
 def test_a_pair_with_memory_may_come_from_a_file(file):
     assert isinstance(load_user_reward(file, "remembers").reward, MemoryReward)
 
@@ -100,6 +126,8 @@ def test_a_missing_file_is_told(tmp_path):
 
 UNTRUSTED = {
     "run folder": ["config.yaml", "environment.json"],
+    "run folder of a study": ["study.yaml", "timing.jsonl"],
+    "run folder without its record": ["config.yaml", "metrics.jsonl"],
     "checkpoint of training": ["_CHECKPOINT_METADATA"],
     "checkpoint of a model": ["config.json", "model.safetensors"],
     "checkpoint of an adapter": ["adapter_model.safetensors"],
@@ -119,8 +147,12 @@ def test_code_is_never_run_from_a_run_folder_or_a_checkpoint(tmp_path, kind, lin
         link = tmp_path / "innocent.py"
         link.symlink_to(path)
         path = link
-    with pytest.raises(ValueError, match=f"lies in the {kind.split(' of')[0]} .*code is never run from there"):
+    with pytest.raises(
+        ValueError, match=f"lies in the {kind.split(' of')[0].split(' without')[0]} .*code is never run from there"
+    ):
         load_user_reward(path, "dose")
+    with pytest.raises(ValueError, match="it ran"):
+        load_user_reward(path, "dose", trusted=True)
 
 
 def test_a_config_alone_makes_no_run_folder(file):

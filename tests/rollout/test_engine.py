@@ -189,7 +189,10 @@ def test_greedy_is_the_argmax_of_a_full_pass(greedy):
 # ------------------------------------------------------------------------------------------------- sampling
 
 
-@pytest.mark.parametrize(("run", "length"), [(cool, 16), (plain, 5)], ids=["top-p 0.8", "no top-p"])
+@pytest.mark.parametrize(
+    ("run", "length"),
+    [pytest.param(cool, 16, id="top-p 0.8"), pytest.param(plain, 5, id="no top-p", marks=pytest.mark.full)],
+)
 def test_recorded_log_probabilities_are_those_of_the_training_path(run, length):
     """At temperature 0.7, over the whole vocabulary, with and without top-p."""
     found = run(batch_of(PROMPTS))

@@ -172,6 +172,7 @@ def one_layer():
     return read(write(module, "one-layer-flow"), module)
 
 
+@pytest.mark.full
 def test_nothing_compiles_after_warm_up():
     made = generator(
         model=one_layer().model, rows=4, group=2, completion=70, prompt_lengths=(8, 24), prefill_rows=2, smaller=1,
@@ -206,6 +207,7 @@ def test_warm_up_needs_lengths():
         generator().warm_up(text().params)
 
 
+@pytest.mark.full
 def test_merged_and_unmerged_policies_agree_on_the_sampled_tokens():
     """The check finds rounding where the copy is right, and a copy that is one update behind."""
     whole = adapted()

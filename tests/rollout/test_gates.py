@@ -91,6 +91,7 @@ def test_decoding_copies_no_cache_and_no_weights(decode):
     assert program.memory_analysis().alias_size_in_bytes == donated
 
 
+@pytest.mark.full
 def test_decoding_one_row_copies_no_cache_for_a_token():
     """Once for a block at most: dims of size 1 are where XLA's CPU compiler likes to copy."""
     lowered, cache = lower(text(), text().params, count=1)

@@ -194,6 +194,7 @@ def test_top_p_is_of_the_mass_that_top_k_left():
     assert (np.asarray(keep(p, Sampling(top_p=0.55, top_k=2)))[0] > 0).tolist() == [True, False, False, False]
 
 
+@pytest.mark.full
 def test_kept_log_probability_under_top_k():
     z = jnp.asarray([[2.0, 1.0, 0.0, -1.0]] * 64)
     found = draw(z, jax.random.split(jax.random.key(1), 64), Sampling(top_k=2))

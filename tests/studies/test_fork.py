@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from test_chain import SHAPES, made, metrics, rows, same_files, stage_of
+from test_owner import HOLDER
 from tiny_models import checkpoint, gemma3_vision
 from tiny_tokenizer import chat_folder
 
@@ -267,6 +268,103 @@ def test_mistakes_are_named_before_any_work(finished, copied, override, expected
     assert (copied.parent / "run" / "timing.jsonl").read_bytes() == before
 
 
+# ----------------------------------------------------------------------------------------------- what lies in the folder
+
+
+@pytest.mark.parametrize("gone", [False, True])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "stages/hard/adapter/adapter_model.safetensors",
+        "stages/sft/states/best.safetensors",
+        "answers/test/base/near/predictions.jsonl",
+        "sets/train/sft.jsonl",
+    ],
+)
+def test_damage_to_what_was_made_is_named_before_any_work(copied, name, gone):
+    path = copied.parent / "run" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.unlink()
+    if not gone:
+        path.write_bytes(content)
+    artefact = "/".join(name.split("/")[: 4 if name.startswith("answers") else 2])
+    found = "is missing" if gone else "is not as it was written"
+    with pytest.raises(
+        ValueError, match=rf"{path} {found}\. Restore it, or make {artefact} .* again with --redo {artefact}"
+    ):
+        start(copied)
+    path.write_bytes(content)  # of the same size: the content is what counts
+    with pytest.raises(ValueError, match=rf"{path} is not as it was written"):
+        start(copied)
+
+
+def test_damaged_scores_are_made_again(finished, copied):
+    results = copied.parent / "run" / "scores" / "test" / "results.json"
+    results.write_text(results.read_text().replace("0.", "1."))
+    assert same_files(start(copied), finished) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("stages/sft/made.json", r"stages/sft has files, and neither begun.json nor made.json"),
+        ("sets/near/made.json", r"sets/near has files, and neither"),
+        ("environment.json", r"environment.json is missing, which says when and where"),
+    ],
+)
+def test_a_record_that_is_gone_is_an_error(copied, name, expected):
+    """Without it anything would be taken for what the study asks for."""
+    (copied.parent / "run" / name).unlink()
+    with pytest.raises(ValueError, match=expected):
+        start(copied)
+
+
+def with_arms(study_file: Path, *names: str) -> None:
+    data = read_yaml(study_file.read_text())
+    for name in names:
+        data["stages"][name] = policy({"kind": "labels", "options": {"measure": "f1"}})
+    study_file.write_text(write_yaml(data))
+
+
+def test_films_that_are_others_than_a_set_was_drawn_with_are_refused(finished, copied):
+    run_folder = copied.parent / "run"
+    first, second = (row["id"] for row in rows(finished / "sets" / "near" / "cases.jsonl")[:2])
+    (changed,), (other,) = (list((run_folder / "sources").rglob(f"{each}.jpg")) for each in (first, second))
+    changed.write_bytes(other.read_bytes())
+    start(copied)  # nothing is made of them any more
+    with_arms(copied, "f1")
+    with pytest.raises(ValueError, match=rf"{changed} is not the image that set near was drawn with"):
+        start(copied)
+    assert not (run_folder / "stages" / "f1").exists()
+
+
+def test_what_another_start_is_at_work_on_is_left_to_it(copied):
+    run_folder = copied.parent / "run"
+    with_arms(copied, "f1", "f2")
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(run_folder), "stages/f1"], stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout.readline() == b"None\n"
+        lines = {line.name: line for line in status(run_folder)}
+        report = (run_folder / "report.html").stat().st_mtime_ns
+        with pytest.raises(
+            ValueError, match=rf"at work on all that is left: stages/f1 \(process {other.pid} on .*--take-over"
+        ):
+            start(copied)
+        lines = {line.name: line for line in status(run_folder)}
+        assert lines["stages/f2"].state == "done", "the other arm was made"
+        assert lines["stages/f1"].owner.startswith(f"process {other.pid} on ")
+        assert (run_folder / "report.html").stat().st_mtime_ns == report, "the report waits for all"
+        (run_folder / "stages" / "f1").mkdir()
+        with pytest.raises(ValueError, match=r"--redo would set aside what others are at work on: stages/f1"):
+            start(copied, asked=Asked(redo=("f1",)))
+        (run_folder / "stages" / "f1").rmdir()
+        start(copied, asked=Asked(take_over=True))
+        other.kill()
+    assert made(stage_of(run_folder, "f1"))["content"] == made(stage_of(run_folder, "f2"))["content"]
+
+
 def count(folder: Path) -> int:
     """Files and folders in a folder that is being written: some are gone before they are looked into."""
     return sum(len(folders) + len(files) for _, folders, files in os.walk(folder))
@@ -334,3 +432,54 @@ def test_a_killed_study_goes_on_in_two_processes(finished, config_file, tmp_path
             place = f"answers/test/{state}/{name}/predictions.jsonl"
             assert rows(folder / place) == rows(finished / place)
     assert {line.state for line in status(folder)} == {"given", "done"}
+
+
+def run_command(config_file: Path, folder: Path) -> list[str]:
+    return [sys.executable, "-m", "vlmalign.cli", "run", str(config_file), "--run", str(folder)]
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("pause", [0.0, 25.0])
+def test_two_starts_at_once_make_the_same_bytes_as_one(finished, config_file, tmp_path, pause):
+    """Whoever finds everything else taken ends with 2 and says who has it; nothing is written by both."""
+    folder = tmp_path / "run"
+    both = []
+    for _ in range(2):
+        both.append(
+            subprocess.Popen(
+                run_command(config_file, folder), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            )
+        )
+        time.sleep(pause)
+    said = [process.communicate(timeout=800)[1] for process in both]
+    codes = [process.returncode for process in both]
+    assert sorted(codes) in ([0, 0], [0, 2]), said
+    for code, text in zip(codes, said, strict=True):
+        assert code == 0 or "others are at work on all that is left: " in text
+    assert same_files(folder, finished) == []
+    assert {line.state for line in status(folder)} == {"given", "done"}
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_a_study_that_is_told_to_end_has_saved(finished, config_file, tmp_path, name):
+    folder = tmp_path / "run"
+    lines = stage_of(folder, "sft") / "metrics.jsonl"
+    with subprocess.Popen(
+        run_command(config_file, folder), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        deadline = time.monotonic() + 240
+        while not (lines.exists() and lines.read_bytes().count(b"\n") >= 1):
+            assert process.poll() is None, process.stderr.read()[-2000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.send_signal(getattr(signal, name))
+        said = process.communicate(timeout=240)[1]
+    assert process.returncode == 85, said
+    assert f"vlmalign run: told to end by {name}: " in said
+    assert "; the same command goes on" in said
+    done = subprocess.run(run_command(config_file, folder), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert same_files(folder, finished) == []

@@ -1,6 +1,6 @@
 """Run by test_sharded.py in a process with eight devices: training and sampling on meshes beside one device, as JSON.
 
-    sharded_program.py few     each kind of trained parameters once, of text
+    sharded_program.py few     an adapter, of text
     sharded_program.py rest    with the few, every pair of objective, input, kind of trained parameters and mesh; dropout, replicas
     sharded_program.py rollouts    sampling
 
@@ -57,11 +57,9 @@ TEXT_ADAPTER = ("sft", "text", "lora", "data 8", "adamw")
 IMAGE_ADAPTER = ("dpo", "image", "lora", "data 8", "sgd")
 TEXT_WHOLE = ("dpo", "text", "all", "fsdp 8", "adamw")
 CASES = {
-    "few": [
-        TEXT_ADAPTER,
-        TEXT_WHOLE,
-    ],
+    "few": [TEXT_ADAPTER],
     "rest": [
+        TEXT_WHOLE,
         IMAGE_ADAPTER,
         ("grpo", "text", "all", "data 2 fsdp 2 tensor 2", "adamw"),
         ("sft", "image", "all", "fsdp 8", "sgd"),
@@ -318,9 +316,9 @@ def main(which: str) -> None:
         return
     found = {"cases": [compare(*case) for case in CASES[which]]}
     if which == "few":
-        found |= {"adapter": adapter_traffic(TEXT_ADAPTER), "fsdp": fsdp_traffic(), "refusals": refusals()}
+        found |= {"adapter": adapter_traffic(TEXT_ADAPTER), "refusals": refusals()}
     else:
-        found |= {"adapter": adapter_traffic(IMAGE_ADAPTER)}
+        found |= {"adapter": adapter_traffic(IMAGE_ADAPTER), "fsdp": fsdp_traffic()}
     print(json.dumps(found))
 
 

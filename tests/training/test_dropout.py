@@ -72,6 +72,7 @@ def test_cutting_and_padding_change_nothing(whole, cut, layout, rows):
         assert_close(value, whole[0][name], 1e-5, name)
 
 
+@pytest.mark.full
 def test_it_drops_and_is_drawn_anew(whole):
     plain, another, seeded = (
         updated([GROUPS], LAYOUT, 8, **change)[1] for change in ({"rate": 0.0}, {"step": 1}, {"seed": 1})

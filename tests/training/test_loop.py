@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from unittest.mock import patch
 
 import jax
@@ -14,6 +18,7 @@ import optax
 import pytest
 from tiny_checkpoints import QUICK
 
+from vlmalign import stopping
 from vlmalign.models.config import DecoderConfig, LayerSpec, ModelConfig, Rope
 from vlmalign.models.lora import LoraSpec, init_adapter
 from vlmalign.models.model import Model
@@ -146,6 +151,105 @@ def test_half_written_checkpoint_is_not_seen(tmp_path, trainer, model):
     (tmp_path / "7.orbax-checkpoint-tmp").mkdir()
     with Checkpoints(tmp_path) as checkpoints:
         assert int(checkpoints.restore(state).state.step) == 0
+
+
+# ------------------------------------------------------------------------------------------------- damaged checkpoints
+
+
+def largest(folder: Path) -> Path:
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "one bit": lambda folder: flip(largest(folder)),
+    "cut": lambda folder: os.truncate(largest(folder), largest(folder).stat().st_size // 2),
+    "zeroed": lambda folder: largest(folder).write_bytes(bytes(largest(folder).stat().st_size)),
+    "file gone": lambda folder: largest(folder).unlink(),
+    "part gone": lambda folder: shutil.rmtree(folder / "shapes"),
+    "state gone": lambda folder: shutil.rmtree(folder / "state"),
+    "position emptied": lambda folder: (folder / "position" / "metadata").write_text("{}"),
+    "record gone": lambda folder: (folder / "files.json").unlink(),
+    "record torn": lambda folder: (folder / "files.json").write_text("[["),
+    "empty": lambda folder: [shutil.rmtree(folder), folder.mkdir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_left_out_for_the_one_before(tmp_path, trainer, model, base, whole, damage, capfd):
+    with pytest.raises(Interrupted):
+        run_stage(tmp_path, trainer, model, base, source=StopAt(5))
+    DAMAGE[damage](tmp_path / "checkpoints" / "4")
+    params = run_stage(tmp_path, trainer, model, base)
+    said = capfd.readouterr().out
+    assert re.search(rf"the checkpoint of update 4 is left out: {tmp_path}/checkpoints/4/\S+ is", said)
+    assert "going on from that of update 2" in said
+    assert "sft: continuing after update 2 of 6" in said
+    assert (tmp_path / "metrics.jsonl").read_bytes() == whole[1]
+    for name, value in whole[0].items():
+        assert np.array_equal(params[name], value), name
+    assert [path.name for path in (tmp_path / "checkpoints" / "damaged").iterdir()] == ["4-0"], "it is kept"
+
+
+def test_only_damaged_checkpoints_are_an_error(tmp_path, trainer, model, base):
+    with pytest.raises(Interrupted):
+        run_stage(tmp_path, trainer, model, base, source=StopAt(5))
+    for step in ("2", "4"):
+        flip(largest(tmp_path / "checkpoints" / step))
+    with pytest.raises(ValueError, match=r"no checkpoint in \S+ is whole: \S+/4/\S+ is not as it was written; \S+/2/"):
+        run_stage(tmp_path, trainer, model, base)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "4"], "nothing is moved"
+
+
+@pytest.mark.parametrize("damage", ["gone", "one bit"])
+@pytest.mark.parametrize("stop", [None, 4])
+def test_a_best_state_that_is_lost_is_an_error(tmp_path, trainer, model, base, damage, stop):
+    """Of a finished stage, and of one under way before it goes on; the last state is never taken for it."""
+    if stop is None:
+        best_stage(tmp_path, trainer, model, base, Losses(CURVE))
+    else:
+        with pytest.raises(Interrupted):
+            best_stage(tmp_path, trainer, model, base, Losses(CURVE), source=StopAt(stop))
+    if damage == "gone":
+        shutil.rmtree(tmp_path / "best")
+    else:
+        flip(largest(tmp_path / "best"))
+    step = 5 if stop is None else 2
+    with pytest.raises(ValueError, match=rf"the best state so far, of update {step}, is lost: \S+/best/{step}\S* is"):
+        best_stage(tmp_path, trainer, model, base, Losses(CURVE))
+
+
+def test_a_stage_that_is_told_to_end_saves_and_goes_on_to_the_same_bits(tmp_path, trainer, model, base, whole):
+    """After any update: also where no checkpoint was due."""
+    for done in range(1, STEPS):
+        folder = tmp_path / str(done)
+        calls = iter(range(1, STEPS + 1))
+        with (
+            patch.object(stopping, "requested", lambda calls=calls, done=done: next(calls) == done),
+            pytest.raises(stopping.Stopped, match=f"sft was saved after update {done} of 6"),
+        ):
+            run_stage(folder, trainer, model, base, checkpoint_every=4)
+        assert (folder / "checkpoints" / str(done)).is_dir()
+        params = run_stage(folder, trainer, model, base, checkpoint_every=4)
+        assert (folder / "metrics.jsonl").read_bytes() == whole[1]
+        for name, value in whole[0].items():
+            assert np.array_equal(params[name], value), name
+
+
+def test_a_stage_that_is_another_s_now_writes_nothing_more(tmp_path, trainer, model, base):
+    def check():
+        if (tmp_path / "checkpoints" / "2").exists():
+            raise ValueError("taken over")
+
+    with pytest.raises(ValueError, match="taken over"):
+        run_stage(tmp_path, trainer, model, base, check=check)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
+    assert len(lines(tmp_path)) == 2
 
 
 def test_learning_rate_schedule_by_hand():

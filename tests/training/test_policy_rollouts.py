@@ -76,6 +76,7 @@ def one_step(own: PolicySource) -> dict:
     return {"step": 1, **work.metrics, **parts}
 
 
+@pytest.mark.full
 def test_the_line_says_what_sampling_cost_and_how_true_the_copy_is(caplog):
     announced: list[str] = []
     own = source(announced)

@@ -185,7 +185,8 @@ def two_updates(loss: str, cut: str) -> list[Params]:
         *(
             pytest.param(*each, marks=pytest.mark.full)
             for each in (
-                *((loss, cut) for loss in ("dapo", "dr_grpo", "gspo") for cut in ("4x2", "8x1")), ("ppo", "8x1"),
+                *((loss, cut) for loss in ("dapo", "dr_grpo", "gspo") for cut in ("4x2", "8x1")),
+                ("grpo", "8x1"), ("ppo", "8x1"),
             )
         ),
     ],
@@ -218,6 +219,7 @@ def test_equal_rewards_change_no_bit(loss, advantage):
         assert np.asarray(state.params[name]).tobytes() == np.asarray(value).tobytes(), name
 
 
+@pytest.mark.full
 def test_equal_rewards_change_no_bit_under_adamw_and_clipping():
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, weight_decay=0.0))
     adam = quick(lambda: Trainer(text().model, grpo(), optimiser))
@@ -342,6 +344,7 @@ def test_a_grpo_step_with_images(images):
     assert images.features.encoded == 3
 
 
+@pytest.mark.full
 @one_of("gemma3", "qwen2_5_vl")
 def test_a_dpo_step_with_images(images):
     """Pictures in prompts and in answers."""
@@ -414,7 +417,7 @@ def run(folder, *, stop: int | None = None) -> Params:
     return jax.device_get(train(stage, kind, fresh(text().adapter), text().base, StopAt(policy, stop), Progress()))
 
 
-@pytest.mark.parametrize("stop", [3, 4, 6, 7])
+@pytest.mark.parametrize("stop", [3, *(pytest.param(stop, marks=pytest.mark.full) for stop in (4, 6, 7))])
 def test_a_killed_stage_goes_on_to_the_same_bits_and_files(tmp_path, stop):
     """Rewards that differ from call to call come from the file; what was asked anew went into both."""
     with pytest.raises(Interrupted):

@@ -185,7 +185,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["text", "image", pytest.param("image, WPO", marks=pytest.mark.full)])
 def test_a_step_on_groups_is_trls_on_separate_sequences(case, recorded):
     groups, settings = CASES[case]
     module = peft()

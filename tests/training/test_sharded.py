@@ -78,8 +78,9 @@ def test_an_adapter_on_copies_of_its_base_reduces_its_gradients_and_nothing_else
     assert sorted(sorted(shape) for shape in shapes if shape) == sorted(map(sorted, found["adapter"]["adapter"]))
 
 
-def test_fsdp_gathers_weights_and_never_activations(few):
-    fsdp = few["fsdp"]
+@pytest.mark.full
+def test_fsdp_gathers_weights_and_never_activations(rest):
+    fsdp = rest["fsdp"]
     operations = {operation for operation, _ in fsdp["collectives"]}
     assert operations <= {"all-gather", "all-reduce", "reduce-scatter"}
     gathered = [shape for operation, group in fsdp["collectives"] if operation == "all-gather" for shape in group]

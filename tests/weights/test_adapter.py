@@ -203,6 +203,7 @@ def test_our_adapter_loads_in_peft(name, kind, tmp_path):
     assert_close(probe_logits(model, {**base.params, **adapter}), torch_logits(module), 1e-5)
 
 
+@pytest.mark.full
 def test_fresh_dora_adapter_changes_nothing(optimised):
     """Not bit for bit: a column's length is divided by itself."""
     base = family("gemma3 text")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
 
 from vlmalign.data.chat.chat import Chat, open_chat, read_stop_ids
+from vlmalign.data.chat.template import MARKER, reads_the_clock
 from vlmalign.data.films.pixels import open_pixels
 from vlmalign.inspection.records import Text
 from vlmalign.models.config import ModelConfig, QwenVisionConfig, SiglipConfig
@@ -20,8 +20,6 @@ GENERATION = "generation_config.json"
 
 #: the smallest training example
 CONVERSATION = [{"role": "user", "content": "Is the heart large?"}, {"role": "assistant", "content": "No."}]
-
-_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def one_line(error: Exception, folder: Path) -> str:
@@ -65,11 +63,15 @@ def read_text(folder: Path, config: ModelConfig | None, problems: list[str], not
     template = chat.tokenizer.chat_template if chat is not None else tokenizer.chat_template
     if isinstance(template, dict):  # several by name
         template = template.get("default")
+    if template and reads_the_clock(template):
+        notes.append(
+            "the chat template writes the date: a run keeps that of its first start, other tools write today's"
+        )
     return Text(
         tokens=len(tokenizer),
         stops=tuple((id, tokenizer.convert_ids_to_tokens(id) or "(no such token)") for id in stops),
         template=template,
-        marked=bool(template and _MARKER.search(template)),
+        marked=bool(template and MARKER.search(template)),
     )
 
 

@@ -12,7 +12,9 @@ from __future__ import annotations
 import inspect
 import math
 import numbers
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 Reward = Callable[..., Any]
@@ -20,14 +22,12 @@ Reward = Callable[..., Any]
 #: why a completion has no number: kinds of `Fault`
 FAULTS = ("timeout", "crash", "exception", "not finite", "not a number")
 
-_REASON_CHARACTERS = 200  # an exception's text may quote a patient's: enough to recognise it, not to hold it
-
 
 class Fault(NamedTuple):
     """A reward failed for one completion."""
 
     kind: str  #: one of `FAULTS`
-    reason: str
+    reason: str  #: without any text of the completion: an exception's type and place, never its words
 
 
 Value = float | None | Fault
@@ -125,22 +125,28 @@ def required_columns(reward: Reward, name: str) -> tuple[str, ...]:
     return tuple(p.name for p in named if p.default is p.empty and p.name not in ("prompts", "completions"))
 
 
-def attempt(name: str, reward: Reward, batch: Batch) -> list[Value] | Fault:
-    """Call a reward once: a value per completion, or the one fault of the whole call.
+def attempt(
+    name: str, reward: Reward, batch: Batch, tell: Callable[[BaseException], None] = lambda error: None
+) -> list[Value] | Fault:
+    """Call a reward once: a value per completion, or the one fault of the whole call; `tell` gets what it raised.
 
     Raises WrongReturn when the list it returns cannot be matched with the completions.
     """
     try:
         returned = reward(**batch.arguments())
     except (Exception, SystemExit) as error:  # SystemExit: a reward does not end training
+        tell(error)
         return fault_of(error)
     return checked(name, returned, len(batch))
 
 
 def fault_of(error: BaseException) -> Fault:
-    """The fault of a call that raised; a TimeoutError of the reward's own making counts as a time-out."""
-    text = f"{type(error).__name__}: {error}"[:_REASON_CHARACTERS]
-    return Fault("timeout" if isinstance(error, TimeoutError) else "exception", text)
+    """The fault of a call that raised: the exception's type, and where in the reward's own file it came from. What it says
+    may quote a patient's text. A TimeoutError of the reward's own making counts as a time-out."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames[1:] if frame.filename == frames[1].filename] or frames
+    where = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+    return Fault("timeout" if isinstance(error, TimeoutError) else "exception", f"{type(error).__name__}{where}")
 
 
 def checked(name: str, returned: Any, expected: int) -> list[Value]:
@@ -165,7 +171,7 @@ def _value(entry: Any) -> Value:
     if entry is None:
         return None
     if isinstance(entry, bool) or not isinstance(entry, numbers.Real):
-        return Fault("not a number", f"{type(entry).__name__}: {entry!r}"[:60] + "; return a float")
+        return Fault("not a number", f"a {type(entry).__name__}; return a float")
     try:
         number = float(entry)
     except OverflowError:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import secrets
 import signal
 import subprocess
 import sys
@@ -18,15 +19,21 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Pipe, wait
+from pathlib import Path
 from typing import NamedTuple
 
 from vlmalign.rewards.contract import Batch, Fault, Reward, Value, WrongReturn
-from vlmalign.rewards.worker import Call, Reply
+from vlmalign.rewards.output import BoundedOutput
+from vlmalign.rewards.worker import MARK, Call, Reply, end_marked, reply_of
 
 #: seconds within which a worker must have started and loaded the rewards
 START_S = 60.0
+#: bytes of an answer that does not end
+LONGEST = 2**26
+#: what is no answer to the call that was made, and what is no answer at all
+UNHEARD, GARBLED = Reply(-1, "unheard"), Reply(-1, "garbled")
 
-_BOOT = "import sys; sys.path[:] = {path!r}; from vlmalign.rewards.worker import serve; serve({descriptor})"
+_BOOT = "import sys; sys.path[:] = {path!r}; from vlmalign.rewards.worker import serve; serve({calls}, {replies})"
 #: A reward in a worker must not take the GPU that trains; and a sum over a set must come out the same in every worker.
 _ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "PYTHONHASHSEED": "0"}
 
@@ -62,38 +69,61 @@ def picklable(rewards: Mapping[str, Reward]) -> dict[str, bytes]:
 
 
 class Worker:
-    """One process and our end of its pipe. `state`: starting -> loading -> idle <-> busy."""
+    """One process and our ends of its pipes. `state`: starting -> loading -> idle <-> busy."""
 
-    def __init__(self, blobs: Mapping[str, bytes]):
+    def __init__(self, blobs: Mapping[str, bytes], output: int | None = None):
+        """`output` is a descriptor that takes what it prints (None: as the main process)."""
         self._blobs = dict(blobs)
-        self.connection, theirs = Pipe()
-        boot = _BOOT.format(path=[entry or os.getcwd() for entry in sys.path], descriptor=theirs.fileno())
+        theirs, self._calls = Pipe(duplex=False)
+        self.replies, answers = os.pipe()
+        self._mark, self._buffer, self._number = secrets.token_hex(8), b"", 0
+        path = [entry or os.getcwd() for entry in sys.path]
         self._process = subprocess.Popen(
-            [sys.executable, "-c", boot],
+            [sys.executable, "-c", _BOOT.format(path=path, calls=theirs.fileno(), replies=answers)],
             stdin=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno()],
-            env=os.environ | _ENVIRONMENT,
+            stdout=output,
+            stderr=output,
+            pass_fds=[theirs.fileno(), answers],
+            env=os.environ | _ENVIRONMENT | {MARK: self._mark},
             start_new_session=True,  # Ctrl-C is the main process's affair; `kill` reaches a reward's own children
         )
         theirs.close()
+        os.close(answers)
         self.state = "starting"
         self.task: Task | None = None
         self.deadline = time.monotonic() + START_S
 
     def give(self, task: Task, call: bytes, limit_s: float) -> None:
+        self._number += 1
         self.state, self.task, self.deadline = "busy", task, time.monotonic() + limit_s
-        self.connection.send_bytes(call)
+        self._calls.send_bytes(self._number.to_bytes(8, "big") + call)
 
     def receive(self) -> Reply | None:
-        """Its next word; None when the process is gone."""
-        try:
-            reply: Reply = self.connection.recv()
-            if reply.kind == "ready":
-                self.state, self.deadline = "loading", time.monotonic() + START_S
-                self.connection.send(self._blobs)
-        except (EOFError, ConnectionResetError, BrokenPipeError):
+        """Its next word, once it has said something: what is no answer to its call is `UNHEARD`, what is no answer at all
+        `GARBLED`; None when the process is gone."""
+        data = os.read(self.replies, 2**20)
+        if not data:
             return None
-        if reply.kind in ("loaded", "scored", "wrong"):
+        *lines, self._buffer = (self._buffer + data).split(b"\n")
+        if len(self._buffer) > LONGEST:
+            return GARBLED
+        for line in lines:
+            try:
+                reply = reply_of(line)
+            except ValueError:
+                return GARBLED
+            if reply.number == self._number:
+                return self._heard(reply)
+        return UNHEARD
+
+    def _heard(self, reply: Reply) -> Reply | None:
+        if reply.kind == "ready":
+            self.state, self.deadline = "loading", time.monotonic() + START_S
+            try:
+                self._calls.send_bytes(pickle.dumps(self._blobs))
+            except (BrokenPipeError, ConnectionResetError):
+                return None
+        elif reply.kind in ("loaded", "scored", "wrong"):
             self.state = "idle"
         return reply
 
@@ -112,19 +142,30 @@ class Worker:
 
     def kill(self) -> None:
         """End the process and whatever it started, at once."""
-        self.connection.close()
+        self._close_ends()
         if self._process.returncode is None:  # not yet waited for, so its process group's number is still its own
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        end_marked(self._mark)
 
     def close(self) -> None:
-        """Let an idle process end by itself: its pipe closes."""
-        self.connection.close()
-        try:
-            self._process.wait(1.0)
-        except subprocess.TimeoutExpired:
-            self.kill()
+        """Let an idle process end by itself, since its calls end; then what it started is ended too."""
+        self._calls.close()
+        with contextlib.suppress(ChildProcessError, AttributeError):
+            deadline = time.monotonic() + 1.0
+            # It is not waited for yet: its process group's number stays its own.
+            while os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.005)
+        self.kill()
+
+    def _close_ends(self) -> None:
+        self._calls.close()
+        if self.replies >= 0:
+            os.close(self.replies)
+            self.replies = -1
 
 
 class WorkerPool:
@@ -134,9 +175,12 @@ class WorkerPool:
     in time, one reward takes at most (n + n / chunk) x timeout_s / workers, and a start (about 0.1 s) per time-out.
     """
 
-    def __init__(self, rewards: Mapping[str, Reward], *, workers: int, chunk: int, timeout_s: float):
+    def __init__(
+        self, rewards: Mapping[str, Reward], *, workers: int, chunk: int, timeout_s: float, output: Path | None = None
+    ):
         self._blobs, self._chunk, self._timeout_s = picklable(rewards), chunk, timeout_s
-        self._workers = [Worker(self._blobs) for _ in range(workers)]
+        self._output = BoundedOutput(output)
+        self._workers = [Worker(self._blobs, self._output.writing) for _ in range(workers)]
 
     def run(self, batch: Batch) -> dict[str, list[Value]]:
         """Every reward on every completion. What comes back does not depend on the number of workers or chunks.
@@ -152,8 +196,8 @@ class WorkerPool:
         try:
             while queue or any(worker.task for worker in self._workers):
                 self._hand_out(queue, batch)
-                for index in self._events():
-                    outcome = self._outcome(index)
+                for index, speaks in self._events():
+                    outcome = self._outcome(index) if speaks else self._too_late(index)
                     if outcome is None:
                         continue
                     task, found = outcome
@@ -174,6 +218,8 @@ class WorkerPool:
                 worker.close()
             else:
                 worker.kill()
+        if self._workers:
+            self._output.close()
         self._workers = []
 
     def _hand_out(self, queue: deque[Task], batch: Batch) -> None:
@@ -189,31 +235,35 @@ class WorkerPool:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 worker.give(task, call, self._timeout_s)
 
-    def _events(self) -> Sequence[int]:
-        """Workers that have something to say, or whose time is up."""
-        open_ends = {worker.connection: i for i, worker in enumerate(self._workers) if worker.state != "idle"}
+    def _events(self) -> Sequence[tuple[int, bool]]:
+        """(worker, True) of those that have something to say, or (worker, False) of those whose time is up."""
+        open_ends = {worker.replies: i for i, worker in enumerate(self._workers) if worker.state != "idle"}
         nearest = min((self._workers[i].deadline for i in open_ends.values()), default=time.monotonic())
         ready = wait(list(open_ends), timeout=max(0.0, nearest - time.monotonic()))
         if ready:
-            return sorted(open_ends[end] for end in ready)
+            return sorted((open_ends[end], True) for end in ready)
         now = time.monotonic()
-        return [i for i in open_ends.values() if self._workers[i].deadline <= now]
+        return [(i, False) for i in open_ends.values() if self._workers[i].deadline <= now]
+
+    def _too_late(self, index: int) -> tuple[Task, Fault]:
+        task = self._workers[index].task
+        if task is None:
+            raise RuntimeError(
+                f"a reward worker did not load its rewards within {START_S:g} s; "
+                "look for work done at the import of a reward's module"
+            )
+        self._replace(index)
+        return task, Fault("timeout", f"no answer within {self._timeout_s:g} s")
 
     def _outcome(self, index: int) -> tuple[Task, list[Value] | Fault] | None:
         """A worker's task and what became of it; None while it starts."""
         worker = self._workers[index]
         task, starting = worker.task, worker.task is None
-        if not worker.connection.poll():  # its time is up
-            if starting:
-                raise RuntimeError(
-                    f"a reward worker did not load its rewards within {START_S:g} s; "
-                    "look for work done at the import of a reward's module"
-                )
-            self._replace(index)
-            return task, Fault("timeout", f"no answer within {self._timeout_s:g} s")
         reply = worker.receive()
-        if reply is None:
-            death = worker.death()
+        if reply is UNHEARD:
+            return None
+        if reply is None or reply is GARBLED:
+            death = worker.death() if reply is None else "wrote something into its pipe that is no answer"
             if starting:
                 raise RuntimeError(
                     f"a reward worker {death} while {worker.state}; import the rewards by hand to see why"
@@ -234,7 +284,7 @@ class WorkerPool:
     def _replace(self, index: int) -> None:
         """A fresh worker in this one's place."""
         self._workers[index].kill()
-        self._workers[index] = Worker(self._blobs)
+        self._workers[index] = Worker(self._blobs, self._output.writing)
 
     def _replace_all_but_idle(self) -> None:
         for index, worker in enumerate(self._workers):

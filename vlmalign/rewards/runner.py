@@ -10,6 +10,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -77,6 +78,8 @@ class RewardRunner:
         chunk: int = 16,
         timeout_s: float = 30.0,
         strict: bool = False,  #: the first failure raises ValueError: for trying out a reward
+        output: Path
+        | None = None,  #: file for what rewards print in their workers, up to a MiB; None: stderr, up to 64 KiB
     ):
         if not rewards:
             raise ValueError("expected at least one reward, found none; name one in the config")
@@ -103,11 +106,16 @@ class RewardRunner:
         }
         self._pool = None
         if workers and self._here:
-            self._pool = WorkerPool(self._here, workers=workers, chunk=chunk, timeout_s=timeout_s)
+            self._pool = WorkerPool(self._here, workers=workers, chunk=chunk, timeout_s=timeout_s, output=output)
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self._weights)
+
+    @property
+    def weighted(self) -> tuple[str, ...]:
+        """The rewards that are learnt from; the others are logged only."""
+        return tuple(name for name, weight in self._weights.items() if weight)
 
     def score(
         self, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]

@@ -18,7 +18,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from vlmalign.rewards.contract import MemoryReward, Reward, is_async, required_columns
+from vlmalign.rewards.contract import MemoryReward, Reward, is_async, required_columns, text_of
+
+#: what a run folder's config is called, in this layout and in earlier ones, and what else a run writes beside it
+CONFIGS = ("study.yaml", "config.yaml")
+RUN_PARTS = (
+    "environment.json", "timing.jsonl", ".hashes.json", ".owners", "stages", "sets", "sources", "answers", "scores",
+    "report.html", "set-aside", "data.json", "metrics.jsonl",
+)  # fmt: skip
+#: column with the turns of each prompt, where a reward is called with messages
+TURNS = "prompt_messages"
 
 
 class UserReward(NamedTuple):
@@ -48,19 +57,39 @@ class FileFunction:
         return self.__wrapped__(prompts=prompts, completions=completions, **columns)
 
 
-def load_user_reward(path: str | Path, name: str, expected_hash: str | None = None) -> UserReward:
+@dataclass(frozen=True)
+class OnMessages:
+    """A reward that is called as TRL calls one with conversations: prompts are lists of turns, and a completion is a list
+    of one, `[{"role": "assistant", "content": text}]`."""
+
+    reward: Reward
+
+    @property
+    def __wrapped__(self) -> Reward:
+        return self.reward
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Any:
+        turns = columns.pop(TURNS, None) or [[{"role": "user", "content": prompt}] for prompt in prompts]
+        answers = [[{"role": "assistant", "content": text_of(completion)}] for completion in completions]
+        return self.reward(prompts=turns, completions=answers, **columns)
+
+
+def load_user_reward(
+    path: str | Path, name: str, expected_hash: str | None = None, *, trusted: bool = False
+) -> UserReward:
     """The reward `name` of the Python file `path`: a function with a reward's signature, sync or async, or a
     `MemoryReward`.
 
-    The file is one file: its hash says nothing of modules it imports. Its code runs here, once, and in every worker.
+    It may import modules that lie beside it; its hash says nothing of them. Its code runs here, once, and in every worker.
 
-    Raises ValueError when the file is missing, lies inside a run folder or a checkpoint, does not have the SHA-256
+    Raises ValueError when the file is missing, lies inside a run folder or a checkpoint (unless it is `trusted`), does not have the SHA-256
     `expected_hash`, cannot be run, has no such function, or has one that cannot be called as rewards are.
     """
     path = Path(path).resolve()  # links followed: a link into a run folder is in the run folder
     if not path.is_file():
         raise ValueError(f"expected a Python file with rewards, found no file at {path}; check the config's path")
-    _refuse_untrusted(path)
+    if not trusted:
+        _refuse_untrusted(path)
     source = path.read_bytes()
     digest = hashlib.sha256(source).hexdigest()
     if expected_hash is not None and digest != expected_hash.lower():
@@ -88,16 +117,24 @@ def load_user_reward(path: str | Path, name: str, expected_hash: str | None = No
 
 def _refuse_untrusted(path: Path) -> None:
     for folder in path.parents:
-        kind = None
-        if (folder / "config.yaml").is_file() and (folder / "environment.json").is_file():
-            kind = "run folder"
-        elif (folder / "_CHECKPOINT_METADATA").is_file() or any(folder.glob("*.safetensors")):
-            kind = "checkpoint"
+        kind = received(folder)
         if kind is not None:
             raise ValueError(
                 f"{path} lies in the {kind} {folder}, and code is never run from there: what a run or a model was "
-                "received with would run as you; read the file, and copy it beside your config"
+                "received with would run as you; read the file, and copy it beside your config, or say --trust-code"
             )
+
+
+def received(folder: Path) -> str | None:
+    """What a folder is that may have come from somebody else: a run folder or a checkpoint; None for any other.
+
+    A run folder is known by its config with anything else of a run, so that leaving files out hides nothing.
+    """
+    if any((folder / name).is_file() for name in CONFIGS) and any((folder / name).exists() for name in RUN_PARTS):
+        return "run folder"
+    if (folder / "_CHECKPOINT_METADATA").is_file() or any(folder.glob("*.safetensors")):
+        return "checkpoint"
+    return None
 
 
 class _Source(importlib.abc.InspectLoader):
@@ -123,6 +160,8 @@ def _module(path: Path, sha256: str, source: bytes) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     module.__file__ = str(path)
     sys.modules[spec.name] = module  # dataclasses look their module up by name
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # last: a file beside a reward must not stand for an installed module
     try:
         spec.loader.exec_module(module)
     except BaseException:

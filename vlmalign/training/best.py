@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from vlmalign.exchange import from_first
 from vlmalign.training.checkpoints import Checkpoints
 from vlmalign.training.step import TrainState
 
@@ -44,9 +45,9 @@ class Record:
 class BestSoFar:
     """Keeps the state of the best evaluation in `folder`; does nothing without a rule."""
 
-    def __init__(self, folder: Path, rule: Best | None):
+    def __init__(self, folder: Path, rule: Best | None, say: Callable[[str], None] = print):
         self._rule = rule
-        self._kept = None if rule is None else Checkpoints(folder, keep=1)
+        self._kept = None if rule is None else Checkpoints(folder, keep=1, say=say)
         self.record = Record()
 
     @property
@@ -72,10 +73,28 @@ class BestSoFar:
             self.record = Record(best, self.record.step, self.record.since + 1)
 
     def rewind(self, record: Mapping[str, Any] | None) -> None:
-        """Go back to what a checkpoint remembers (None: the start); later bests will be found again."""
+        """Go back to what a checkpoint remembers (None: the start); later bests will be found again.
+
+        Raises:
+            ValueError: when the best so far is lost, and not for a later one that will be found again.
+        """
         self.record = Record() if record is None else Record(**record)
-        if self._kept is not None:
-            self._kept.drop_after(self.record.step or 0)
+        if self._kept is None:
+            return
+        steps = from_first(self._kept.steps)
+        if self.record.step is not None and max(steps, default=0) <= self.record.step:
+            self._require(self.record.step)
+        self._kept.drop_after(self.record.step or 0)
+
+    def _require(self, step: int) -> None:
+        """Raises ValueError when the state after `step` updates is lost or damaged."""
+        lost = step not in from_first(self._kept.steps)
+        problem = f"{self._kept.folder / str(step)} is missing" if lost else self._kept.problem(step)
+        if problem is not None:
+            raise ValueError(
+                f"the best state so far, of update {step}, is lost: {problem}; restore it, or set the stage aside and "
+                f"train it anew with --redo {self._kept.folder.parent.name}"
+            )
 
     def params(self, like: TrainState) -> dict[str, jax.Array] | None:
         """The parameters of the best evaluation; None without a rule or without any evaluation that was a number.
@@ -85,13 +104,8 @@ class BestSoFar:
         """
         if self._kept is None or self.record.step is None:
             return None
-        found = self._kept.restore(like)
-        if found is None:
-            raise ValueError(
-                f"{self._kept.folder} has lost the best state, of update {self.record.step}; restore the folder, or train "
-                "the stage anew"
-            )
-        return found.state.params
+        self._require(self.record.step)
+        return self._kept.restore(like).state.params
 
     def close(self) -> None:
         if self._kept is not None:

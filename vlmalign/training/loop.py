@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import optax
 
+from vlmalign import stopping
 from vlmalign.distributed import is_writer
 from vlmalign.exchange import from_first
 from vlmalign.log import MetricsWriter
@@ -77,6 +78,9 @@ class Stage:
     shown: tuple[str, ...] = ("loss",)  #: metrics in the progress line
     evaluate_every: int = 0  #: steps; 0: never. The last step is evaluated as well
     best: Best | None = None  #: keep the parameters of the best evaluation, and stop when there is none better
+    check: Callable[[], None] = lambda: (
+        None
+    )  #: called in process 0 before anything is written; what it raises ends the stage
     max_skipped: int = 10  #: steps in a row whose gradient is not finite before the stage gives up
 
 
@@ -118,13 +122,14 @@ def train_states(
 
     Raises:
         ValueError: when the gradients of `stage.max_skipped` steps in a row are not finite. What was saved stands.
+        Stopped: when the run was told to end; the step that it was at is done and saved.
     """
     if (evaluate is None) != (stage.evaluate_every == 0) or (stage.best is not None and evaluate is None):
         raise ValueError("evaluation needs a function and evaluate_every > 0; choosing the best needs evaluation")
     state = trainer.init(params)
     with (
-        Checkpoints(stage.folder / "checkpoints") as checkpoints,
-        BestSoFar(stage.folder / "best", stage.best) as best,
+        Checkpoints(stage.folder / "checkpoints", say=progress.say) as checkpoints,
+        BestSoFar(stage.folder / "best", stage.best, progress.say) as best,
         MetricsWriter(stage.folder / "metrics.jsonl", writes=is_writer()) as writer,
     ):
         restored = checkpoints.restore(state)
@@ -147,6 +152,8 @@ def train_states(
         for step in range(start, stage.steps):
             if best.exhausted:
                 break
+            if is_writer():
+                stage.check()
             if unread is not None and source.waits:
                 skipped = _read(unread, stage, source, writer, progress, skipped)
                 unread = None
@@ -160,11 +167,17 @@ def train_states(
             if evaluated := evaluate is not None and (done % stage.evaluate_every == 0 or done == stage.steps):
                 # What decides about the best and the end must be the same number everywhere, to the last bit.
                 measured = from_first(lambda found=evaluate(done, state.params): dict(found))
+                from_first(stage.check)
                 best.see(done, measured, state)
             if evaluated or due:
                 skipped = _read(unread, stage, source, writer, progress, skipped, measured)
                 unread = None
-            if due or best.exhausted:
+            stop = stopping.requested() and done < stage.steps and not best.exhausted
+            if stop and unread is not None:
+                skipped = _read(unread, stage, source, writer, progress, skipped)
+                unread = None
+            if due or best.exhausted or stop:
+                from_first(stage.check)
                 checkpoints.save(
                     state,
                     {
@@ -174,6 +187,8 @@ def train_states(
                         "skipped": skipped,
                     },
                 )
+            if stop:
+                raise stopping.Stopped(f"{stage.name} was saved after update {done} of {stage.steps}")
         return Finished(state.params, best.params(state), int(state.step), best.record.step)
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from vlmalign.rewards.outcomes import OutcomeFile, score_or_replay
 from vlmalign.rewards.runner import RewardRunner, ScoredBatch
+
+#: beside the record: what rewards printed, up to a bound
+PRINTED = "rewards-output.txt"
 
 
 class RecordedRewards:
@@ -17,6 +21,7 @@ class RecordedRewards:
 
     def __init__(self, runner: RewardRunner, outcomes: OutcomeFile):
         self._runner, self._outcomes = runner, outcomes
+        self._unproven = set(runner.weighted)  # rewards that have given nobody a number yet
 
     def __call__(
         self,
@@ -29,9 +34,10 @@ class RecordedRewards:
         """The rewards of round `number`.
 
         Raises:
-            ValueError: when the file holds that round for other completions or other rewards.
+            ValueError: when the file holds that round for other completions or other rewards; and when a reward with a
+                weight fails for every completion of its first round: nothing would ever be learnt from it.
         """
-        return score_or_replay(
+        scored = score_or_replay(
             self._runner,
             self._outcomes,
             step=number,
@@ -40,6 +46,21 @@ class RecordedRewards:
             completions=completions,
             columns=columns,
         )
+        self._require_numbers(scored)
+        return scored
+
+    def _require_numbers(self, scored: ScoredBatch) -> None:
+        for name in sorted(self._unproven):
+            faults = [fault for fault in scored.faults if fault.reward == name]
+            if faults and len(faults) == len(scored.rewards):
+                (kind, reason), count = Counter((fault.kind, fault.reason) for fault in faults).most_common(1)[0]
+                raise ValueError(
+                    f"reward {name!r} gave no number to any of the {len(faults)} completions of its first round: {kind}, "
+                    f"{reason} ({count} times). Nothing would be learnt; correct it and start again. What it printed, and "
+                    f"its exceptions, are in {self._outcomes.path.with_name(PRINTED)}; one written for TRL's conversations "
+                    "(completion[0]['content']) needs `form: messages`"
+                )
+        self._unproven -= {name for name, column in scored.parts.items() if any(x is not None for x in column)}
 
     def get_state(self) -> dict[str, Any]:
         """The memory of the rewards, for a checkpoint. All rounds so far are on the disk when this returns."""

@@ -10,15 +10,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from vlmalign.data.chat.image_text import IMAGE_TEXT, ImageText
 from vlmalign.data.chat.messages import ControlTokens, Message, check_messages, for_template, image_keys, label_weight
+from vlmalign.data.chat.template import Template, check_template
 from vlmalign.data.chat.turns import write
 from vlmalign.data.films.images import BadImage
 from vlmalign.types import Group, Segment
@@ -34,6 +37,7 @@ class Chat:
     image_text: ImageText | None
     stop_ids: tuple[int, ...]
     image_tokens: Callable[[str], int] | None
+    now: datetime = field(default_factory=datetime.now)  #: what a template that writes the date is told
 
     def prompt(self, messages: Sequence[Message], *, group_id: int = 0, name: str | None = None) -> Group:
         """The conversation so far with the header of the next answer, as a group without continuations.
@@ -80,7 +84,7 @@ class Chat:
         if keys and self.image_text is None:
             raise ValueError(f"the conversation holds {len(keys)} images, but this chat is of text only")
         turns = for_template(messages, parts=self.image_text is not None)
-        text, answers = write(self.tokenizer, turns, stops=self._stops, continues=continues)
+        text, answers = write(self._template, turns, stops=self._stops, continues=continues)
         pieces, at, used, before = [], 0, 0, ""
         for answer in answers:
             for start, end, weight in (
@@ -146,6 +150,15 @@ class Chat:
         if count < 1:
             raise ValueError(f"image {key} has {count} soft tokens; it needs at least one")
         return count
+
+    @cached_property
+    def _template(self) -> Template:
+        try:
+            source = self.tokenizer.get_chat_template()
+            check_template(source)
+            return Template(source, self.tokenizer.special_tokens_map, self.now)
+        except TemplateError as error:
+            raise ValueError(f"the chat template is no Jinja template that can be read: {error}") from error
 
     @cached_property
     def _stops(self) -> list[str]:
@@ -216,12 +229,14 @@ def read_stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int
 
 
 def open_chat(
-    folder: Path, *, family: str, image_tokens: Callable[[str], int] | None, vocab: int | None = None
-) -> Chat:
+    folder: Path, *, family: str, image_tokens: Callable[[str], int] | None, vocab: int | None = None,
+    now: datetime | None = None,
+) -> Chat:  # fmt: skip
     """The chat side of a checkpoint folder.
 
     `image_tokens(key)` is the number of soft tokens of an image (None: text only); `vocab` the number of rows of the
-    model's embedding, if the tokenizer is to be checked against it.
+    model's embedding, if the tokenizer is to be checked against it; `now` the time that the template is told (None: that of
+    this call).
 
     Raises:
         ValueError: when the folder has no chat template, is a vision model of a family without an image rule, or has
@@ -237,7 +252,7 @@ def open_chat(
         if family not in IMAGE_TEXT:
             raise ValueError(f"no image rule for family {family!r}; known: {', '.join(IMAGE_TEXT)}")
         image_text = IMAGE_TEXT[family](tokenizer)
-    return Chat(tokenizer, image_text, read_stop_ids(folder, tokenizer), image_tokens)
+    return Chat(tokenizer, image_text, read_stop_ids(folder, tokenizer), image_tokens, now or datetime.now())
 
 
 def _processor_template(folder: Path) -> str:

@@ -15,6 +15,9 @@ from vlmalign.data.sources.tables import inside
 #: an assistant's may also hold "weight", the loss weight of its tokens (default 1)
 Message = Mapping[str, Any]
 
+#: how other tools call the switch that takes a turn out of the loss
+SWITCHES = ("loss", "train", "trainable", "loss_weight", "mask", "masked", "learn")
+
 
 class Conversation(NamedTuple):
     """One row of a file."""
@@ -45,6 +48,10 @@ def _problem(message: Any) -> str | None:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind not in ("text", "image") or not isinstance(part.get(kind), str):
             return f'content[{j}] must be {{"type": "text", "text": ...}} or {{"type": "image", "image": path}}'
+    for key, value in message.items():
+        if key not in ("role", "content", "weight") and isinstance(value, bool | int | float):
+            near = ', whose name here is "weight" (0: not learnt from)' if key in SWITCHES else ""
+            return f"nobody reads {key!r}{near}; a turn holds role, content, weight, and text that the chat template writes"
     if (weight := message.get("weight")) is not None:
         if role != "assistant":
             return f"weight belongs to assistant turns, found it on {role}"

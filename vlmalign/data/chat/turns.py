@@ -7,21 +7,18 @@ prefixes of the whole, and the answer is what lies between. Markers: some templa
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from typing import NamedTuple
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from vlmalign.data.chat.messages import Message
+from vlmalign.data.chat.template import Template
 
 #: roles of which templates may write the text in another form (Llama 3.1: results of tools as JSON), and the answers,
 #: each of which is looked for in its own place
 REWRITTEN = ("tool", "ipython", "function", "assistant")
-
-_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class Answer(NamedTuple):
@@ -41,9 +38,7 @@ class Written(NamedTuple):
     answers: list[Answer]
 
 
-def write(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, stops: Sequence[str], continues: bool
-) -> Written:
+def write(template: Template, messages: Sequence[Message], *, stops: Sequence[str], continues: bool) -> Written:
     """The conversation as its template writes it, with the header of the next answer when it `continues`.
 
     `stops` are the tokens that may end an answer.
@@ -55,36 +50,35 @@ def write(
     """
     if messages[0]["role"] == "assistant":
         raise ValueError("messages[0] is an assistant turn: there is nothing it answers")
-    text = _render(tokenizer, messages, continues=continues)
+    text, spans = _render(template, messages, continues=continues)
     answers = []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _render(tokenizer, messages[:i], continues=True)
+        before, _ = _render(template, messages[:i], continues=True)
         whole = i + 1 == len(messages) and not continues
-        after = text if whole else _render(tokenizer, messages[: i + 1], continues=False)
+        after = text if whole else _render(template, messages[: i + 1], continues=False)[0]
         if not (text.startswith(before) and text.startswith(after) and after.startswith(before)):
             raise ValueError(
                 f"the chat template changes earlier text when messages[{i}] is added; turns cannot be masked"
             )
         answer = _answer(i, text, len(before), len(after), stops)
-        if before == _render(tokenizer, messages[:i], continues=False):
+        if before == _render(template, messages[:i], continues=False)[0]:
             _check_opening(message, text[answer.start : answer.words], i)
         _check_words(message, i, text[answer.start : answer.words])
         answers.append(answer)
     for i, message in enumerate(messages):
         if message["role"] not in REWRITTEN:
             _check_words(message, i, text)
-    if _MARKER.search(tokenizer.get_chat_template()):
-        spans = _marked(tokenizer, messages, text, continues=continues)
-        answers = _agreed(text, answers, spans)
+    if template.has_markers:
+        answers = _agreed(text, answers, _joined(spans))
     return Written(text, answers)
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, continues: bool) -> str:
+def _render(template: Template, messages: Sequence[Message], *, continues: bool) -> tuple[str, list[tuple[int, int]]]:
     try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=continues)
-    except (TemplateError, TypeError) as error:
+        return template.marked(messages, continues=continues)
+    except (TemplateError, TypeError, OverflowError) as error:
         raise ValueError(f"the chat template refuses the conversation: {error}") from error
 
 
@@ -106,6 +100,32 @@ def _check_words(message: Message, i: int, written: str) -> None:
             f"messages[{i}] ({message['role']}): the chat template leaves out text of this turn; take the text out, "
             "or use a template that writes it"
         )
+    for key, value in message.items():
+        if key in ("role", "content"):
+            continue
+        # A template may write a value as JSON, with its characters escaped.
+        missing = [text for text in _texts(value) if text.strip() and not _written(text.strip(), written)]
+        if missing:
+            raise ValueError(
+                f"messages[{i}] ({message['role']}): the chat template writes nothing of {key!r}; take it out, or use a "
+                "template that writes it"
+            )
+
+
+def _written(text: str, written: str) -> bool:
+    return any(form in written for form in (text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1]))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            if key not in ("type", "id"):  # what kind of a call it is, and its number, which many templates leave out
+                yield from _texts(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner)
 
 
 def _check_opening(message: Message, written: str, i: int) -> None:
@@ -119,20 +139,10 @@ def _check_opening(message: Message, written: str, i: int) -> None:
         )
 
 
-def _marked(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], text: str, *, continues: bool
-) -> list[tuple[int, int]]:
+def _joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Characters that the template's markers hold, runs that touch joined."""
-    texts, spans = render_jinja_template(
-        conversations=[list(messages)],
-        chat_template=tokenizer.get_chat_template(),
-        return_assistant_tokens_mask=True,
-        add_generation_prompt=continues,
-        **tokenizer.special_tokens_map,
-    )
-    assert texts == [text], "transformers renders a template with markers as without"
     joined: list[tuple[int, int]] = []
-    for start, end in sorted(spans[0]):
+    for start, end in sorted(spans):
         if joined and start <= joined[-1][1]:
             joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
         else:

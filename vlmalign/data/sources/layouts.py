@@ -7,7 +7,8 @@
 
 Images are parts of a turn's content, {"type": "image", "image": path}. With a column "images" (or "image") beside the
 turns, parts {"type": "image"} without a path take its paths in order; where there are none, the images stand before the
-first user turn's text, as TRL places them.
+first user turn's text, as TRL places them. "prompt" and "completion", text or turns, are one conversation of which the
+completion alone is learnt from.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ def layout_of(row: Mapping[str, Any]) -> str:
     >>> layout_of({"chosen": "No.", "rejected": "Yes."}), layout_of({"question": "Why?"})
     ('preferences', 'records')
     """
-    if "messages" in row or (isinstance(row.get("prompt"), list) and not {"chosen", "rejected"} & row.keys()):
-        return "conversations"
-    return "preferences" if {"chosen", "rejected"} & row.keys() else "records"
+    if {"chosen", "rejected"} & row.keys():
+        return "preferences"
+    turns = "messages" in row or isinstance(row.get("prompt"), list) or {"prompt", "completion"} <= row.keys()
+    return "conversations" if turns else "records"
 
 
 def arranged(row: Mapping[str, Any], layout: str, locate: Locate) -> dict[str, Any]:
@@ -50,15 +52,45 @@ def arranged(row: Mapping[str, Any], layout: str, locate: Locate) -> dict[str, A
 
 def _conversation(row: Mapping[str, Any], locate: Locate) -> dict[str, Any]:
     key = "messages" if "messages" in row else "prompt"
-    if not isinstance(row.get(key), list):
+    found = _bare(row.get(key))
+    used = {key, "images", "image", "tools"}
+    if key == "prompt" and row.get("completion") is not None:
+        found = _completed(found, _bare(_as_turns(row["completion"], "assistant")))
+        used.add("completion")
+    if not isinstance(found, list):
         raise ValueError('expected an object {"messages": [turns]}')
     if row.get("tools"):
         raise ValueError('"tools" is not supported: the chat template would not be given them; drop the column')
-    rest = {name: value for name, value in row.items() if name not in (key, "images", "image", "tools")}
-    turns = {"messages": _bare(row[key])}
+    rest = {name: value for name, value in row.items() if name not in used}
+    turns = {"messages": found}
     if images := _images(row):
         turns = _placed(turns, images)
-    return {"messages": _located(turns["messages"], locate), **rest}
+    placed = _located(turns["messages"], locate)
+    _refuse_tags(placed)
+    return {"messages": placed, **rest}
+
+
+def _completed(prompt: Any, completion: Any) -> Any:
+    """The turns of a prompt and of its completion, which alone is learnt from, as in TRL."""
+    if not isinstance(completion, list):
+        raise ValueError('"completion" must be text or a list of turns')
+    before = [
+        {**turn, "weight": 0.0} if isinstance(turn, Mapping) and turn.get("role") == "assistant" else turn
+        for turn in _as_turns(prompt, "user")
+    ]
+    return [*before, *completion]
+
+
+def _refuse_tags(turns: Sequence[Message]) -> None:
+    """Raises ValueError for a turn that spells an image's tag in its text: the model would see these letters and no film."""
+    for i, turn in enumerate(turns):
+        content = turn["content"]
+        texts = [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
+        if any(_TAG in text for text in texts):
+            raise ValueError(
+                f'messages[{i}] spells {_TAG} in its text, which shows no image; write a part {{"type": "image", "image": '
+                f'path}} where it belongs, or {{"type": "image"}} and its path in "images"'
+            )
 
 
 def _pair(row: Mapping[str, Any], locate: Locate) -> dict[str, Any]:

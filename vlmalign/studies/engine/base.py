@@ -163,9 +163,11 @@ def most_images(groups: Sequence[Group]) -> int:
     return max((len(group.images) for group in groups), default=0)
 
 
-def open_front(path: Path, reading: Reading, run: Path, where: str, bits: Mapping[Path, int] = {}) -> Front:
+def open_front(
+    path: Path, reading: Reading, run: Path, where: str, bits: Mapping[Path, int] = {}, now: datetime | None = None
+) -> Front:
     """The chat and image side of a checkpoint folder; `where` is its place in the config, `run` the run's folder, `bits`
-    how many bits the 16-bit films below a folder use.
+    how many bits the 16-bit films below a folder use, `now` the time that a chat template is told.
 
     Raises:
         ValueError: when anything in it does not fit.
@@ -188,6 +190,7 @@ def open_front(path: Path, reading: Reading, run: Path, where: str, bits: Mappin
         family=shape.family,
         image_tokens=None if pixels is None else lambda key: pixels.grid(key).tokens,
         vocab=shape.decoder.vocab,
+        now=now,
     )
     return Front(path, shape, chat, pixels)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
+from vlmalign import stopping
 from vlmalign.studies.engine.objective import objective_of
 from vlmalign.studies.engine.stage_config import Dpo, Sft
 from vlmalign.studies.engine.states import REFERENCE
@@ -74,6 +75,7 @@ def _score_reference(work: Work, shapes: Shapes) -> Recorded:
         if not begun:
             work.progress.stage(f"{work.name} reference, pairs", total)
             begun = True
+        stopping.check(f"{work.name}: the reference's log-probabilities so far are kept")
         work.progress.update(done)
 
     return precompute_reference(

@@ -3,14 +3,15 @@ process 0 has."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from vlmalign import stopping
 from vlmalign.distributed import own_share, process_count
 from vlmalign.exchange import fetch, from_first
 from vlmalign.progress import Progress
@@ -29,57 +30,79 @@ from vlmalign.studies.engine.score import score_answers
 from vlmalign.studies.engine.sets import CASES, draw, patients_of
 from vlmalign.studies.engine.stage_config import AdapterStage, Dpo, ModelStage, Sft
 from vlmalign.studies.engine.states import REFERENCE, read_state, save_states, shrink, state_ids
-from vlmalign.studies.engine.work import Work
+from vlmalign.studies.engine.work import StageTexts, Work
 from vlmalign.training.loop import Finished
 from vlmalign.training.outcome import BEST, NEWEST
+from vlmalign.training.recorded_rewards import PRINTED
 from vlmalign.weights.export import export_adapter
 from vlmalign.weights.whole import export_whole
 
 #: files of a stage that say when and where, and differ between a run and its repetition
 RECORDS = (BEGUN, MADE)
+#: what `vlmalign report` writes beside a stage's files, and writes again
+PAGES = ("completions.html", "completions")
 PREDICTIONS, RESULTS, LEFT_OUT = "predictions.jsonl", "results.json", "left_out.jsonl"
 
 
-def make_source(study: Opened, node: Node, record: Record | None, versions: Mapping[str, Any]) -> None:
+@dataclass(frozen=True)
+class Making:
+    """An artefact that is being made."""
+
+    node: Node
+    study: Opened
+    record: Record | None  #: process 0 has it
+    versions: Mapping[str, Any]
+    progress: Progress
+    check: Callable[[], None]  #: raises ValueError, in process 0, once it is another's
+
+    @property
+    def folder(self) -> Path:
+        return self.node.folder(self.study.config.run)
+
+    def begin(self) -> None:
+        begin(self.folder, self.record, self.versions)
+
+    def finish(self, content: Mapping[str, Any], **more: Any) -> None:
+        """Write its record, by which it is whole."""
+        self.check()
+        finish(self.folder, self.record, content, self.versions, **more)
+
+
+def make_source(making: Making) -> None:
     """An invented data set, written whole by process 0; its record lies beside its files."""
-    config = study.config
+    study, config = making.study, making.study.config
 
     def write() -> None:
-        section = config.sources[node.key]
+        section = config.sources[making.node.key]
         section.invent(config.place)
-        folder = node.folder(config.run)
-        folder.mkdir(parents=True, exist_ok=True)
-        content = {"files": digest_of(manifest(config.place(section.root), study.hashes, RECORDS))}
-        finish(folder, record, content, versions)
+        making.folder.mkdir(parents=True, exist_ok=True)
+        making.finish({"files": digest_of(manifest(config.place(section.root), study.hashes, RECORDS))})
 
     from_first(write)
 
 
-def make_set(study: Opened, node: Node, record: Record | None, versions: Mapping[str, Any], progress: Progress) -> None:
+def make_set(making: Making) -> None:
     """Draw a set; process 0 does."""
-    config, folder = study.config, node.folder(study.config.run)
-    section = config.sets[node.key]
+    study, key, folder = making.study, making.node.key, making.folder
+    section = study.config.sets[key]
     source = study.source(section.from_)
 
     def write() -> None:
-        begin(folder, record, versions)
-        left_out = {patient for ref in section.apart for patient in patients_of(config, ref)}
-        draw(config, node.key, source, left_out, folder, progress)
+        making.begin()
+        left_out = {patient for ref in section.apart for patient in patients_of(study.config, ref)}
+        draw(study.config, key, source, left_out, folder, making.progress)
         parts = list(section.parts) or [CASES]
         content = {part: study.hashes.of(folder / f"{part}.jsonl") for part in parts}
-        finish(folder, record, content, versions, files=manifest(folder, study.hashes, RECORDS))
+        making.finish(content, files=manifest(folder, study.hashes, RECORDS))
 
     from_first(write)
 
 
-def make_stage(
-    study: Opened, node: Node, record: Record | None, base: Base, versions: Mapping[str, Any], progress: Progress, *,
-    last_use: bool,
-) -> None:  # fmt: skip
+def make_stage(making: Making, base: Base, *, last_use: bool) -> None:
     """Train a stage, continuing one that was begun; keep its states and export what it goes on from."""
-    config, folder, stage = study.config, node.folder(study.config.run), study.config.stages[node.key]
-    texts = study.texts[node.key]
-    from_first(lambda: _begin_stage(folder, record, versions, texts))
+    study, node, folder = making.study, making.node, making.folder
+    config, stage, texts = study.config, study.config.stages[node.key], study.texts[node.key]
+    from_first(lambda: _begin_stage(making, texts))
     # Siblings share their draws; two stages on the same prompts, one after the other, must not.
     seed = int(np.random.SeedSequence([config.seed, config.depth_of(node.key)]).generate_state(1)[0] >> 1)
     start = state_of(study, base, node.parents["from"])
@@ -95,7 +118,8 @@ def make_stage(
         seed,
         config.seed,
         last_use,
-        progress,
+        making.progress,
+        making.check,
     )
     if isinstance(stage, Sft):
         found = run_sft(stage, work)
@@ -103,6 +127,7 @@ def make_stage(
         found = run_dpo(stage, work)
     else:
         found = run_policy(stage, work, study.built[node.key].rewards)
+    from_first(making.check)
     save_states(folder, found)
     export(study, node, base, work, found)
 
@@ -110,18 +135,18 @@ def make_stage(
         if stage.keep == "states":
             shrink(folder)
         content = state_ids(folder, study.hashes)
-        files = manifest(folder, study.hashes, (*RECORDS, NEWEST, BEST, REFERENCE))
+        files = manifest(folder, study.hashes, (*RECORDS, NEWEST, BEST, REFERENCE, PRINTED, *PAGES))
         steps = {"step": found.step, "best_step": found.best_step}
-        finish(folder, record, content, versions, files=files, steps=steps)
+        making.finish(content, files=files, steps=steps)
 
     from_first(write)
 
 
-def _begin_stage(folder: Path, record: Record | None, versions: Mapping[str, Any], texts: Any) -> None:
-    begin(folder, record, versions)
+def _begin_stage(making: Making, texts: StageTexts) -> None:
+    making.begin()
     parts = {"train": texts.train} | ({} if texts.validation is None else {"validation": texts.validation})
     rows = [{"set": name, **left._asdict()} for name, part in parts.items() for left in part.left_out]
-    write_rows(folder / LEFT_OUT, rows)
+    write_rows(making.folder / LEFT_OUT, rows)
 
 
 def export(study: Opened, node: Node, base: Base, work: Work, found: Finished) -> None:
@@ -160,11 +185,10 @@ def state_of(study: Opened, base: Base, edge: Edge) -> State:
     return State(base.devices.place(base.model(spec), params), spec)
 
 
-def make_answers(
-    study: Opened, node: Node, record: Record | None, base: Base, versions: Mapping[str, Any], progress: Progress
-) -> None:
+def make_answers(making: Making, base: Base) -> None:
     """Answer a set; several processes share it out."""
-    config, folder = study.config, node.folder(study.config.run)
+    study, node, folder, progress = making.study, making.node, making.folder, making.progress
+    config = study.config
     entry = config.answers[node.key]
     task = study.task_of_answers(entry, node.set)
     name = stage_ref(node.stage).name
@@ -179,6 +203,7 @@ def make_answers(
 
     def advance(count: int) -> None:
         nonlocal done
+        stopping.check(f"{node.name} was not finished, and is made anew")
         done += count
         progress.update(done)
 
@@ -188,22 +213,24 @@ def make_answers(
     rows = predictions(task, found, answers, stage=node.stage, dataset=node.set, labels=labels, run=config.run)
 
     def write() -> None:
-        begin(folder, record, versions)
+        making.check()
+        making.begin()
         write_rows(folder / PREDICTIONS, rows)
-        finish(folder, record, {"rows": study.hashes.of(folder / PREDICTIONS)}, versions)
+        files = manifest(folder, study.hashes, RECORDS)
+        making.finish({"rows": study.hashes.of(folder / PREDICTIONS)}, files=files)
 
     from_first(write)
 
 
-def make_scores(study: Opened, node: Node, record: Record | None, versions: Mapping[str, Any]) -> dict[str, Any]:
-    """Score the answers of an entry; process 0 does. Returns the results, in every process."""
-    folder = node.folder(study.config.run)
+def make_scores(making: Making) -> None:
+    """Score the answers of an entry; process 0 does."""
+    folder = making.folder
 
-    def write() -> dict[str, Any]:
-        results = score_answers(study, node.key)
-        folder.mkdir(parents=True, exist_ok=True)
+    def write() -> None:
+        results = score_answers(making.study, making.node.key)
+        making.begin()
         write_json(folder / RESULTS, results)
-        finish(folder, record, {"results": study.hashes.of(folder / RESULTS)}, versions)
-        return json.loads(json.dumps(results))
+        files = manifest(folder, making.study.hashes, RECORDS)
+        making.finish({"results": making.study.hashes.of(folder / RESULTS)}, files=files)
 
-    return from_first(write)
+    from_first(write)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from datetime import datetime
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from vlmalign.studies.engine.base import Front, open_front
 from vlmalign.studies.engine.config import Answers, StudyConfig, set_ref, stage_ref
 from vlmalign.studies.engine.data_config import Data
 from vlmalign.studies.engine.files import Hashes, digest_of
-from vlmalign.studies.engine.rewards import Built, build_rewards, check_columns
-from vlmalign.studies.engine.sets import Cases, open_cases
+from vlmalign.studies.engine.rewards import Built, build_rewards, check_columns, needs_turns
+from vlmalign.studies.engine.sets import Cases, images_in, open_cases
 from vlmalign.studies.engine.stage_config import AdapterStage, Dpo, ModelStage, Policy, Sft, Stage, Trains
 from vlmalign.studies.engine.texts import LeftOut, Numbered, Texts, answers_to_learn, pairs_to_learn, prompts, questions
 from vlmalign.studies.engine.work import StageTexts, Watched
@@ -38,6 +39,10 @@ class Opened:
     config: StudyConfig
     hashes: Hashes
     written: StudyConfig  #: as the user wrote it, with what it leaves open
+    started: datetime = field(
+        default_factory=datetime.now
+    )  #: when the run was first started: what a chat template that writes the date is told ever after
+    trusted: bool = False  #: rewards' code runs wherever it lies
     fronts: dict[Path, Front] = field(default_factory=dict)
     sources: dict[str, Any] = field(default_factory=dict)
     texts: dict[str, StageTexts] = field(default_factory=dict)
@@ -51,7 +56,7 @@ class Opened:
         path = self.config.place(section.path)
         if path not in self.fronts:
             self.fronts[path] = open_front(
-                path, self.config.reading, self.config.run, f"stages.{base}.path", self._bits()
+                path, self.config.reading, self.config.run, f"stages.{base}.path", self._bits(), self.started
             )
         return self.fronts[path]
 
@@ -158,7 +163,7 @@ class Opened:
     def build_rewards(self, name: str) -> None:
         """Load and check the rewards of a policy stage."""
         stage = self.config.stages[name]
-        self.built[name] = build_rewards(stage, self.task_of_stage(name), f"stages.{name}")
+        self.built[name] = build_rewards(stage, self.task_of_stage(name), f"stages.{name}", trusted=self.trusted)
 
     def open_stage(self, name: str, say: Callable[[str], None]) -> None:
         """Read and check what a stage that trains reads: its texts, and its rewards.
@@ -199,7 +204,8 @@ class Opened:
         return questions(self.numbered(data), data, self.front(stage).chat, task, self._check_image)
 
     def _texts(self, stage: Trains, data: Data, task: AnyTask, name: str) -> Texts:
-        make = {Sft: answers_to_learn, Dpo: pairs_to_learn}.get(type(stage), prompts)
+        policy = partial(prompts, turns_too=isinstance(stage, Policy) and needs_turns(stage))
+        make = {Sft: answers_to_learn, Dpo: pairs_to_learn}.get(type(stage), policy)
         found = make(self.numbered(data), data, self.front(name).chat, task, self._check_image)
         if data.path is None:
             return found
@@ -230,18 +236,6 @@ class Opened:
                 if images := sorted(set(images_in([rows.meta for rows in self.rows(data)]))):
                     found[f"{role} images"] = digest_of([self.hashes.of(Path(image)) for image in images])
         return found
-
-
-def images_in(value: Any) -> Iterator[str]:
-    """Paths of the image parts in rows of turns."""
-    if isinstance(value, Mapping):
-        if value.get("type") == "image" and isinstance(value.get("image"), str):
-            yield value["image"]
-        for inner in value.values():
-            yield from images_in(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from images_in(inner)
 
 
 def check_labels(config: StudyConfig, sources: Mapping[str, Any]) -> None:

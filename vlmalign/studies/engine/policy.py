@@ -19,7 +19,7 @@ from vlmalign.training.completion_log import CompletionLog
 from vlmalign.training.loop import Finished, train_states
 from vlmalign.training.optimiser import build_optimiser
 from vlmalign.training.policy import PolicySource
-from vlmalign.training.recorded_rewards import RecordedRewards
+from vlmalign.training.recorded_rewards import PRINTED, RecordedRewards
 from vlmalign.training.step import Trainer
 from vlmalign.training.value_head import init_value_head, split_value_head
 
@@ -46,7 +46,9 @@ def run_policy(stage: Grpo | Ppo, work: Work, rewards: Rewards) -> Finished:
     if isinstance(stage, Ppo):
         params = {**params, **init_value_head(base.front.shape.decoder.embed)}
     with ExitStack() as open_files:
-        runner = open_files.enter_context(RewardRunner(rewards, **stage.scoring.model_dump()))
+        runner = open_files.enter_context(
+            RewardRunner(rewards, **stage.scoring.model_dump(), output=work.folder / PRINTED)
+        )
         outcomes = open_files.enter_context(closing(OutcomeFile(work.folder / OUTCOMES, exchange)))
         recorded = RecordedRewards(runner, outcomes)
         source = PolicySource(

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlmalign.studies.engine.files import digest_of, read_json, write_json
+from vlmalign.studies.engine.files import Hashes, digest_of, read_json, write_json
 
 BEGUN, MADE = "begun.json", "made.json"
 
@@ -107,6 +107,26 @@ def read_record(folder: Path) -> tuple[dict[str, Any] | None, bool]:
                 raise ValueError(f"{folder / name} is damaged: expected a record with its kind; restore the file")
             return found, whole
     return None, False
+
+
+def refuse_unrecorded(folder: Path) -> None:
+    """Raises ValueError for an artefact's folder whose record is gone: its files would be taken for anything."""
+    if folder.is_dir() and any(path.suffix != ".partial" for path in folder.iterdir()):
+        raise ValueError(
+            f"{folder} has files, and neither {BEGUN} nor {MADE}, which say what they were made from; restore the one that "
+            "was there, or move the folder away to make it anew"
+        )
+
+
+def damage(folder: Path, made: Mapping[str, Any], hashes: Hashes) -> str | None:
+    """What of a whole artefact is not as its record says: a file that is missing or has another content; None for none."""
+    for name, (size, digest) in made.get("files", {}).items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != size or hashes.of(path) != digest:
+            return f"{path} is not as it was written"
+    return None
 
 
 def begin(folder: Path, record: Record, versions: Mapping[str, Any]) -> None:

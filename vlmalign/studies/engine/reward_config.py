@@ -30,6 +30,7 @@ class FileReward(Config):
     function: str
     weight: Weight = 1.0  #: 0: logged only
     options: dict[str, Any] = Field(default_factory=dict)  #: keyword arguments of every call
+    form: Literal["text", "messages"] = "text"  #: messages: prompts and completions as TRL gives those of conversations
     sha256: str | None = None  #: of the file; another file is refused
 
     @field_validator("sha256")

@@ -12,17 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vlmalign.rewards.contract import MemoryReward, Reward, required_columns
-from vlmalign.rewards.user_file import load_user_reward
+from vlmalign.rewards.contract import MemoryReward, Reward, is_async, required_columns
+from vlmalign.rewards.user_file import OnMessages, load_user_reward, received
 from vlmalign.studies.engine.config import StudyConfig
 from vlmalign.studies.engine.policy import Rewards
 from vlmalign.studies.engine.reward_config import FileReward
 from vlmalign.studies.engine.stage_config import Policy
 from vlmalign.studies.engine.texts import RESERVED, Texts
 from vlmalign.tasks.tasks import AnyTask
-
-#: what marks a folder as a run's, in this layout and in earlier ones
-RUN_MARKS = ("study.yaml", "config.yaml")
 
 
 class Built(NamedTuple):
@@ -37,18 +34,18 @@ def refuse_received(config: StudyConfig, source: Path) -> None:
     if not config.runs_files:
         return
     for folder in source.resolve().parents:  # links followed: a link into a run folder is in the run folder
-        run = any((folder / name).is_file() for name in RUN_MARKS) and (folder / "environment.json").is_file()
-        if run or any(folder.glob("*.safetensors")):
+        kind = received(folder)
+        if kind is not None:
             raise ValueError(
-                f"{source} lies in the {'run folder' if run else 'checkpoint'} {folder} and names Python files as rewards, "
+                f"{source} lies in the {kind} {folder} and names Python files as rewards, "
                 "and code is never run on the word of such a folder: what it was received with would run as you. To "
                 "continue a run give the config it was started with; to use this one, read it and the files it names, and "
-                "copy it elsewhere"
+                "copy it elsewhere, or say --trust-code"
             )
 
 
-def build_rewards(stage: Policy, task: AnyTask, where: str) -> Built:
-    """`where` is the stage's place in the config.
+def build_rewards(stage: Policy, task: AnyTask, where: str, *, trusted: bool) -> Built:
+    """`where` is the stage's place in the config; `trusted`: code runs wherever it lies.
 
     Raises:
         ValueError: for a file that cannot be used, a function that is not there or is not a reward, and options that do
@@ -58,7 +55,7 @@ def build_rewards(stage: Policy, task: AnyTask, where: str) -> Built:
     files = {}
     for name, reward in stage.rewards.items():
         if isinstance(reward, FileReward):
-            found = load_user_reward(reward.path, reward.function, reward.sha256)
+            found = load_user_reward(reward.path, reward.function, reward.sha256, trusted=trusted)
             files[f"rewards.{name}"] = found.sha256
             rewards[name] = (_with_options(name, found.reward, reward), reward.weight)
         else:
@@ -70,11 +67,22 @@ def build_rewards(stage: Policy, task: AnyTask, where: str) -> Built:
 
 
 def _with_options(name: str, reward: Reward | MemoryReward, section: FileReward) -> Reward | MemoryReward:
-    if not section.options:
+    if not section.options and section.form == "text":
         return reward
     if isinstance(reward, MemoryReward):
-        raise ValueError(f"reward {name!r} is a MemoryReward, which takes no options; build it with them in the file")
-    return partial(reward, **section.options)
+        raise ValueError(
+            f"reward {name!r} is a MemoryReward, which takes no options and no form; build it with them in the file"
+        )
+    if section.form == "messages":
+        if is_async(reward):
+            raise ValueError(f"reward {name!r} is async, and gets text; take that, or leave `async` out")
+        reward = OnMessages(reward)
+    return partial(reward, **section.options) if section.options else reward
+
+
+def needs_turns(stage: Policy) -> bool:
+    """Whether a reward of the stage is given prompts as lists of turns."""
+    return any(isinstance(reward, FileReward) and reward.form == "messages" for reward in stage.rewards.values())
 
 
 def check_columns(stage: Policy, rewards: Rewards, questions: Texts, where: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 
 from vlmalign.data.films.depth import check_depth
-from vlmalign.data.films.images import BadImage
+from vlmalign.data.films.images import BadImage, read_film
 from vlmalign.data.overlap.films import marks_of_film
 from vlmalign.data.sampling.sampler import balanced_sample, random_sample
 from vlmalign.data.sources.films import Films
 from vlmalign.progress import Progress
 from vlmalign.studies.engine.config import Set, StudyConfig, set_ref
-from vlmalign.studies.engine.files import read_rows, write_json, write_rows
+from vlmalign.studies.engine.files import Hashes, read_rows, write_json, write_rows
 from vlmalign.types import Example
 
 #: the file of a set that has no parts, and of what it holds of each label
@@ -63,7 +63,7 @@ def draw(config: StudyConfig, name: str, source: Source, left_out: set[str], fol
     seed = config.seed if section.seed is None else section.seed
     skipped = [{"dataset": section.from_, **row} for row in source.skipped]
     bad: set[int] = set()
-    marks: dict[int, dict[str, str]] = {}
+    marks: dict[int, dict[str, Any]] = {}
     while True:
         drawn = _drawn(name, section, source, left_out, bad, seed)
         fresh = sorted({int(place) for part in drawn.values() for place in part} - marks.keys())
@@ -97,6 +97,36 @@ def open_cases(config: StudyConfig, ref: str, source: Source) -> Cases:
             f"as {missing[0]}; restore the source, or draw again with --redo {name}"
         )
     return Cases(ref, source, np.array([place[row["id"]] for row in rows], int), rows)
+
+
+def check_images(cases: Cases, hashes: Hashes, progress: Progress) -> None:
+    """Raises ValueError, naming it, for an image that is not the one that the set was drawn with."""
+    progress.stage(f"images of {cases.name}, as drawn", max(1, len(cases)))
+    for number, row in enumerate(cases.rows):
+        example = cases[number]
+        if example.image is not None:
+            then = {str(example.image): row["sha256"]}
+        else:
+            then = dict(zip(sorted(set(images_in(example.meta))), row.get("images", ()), strict=False))
+        for image, digest in then.items():
+            if not Path(image).is_file() or hashes.of(Path(image)) != digest:
+                raise ValueError(
+                    f"{image} is not the image that set {cases.name} was drawn with; restore it, or draw again with --redo "
+                    f"{set_ref(cases.name).name}"
+                )
+        progress.update(number + 1)
+
+
+def images_in(value: Any) -> Iterator[str]:
+    """Paths of the image parts in rows of turns."""
+    if isinstance(value, Mapping):
+        if value.get("type") == "image" and isinstance(value.get("image"), str):
+            yield value["image"]
+        for inner in value.values():
+            yield from images_in(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from images_in(inner)
 
 
 def patients_of(config: StudyConfig, ref: str) -> set[str]:
@@ -149,7 +179,7 @@ def _drawn(
 
 
 def _read_once(
-    name: str, source: Source, places: Sequence[int], marks: dict[int, dict[str, str]], skip: bool, progress: Progress
+    name: str, source: Source, places: Sequence[int], marks: dict[int, dict[str, Any]], skip: bool, progress: Progress
 ) -> dict[int, str]:
     """Fill in the marks of these cases; returns place -> reason of films that cannot be decoded."""
     bad = {}
@@ -167,15 +197,17 @@ def _read_once(
     return bad
 
 
-def _mark(example: Example, bits: int) -> dict[str, str]:
-    """What tells a case by its content: SHA-256 and difference hash of a film that can be decoded, or SHA-256 of a row."""
+def _mark(example: Example, bits: int) -> dict[str, Any]:
+    """What tells a case by its content: SHA-256 and difference hash of a film that can be decoded, or SHA-256 of a row and
+    of each of its images, in the order of their paths."""
     if example.image is None:
         content = json.dumps(example.meta, sort_keys=True, default=str).encode("utf-8", "backslashreplace")
-        return {"sha256": hashlib.sha256(content).hexdigest()}
+        images = [hashlib.sha256(read_film(image)).hexdigest() for image in sorted(set(images_in(example.meta)))]
+        return {"sha256": hashlib.sha256(content).hexdigest()} | ({"images": images} if images else {})
     return marks_of_film(example.image, bits=bits)._asdict()
 
 
-def _row(example: Example, mark: Mapping[str, str]) -> dict[str, Any]:
+def _row(example: Example, mark: Mapping[str, Any]) -> dict[str, Any]:
     labels = {"labels": list(example.labels)} if example.image is not None else {}
     return {"id": example.id, "patient": example.patient, **labels, **mark}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from vlmalign.exchange import fetch, from_first
 from vlmalign.studies.engine.files import Hashes
+from vlmalign.studies.engine.record import read_record
 from vlmalign.training.loop import Finished
 from vlmalign.training.outcome import BEST, NEWEST, STATES
 
@@ -45,11 +47,17 @@ def read_state(folder: Path, which: str) -> dict[str, np.ndarray]:
     """The parameters of a state; every process reads the file.
 
     Raises:
-        ValueError: when it is not there.
+        ValueError: when it is not there, or not as the stage's record says.
     """
     path = folder / STATES / f"{which}.safetensors"
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; restore it, or make the stage again with --redo {folder.name}")
+    made, _ = read_record(folder)
+    problem = "is missing" if not path.is_file() else None
+    if problem is None:
+        with path.open("rb") as file:  # what is read, whatever is remembered of the file
+            if hashlib.file_digest(file, "sha256").hexdigest() != made["content"][which]:
+                problem = "is not as it was written"
+    if problem is not None:
+        raise ValueError(f"{path} {problem}; restore it, or make the stage again with --redo {folder.name}")
     return load_file(path)
 
 

@@ -14,10 +14,11 @@ from vlmalign.config import load_config
 from vlmalign.evaluation.metrics import headline
 from vlmalign.studies.engine.config import StudyConfig
 from vlmalign.studies.engine.files import read_json, read_rows
+from vlmalign.studies.engine.folder import STUDY
 from vlmalign.studies.engine.graph import REPORT, Edge, Node, build_graph
 from vlmalign.studies.engine.identity import is_given
+from vlmalign.studies.engine.owner import Owners
 from vlmalign.studies.engine.record import read_record
-from vlmalign.studies.engine.run import STUDY
 from vlmalign.studies.engine.stage_config import Policy, Stage
 
 
@@ -30,6 +31,7 @@ class Line(NamedTuple):
     progress: str  #: steps of steps
     seconds: float | None
     headline: str
+    owner: str | None = None  #: who is at work on it
 
 
 def status(run: Path) -> list[Line]:
@@ -48,11 +50,12 @@ def status(run: Path) -> list[Line]:
         seconds[row["stage"]] = seconds.get(row["stage"], 0.0) + row["seconds"]
     ids: dict[Edge, str] = {}
     lines = []
+    owners = Owners(run)
     for node in build_graph(config).values():
         state = _state(config, node, ids)
-        lines.append(
-            Line(node.name, node.kind, state, _progress(config, node), seconds.get(node.name), _headline(config, node))
-        )
+        told = (_progress(config, node), seconds.get(node.name), _headline(config, node))
+        owner = owners.holder(node.name)
+        lines.append(Line(node.name, node.kind, state, *told, None if owner is None else str(owner)))
     return lines
 
 
@@ -111,6 +114,7 @@ def print_status(run: Path) -> None:
     for column in ("artefact", "kind", "state", "steps", "seconds", "headline"):
         table.add_column(column, justify="right" if column in ("steps", "seconds") else "left")
     for line in status(run):
+        state = line.state if line.owner is None else f"{line.state}, by {line.owner}"
         seconds = "" if line.seconds is None else f"{line.seconds:.1f}"
-        table.add_row(line.name, line.kind, line.state, line.progress, seconds, line.headline)
+        table.add_row(line.name, line.kind, state, line.progress, seconds, line.headline)
     console.print(table, highlight=False)

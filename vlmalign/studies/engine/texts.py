@@ -14,6 +14,7 @@ from vlmalign.data.chat.messages import Message
 from vlmalign.data.chat.preferences import preference_group
 from vlmalign.data.films.images import BadImage
 from vlmalign.data.lengths import fit
+from vlmalign.rewards.user_file import TURNS
 from vlmalign.studies.engine.data_config import Data
 from vlmalign.tasks.tasks import AnyTask, taught
 from vlmalign.training.rollouts import Task as Question
@@ -71,8 +72,11 @@ def pairs_to_learn(cases: Numbered, data: Data, chat: Chat, task: AnyTask, check
     return _gather(cases, data, make, check, data.max_completion)
 
 
-def questions(cases: Numbered, data: Data, chat: Chat, task: AnyTask, check: CheckImage) -> Texts:
-    """Prompts that wait for completions, with the columns that rewards are given.
+def questions(
+    cases: Numbered, data: Data, chat: Chat, task: AnyTask, check: CheckImage, *, turns_too: bool = False
+) -> Texts:
+    """Prompts that wait for completions, with the columns that rewards are given; `turns_too`: the prompt's turns among
+    them.
 
     Rows that end with an answer are questions to be answered in an evaluation; as prompts of training they are a mistake.
 
@@ -82,14 +86,17 @@ def questions(cases: Numbered, data: Data, chat: Chat, task: AnyTask, check: Che
 
     def make(number: int, case: Example) -> Question:
         turns = list(task.ask(case))
-        return Question(chat.prompt(turns, group_id=number), prompt_text(turns), task.columns(case))
+        columns = {**task.columns(case), **({TURNS: turns} if turns_too else {})}
+        return Question(chat.prompt(turns, group_id=number), prompt_text(turns), columns)
 
     found = _gather(cases, data, make, check, None)
     _check_columns(found)
     return found
 
 
-def prompts(cases: Numbered, data: Data, chat: Chat, task: AnyTask, check: CheckImage) -> Texts:
+def prompts(
+    cases: Numbered, data: Data, chat: Chat, task: AnyTask, check: CheckImage, *, turns_too: bool = False
+) -> Texts:
     """`questions` for a stage that samples their answers: a row that brings one is refused."""
 
     def waiting() -> Numbered:
@@ -99,7 +106,7 @@ def prompts(cases: Numbered, data: Data, chat: Chat, task: AnyTask, check: Check
                 raise ValueError(f"{case.id}: the last turn is an answer, and a prompt waits for one; leave it out")
             yield number, case
 
-    return questions(waiting(), data, chat, task, check)
+    return questions(waiting(), data, chat, task, check, turns_too=turns_too)
 
 
 def prompt_text(messages: Sequence[Message]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -61,6 +61,7 @@ class Work:
     adapter_seed: int  #: of an adapter's first values: the study's
     last_use: bool  #: of the base as it is
     progress: Progress
+    check: Callable[[], None]  #: raises ValueError once the stage is another process's
 
     @property
     def model(self) -> Model:
@@ -94,4 +95,5 @@ class Work:
             shown=shown,
             evaluate_every=0 if validation is None else validation.every,
             best=best,
+            check=self.check,
         )
