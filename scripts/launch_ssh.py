@@ -11,10 +11,10 @@ each host, which uses all of its accelerators; with --per-host N each takes its 
 The processes meet at a free port of the first host, at the address that ssh reaches it by; --address and --port name
 others, for a faster network or a firewall.
 
-Lines of output come with the number of their process. Ctrl-C reaches all processes; a second one kills them. The exit
-code is 0, that of the process that failed first (128 + the number of the signal that ended it), or 130. The others often
-end before it is known that it has: those that say that they end for the sake of another (exit code 75, or SIGABRT by
-JAX) count as the first only where there is no other.
+Lines of output come with the number of their process. Ctrl-C reaches all processes; a second one kills them. SIGTERM lets
+them finish their step and save. The exit code is 0, that of the process that failed first (128 + the number of the signal
+that ended it), 85 where all have saved, or 130. The others often end before it is known that it has: those that say that
+they end for the sake of another (exit code 75, or SIGABRT by JAX) count as the first only where there is no other.
 
 Standard library only, so that any Python 3 starts it.
 """
@@ -41,6 +41,8 @@ from typing import Any, NamedTuple
 GRACE = 10
 #: seconds that processes are given to end after Ctrl-C: some wait for a computation of all of them
 INTERRUPTED = 20.0
+#: and after SIGTERM: a run finishes its step and saves
+TERMINATED = 600.0
 #: a host that does not answer for half a minute counts as lost, and then its processes end by themselves (`host_side`)
 LIMITS = ("BatchMode=yes", "ConnectTimeout=30", "ServerAliveInterval=10", "ServerAliveCountMax=3")
 SSH = ("ssh", "-T", *(f"-o{limit}" for limit in LIMITS))
@@ -50,6 +52,8 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 SIGNALS = {"INT": signal.SIGINT, "TERM": signal.SIGTERM, "KILL": signal.SIGKILL}
 #: how processes end whose only fault is that another has ended: `vlmalign.distributed.LOST_ANOTHER`, and 128 + SIGABRT
 FOLLOWING = (75, 134)
+#: how they end when they were told to and have saved: `vlmalign.stopping.STOPPED`
+SAVED = 85
 #: what usually stands behind a signal that nobody sent by hand
 OFTEN = {
     "SIGKILL": " (often: out of memory)",
@@ -137,7 +141,7 @@ def _watch(processes: list[Process], ended: queue.Queue[Ended], pressed: queue.Q
     """Waits until all have ended; after a death or Ctrl-C, ever less kindly."""
     left, interrupted = {process.number: process for process in processes}, 0
     failed: list[Ended] = []  # by themselves: before they were told to end
-    told = False
+    told, codes = False, set()
     plan: list[tuple[float, str]] = []  # (when, signal) still to come
     while left:
         while not pressed.empty():
@@ -147,7 +151,7 @@ def _watch(processes: list[Process], ended: queue.Queue[Ended], pressed: queue.Q
                 kind, plan = "KILL", [(time.monotonic() + grace, "give up")]
             else:
                 interrupted = interrupted or 128 + found
-                plan = _schedule(INTERRUPTED, grace)
+                plan = _schedule(INTERRUPTED if kind == "INT" else TERMINATED, grace)
             _say(f"interrupted: sending SIG{kind} to {len(left)} processes")
             _send(left, kind)
             told = True
@@ -161,6 +165,7 @@ def _watch(processes: list[Process], ended: queue.Queue[Ended], pressed: queue.Q
         except queue.Empty:
             continue
         del left[end.process]
+        codes.add(end.code)
         if not end.code:
             continue
         more = ""
@@ -177,7 +182,7 @@ def _watch(processes: list[Process], ended: queue.Queue[Ended], pressed: queue.Q
             "It goes on from its last checkpoint when it is started again, also with another number of processes"
         )
         return _positive(cause.code)
-    return interrupted
+    return SAVED if codes and codes == {SAVED} else interrupted
 
 
 def _told(processes: list[Process], end: Ended) -> str:
@@ -212,6 +217,8 @@ def _how(code: int) -> str:
         return "ended with exit code 255 (ssh: the host could not be reached, or the connection broke)"
     if code == FOLLOWING[0]:
         return f"ended with exit code {code} (another process of the run had ended, or could not be reached any more)"
+    if code == SAVED:
+        return f"was told to end, and has saved (exit code {code})"
     if code <= 128:
         return f"ended with exit code {code}"
     name = signal.Signals(code - 128).name if code - 128 in set(signal.Signals) else f"signal {code - 128}"

@@ -33,7 +33,7 @@ def study(monkeypatch):
         seen.action(config)
 
     chain.load_study = lambda path, overrides: load_config(SmallConfig, path, overrides)
-    room.run, room.Asked = run, namedtuple("Asked", ["only", "redo", "dry", "hours"])
+    room.run, room.Asked = run, namedtuple("Asked", ["only", "redo", "dry", "hours", "trust_code", "take_over"])
     auto.settled = lambda config, say, keep: config
     for module in (chain, room, auto):
         monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -55,7 +55,9 @@ def test_study_gets_the_typed_config_with_overrides_and_run_folder(study, config
 
 def test_what_is_asked_for_is_passed_on(study, config_file):
     assert cli.main(["run", config_file, "--only", "sft", "scores", "--redo", "grpo", "--dry"]) == 0
-    assert study.asked == [(("sft", "scores"), ("grpo",), True, {})]
+    assert study.asked == [(("sft", "scores"), ("grpo",), True, {}, False, False)]
+    assert cli.main(["run", config_file, "--trust-code", "--take-over"]) == 0
+    assert study.asked[1:] == [((), (), False, {}, True, True)]
 
 
 def test_config_mistakes_are_said_in_plain_words(study, config_file, capsys):

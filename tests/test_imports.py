@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "rewards": {"types", "tasks"},
     "models": CORE,
     "weights": CORE | {"models"},
-    "inspection": RECORDS | {"data"} | MODELS,
+    "inspection": RECORDS | {"data", "reporting"} | MODELS,
     "rollout": CORE | {"data"} | MODELS,
     "objectives": CORE | MODELS,
     "control": CORE,
@@ -50,7 +50,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": BELOW_TRAINING,
     "training": BELOW_TRAINING | {"distributed", "exchange", "stopping"},
     "reporting": set(),
-    "preview": {"types", "data", "weights"},
+    "preview": {"types", "data", "models", "weights", "reporting"},
     "exporting": RECORDS | {"config_yaml", "training"} | MODELS,
     "studies": BELOW_TRAINING | {"distributed", "exchange", "stopping", "training", "evaluation", "reporting"},
     "planning": CORE
@@ -60,8 +60,10 @@ ALLOWED: dict[str, set[str]] = {
     | NUMERICS,
     "api": BELOW_TRAINING | {"training", "evaluation", "exporting"},
     "answering": {"types", "api", "data", "weights", "progress", "reporting"},
+    "doctor": {"studies", "inspection", "reporting"},
     "cli": RECORDING
     | {
+        "doctor",
         "answering",
         "distributed",
         "stopping",

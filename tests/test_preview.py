@@ -152,8 +152,8 @@ def test_text_cannot_steer_the_terminal():
     chat, _ = chat_of("qwen2.5")
     group = chat.example([{"role": "user", "content": "a\x1b[2Jb\r[red]c"}, {"role": "assistant", "content": "\x07d"}])
     text = render(chat, group, grid=None)
-    assert "a\\x1b[2Jb\\x0d[red]c<|im_end|>" in text.plain
-    assert "«\\x07d<|im_end|>»" in text.plain
+    assert "a[U+001B][2Jb[U+000D][red]c<|im_end|>" in text.plain
+    assert "«[U+0007]d<|im_end|>»" in text.plain
     console = Console(force_terminal=True, color_system=None)
     with console.capture() as captured:
         console.print(text)
@@ -173,9 +173,8 @@ def test_colour_only_where_it_is_wanted(gemma, rows, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        (1, "rows.jsonl:1: a training example needs an assistant turn with weight > 0, found user"),
         (3, "rows.jsonl:3: not a line of JSON"),
-        (4, "there is no row 4; rows are lines 1 to 3"),
+        (4, "there is no row 4; it has 3 rows, the last is rows.jsonl:3"),
     ],
 )
 def test_rows_that_cannot_be_shown(gemma, rows, capsys, row, said):
@@ -201,3 +200,25 @@ def test_files_and_folders_that_are_not_there(gemma, rows, tmp_path, capsys):
     assert "absent.jsonl" in capsys.readouterr().err
     assert cli.main(["preview", str(tmp_path / "model"), str(rows)]) == 2
     assert "config.json" in capsys.readouterr().err
+
+
+def test_a_prompt_and_both_answers_of_a_preference(gemma, rows, capsys):
+    """Images in a column beside the turns, below a folder of their own."""
+    assert cli.main(["preview", str(gemma), str(rows), "--no-color"]) == 0
+    said = capsys.readouterr().out
+    assert said.rstrip().splitlines()[-3:-1] == [
+        "prompt tokens        36, and an answer is sampled", "image tokens         16; distinct images: 1",
+    ]  # fmt: skip
+    folder = rows.parent / "rows"
+    folder.mkdir()
+    pair = {"prompt": "Is it large?", "chosen": "Yes.", "rejected": "No.", "images": ["film.png"]}
+    (folder / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    arguments = ["preview", str(gemma), str(folder / "pairs.jsonl"), "--images", str(rows.parent), "--no-color"]
+    assert cli.main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "[image film.png 4x4 = 16 tokens]" in said
+    assert "--- continuation 1 of 2\n«Yes.<end_of_turn>»" in said
+    assert "--- continuation 2 of 2\n«No.<end_of_turn>»" in said
+    (folder / "records.jsonl").write_text('{"question": "?"}\n')
+    assert cli.main(["preview", str(gemma), str(folder / "records.jsonl")]) == 2
+    assert "a task asks about a record" in capsys.readouterr().err

@@ -7,19 +7,22 @@ Exit codes: 0 done, 2 a mistake in what was asked (said in plain words), 85 told
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from vlmalign import __version__, distributed
+from vlmalign import __version__, distributed, doctor
 from vlmalign.answering import command as answer_command
 from vlmalign.evaluation import harness_command
 from vlmalign.exporting import command as export_command
 from vlmalign.host_memory import computes_on_cpu, keep_freed_memory
 from vlmalign.inspection import command as inspect_command
 from vlmalign.planning import command as plan_command
+from vlmalign.reporting.visible_text import plain
 from vlmalign.stopping import STOPPED, Stopped
 
 
@@ -140,7 +143,12 @@ def _report(arguments: argparse.Namespace) -> None:
 
 def _preview_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="folder of a model")
-    parser.add_argument("messages", metavar="MESSAGES.jsonl", type=Path, help='a line each: {"messages": [...]}')
+    parser.add_argument(
+        "messages", metavar="ROWS", type=Path, help="JSON Lines, Parquet or a saved folder, as a study reads it"
+    )
+    parser.add_argument(
+        "--images", metavar="DIR", type=Path, help="folder that image paths start from (the file's own)"
+    )
     parser.add_argument("--row", metavar="N", type=int, default=1, help="line of the file, the first is 1 (default)")
     parser.add_argument("--no-color", dest="color", action="store_false", help="mark labels by « and » alone")
 
@@ -148,7 +156,7 @@ def _preview_arguments(parser: argparse.ArgumentParser) -> None:
 def _preview(arguments: argparse.Namespace) -> None:
     from vlmalign.preview import preview
 
-    preview(arguments.checkpoint, arguments.messages, row=arguments.row, color=arguments.color)
+    preview(arguments.checkpoint, arguments.messages, row=arguments.row, color=arguments.color, images=arguments.images)
 
 
 def _overrides(arguments: argparse.Namespace) -> list[str]:
@@ -171,9 +179,13 @@ COMMANDS = (
         inspect_command.run,
     ),
     Command("export", "an adapter as a PEFT folder or a merged model", export_command.arguments, export_command.run),
+    Command("doctor", "can this machine run it, and what to do", doctor.arguments, doctor.run),
     Command("plan", "what a config needs and costs on GPUs not here", plan_command.arguments, plan_command.run),
     Command("lm-eval", "tasks of lm-evaluation-harness", harness_command.arguments, harness_command.run),
 )
+
+#: what the system says of a disk that takes no more
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 _EPILOG = """examples:
   vlmalign run configs/quickstart.yaml
@@ -205,6 +217,15 @@ def build_parser(commands: Sequence[Command] = COMMANDS) -> argparse.ArgumentPar
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code of `vlmalign` with these arguments (by default the process's own)."""
     arguments = build_parser().parse_args(argv)
+    # Rows, answers and weights are for their owner; a study may open them to its group (`readable_by`).
+    before = os.umask(0o077)
+    try:
+        return _run_command(arguments)
+    finally:
+        os.umask(before)
+
+
+def _run_command(arguments: argparse.Namespace) -> int:
     try:
         arguments.run_command(arguments)
     except KeyboardInterrupt:
@@ -222,7 +243,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     ) as error:  # how the package tells users of a mistake; anything else is a defect
         if arguments.traceback:
             raise
-        print(f"vlmalign {arguments.command}: {error}", file=sys.stderr)
+        # What a file's name or content made part of the message must not steer the terminal.
+        print(f"vlmalign {arguments.command}: {plain(str(error))}", file=sys.stderr)
+        if isinstance(error, OSError) and error.errno in FULL:
+            print("make room there; the same command goes on where this one ended", file=sys.stderr)
         print("(--traceback shows where in the code this arose)", file=sys.stderr)
         return distributed.leave(2)
     return 0

@@ -79,6 +79,8 @@ def read_yaml(text: str) -> Any:
     """
     try:
         return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise ValueError("not a YAML text that can be read: it is nested too deeply") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""

@@ -61,7 +61,8 @@ class MetricsWriter:
         if self._file is None:
             return
         # Unbuffered, one call a line: a kill between two of them leaves whole lines.
-        self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+        with naming(self.path):
+            self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
         if time.monotonic() - self._synced >= self._sync_seconds:
             self._sync()
 
@@ -115,6 +116,17 @@ class MetricsWriter:
     def _sync(self) -> None:
         os.fsync(self._file.fileno())
         self._synced = time.monotonic()
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A full disk says of which file, where the system only says that there is one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 @contextmanager

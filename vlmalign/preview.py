@@ -6,7 +6,7 @@ holds, patients' text included, because that was asked for; nothing is written d
 
 from __future__ import annotations
 
-import re
+import tempfile
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -17,15 +17,18 @@ from rich.console import Console
 from rich.text import Text
 
 from vlmalign.data.chat.chat import Chat, open_chat
-from vlmalign.data.chat.messages import image_keys, read_conversation
+from vlmalign.data.chat.messages import image_keys
+from vlmalign.data.chat.preferences import preference_group
 from vlmalign.data.films.images import BadImage
 from vlmalign.data.films.pixels import image_size, open_pixels
-from vlmalign.types import Grid, Group, Segment
+from vlmalign.data.sources.rows import read_row
+from vlmalign.data.sources.stored_images import StoredImages
+from vlmalign.models.config import ModelConfig
+from vlmalign.reporting.visible_text import plain
+from vlmalign.types import Example, Grid, Group, Segment
 from vlmalign.weights.checkpoint import load_config
 
 READ, LABEL, STOP, IMAGE = "dim", "bold green", "bold reverse green", "cyan"
-
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Run(NamedTuple):
@@ -37,30 +40,54 @@ class Run(NamedTuple):
     weight: float
 
 
-def preview(checkpoint: Path, messages: Path, *, row: int = 1, color: bool = True) -> None:
-    """Prints line `row` of a file of conversations as the chat side of a checkpoint folder prepares it.
+def preview(checkpoint: Path, messages: Path, *, row: int = 1, color: bool = True, images: Path | None = None) -> None:
+    """Prints line `row` of a file of rows as the chat side of a checkpoint folder prepares it: a conversation, a prompt, or
+    both answers of a preference. Images lie below `images`, by default beside the file.
 
     Raises:
         ValueError: when the folder, the row or one of its images cannot be used, naming it.
     """
     config = load_config(checkpoint)
-    conversation = read_conversation(messages, row)
+    with tempfile.TemporaryDirectory(prefix="vlmalign-preview-") as cache:  # for images that a table holds as bytes
+        _preview(
+            checkpoint,
+            config,
+            read_row(messages, row, StoredImages(images or messages.parent, Path(cache))),
+            row,
+            color,
+        )
+
+
+def _preview(checkpoint: Path, config: ModelConfig, found: Example, row: int, color: bool) -> None:
+    if "chosen" in found.meta:
+        messages = [*found.meta["prompt"], *found.meta["chosen"], *found.meta["rejected"]]
+    elif "messages" in found.meta:
+        messages = found.meta["messages"]
+    else:
+        raise ValueError(
+            f'{found.id}: expected "messages", "prompt" or "chosen" and "rejected"; a task asks about a record'
+        )
     if config.vision is None:
         grid = None
     else:
         grid = open_pixels(checkpoint, family=config.family, image_tokens=config.vision.tokens).grid
-    for key in image_keys(conversation.messages):
+    for key in image_keys(messages):
         try:
             image_size(key)  # towers of fixed size would not look at the file until it is trained on
         except (FileNotFoundError, BadImage) as error:
-            raise ValueError(f"{conversation.name}: {error}") from error
+            raise ValueError(f"{found.id}: {error}") from error
     chat = open_chat(
         checkpoint,
         family=config.family,
         image_tokens=None if grid is None else lambda key: grid(key).tokens,
         vocab=config.decoder.vocab,
     )
-    group = chat.example(conversation.messages, group_id=row, name=conversation.name)
+    if "chosen" in found.meta:
+        group = preference_group(found.meta, chat, group_id=row)
+    elif messages[-1]["role"] == "assistant":
+        group = chat.example(messages, group_id=row, name=found.id)
+    else:
+        group = chat.prompt(messages, group_id=row, name=found.id)
     # No wrapping by rich, so that what is copied from the terminal or piped is the text itself.
     console = Console(color_system="auto" if color else None, highlight=False, soft_wrap=True)
     console.print(render(chat, group, grid=grid))
@@ -103,7 +130,7 @@ def _segment(
         if run.image >= 0:
             assert grid is not None, "a group with images comes from a chat with images"
             for lies in _occurrences(run, grid(images[run.image])):
-                name = _visible(Path(images[run.image]).name)
+                name = plain(Path(images[run.image]).name)
                 text.append(f"[image {name} {lies.rows}x{lies.columns} = {lies.tokens} tokens]", style=IMAGE)
         elif run.weight > 0 and answers:
             tokens = segment.tokens[run.start : run.end]
@@ -132,6 +159,12 @@ def _occurrences(run: Run, lies: Grid) -> list[Grid]:
 
 def _counts(group: Group) -> list[tuple[str, str]]:
     pieces = (group.prompt, *group.continuations)
+    if not group.continuations:
+        image = int((group.prompt.image >= 0).sum())
+        return [
+            ("prompt tokens", f"{len(group.prompt)}, and an answer is sampled"),
+            ("image tokens", f"{image}; distinct images: {len(group.images)}"),
+        ]
     soft = [int((piece.image >= 0).sum()) for piece in pieces]
     labels = [piece.weight[piece.weight > 0] for piece in group.continuations]
     weights = sorted({float(w) for part in labels for w in part})
@@ -146,13 +179,4 @@ def _counts(group: Group) -> list[tuple[str, str]]:
 
 def _decode(chat: Chat, tokens: np.ndarray) -> str:
     text = chat.tokenizer.decode(tokens.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return _visible(text)
-
-
-def _visible(text: str) -> str:
-    """Control characters in words: a file's text must not steer the terminal.
-
-    >>> _visible("a\\x1b[2J")
-    'a\\\\x1b[2J'
-    """
-    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+    return plain(text)  # a text must neither steer the terminal nor hide from its reader

@@ -258,11 +258,13 @@ def test_a_template_that_expects_text_and_gets_parts(chat):
         ([{"role": "user", "content": ["a"]}], r"content\[0\] must be"),
         ([{"role": "user", "content": [{"type": "text", "text": 3}]}], r"content\[0\] must be"),
         ([{**user("a"), "weight": 1.0}], "weight belongs to assistant turns, found it on user"),
-        ([user("a"), {**model("b"), "weight": -1}], "weight must be a finite number >= 0, found -1"),
+        ([user("a"), {**model("b"), "weight": -1}], "weight must be a number from 0 to 1000, found -1"),
         ([user("a"), {**model("b"), "weight": float("nan")}], "found nan"),
         ([user("a"), {**model("b"), "weight": float("inf")}], "found inf"),
-        ([user("a"), {**model("b"), "weight": "1"}], "found '1'"),
-        ([user("a"), {**model("b"), "weight": True}], "found True"),
+        ([user("a"), {**model("b"), "weight": "1"}], "found str"),
+        ([user("a"), {**model("b"), "weight": 10**400}], "found int"),
+        ([user("a"), {**model("b"), "weight": 1e308}], "found 1e\\+308"),
+        ([user("a"), {**model("b"), "weight": True}], "found bool"),
     ],
 )
 def test_malformed_turns_are_named(chat, messages, said):
@@ -390,3 +392,12 @@ def test_a_tokenizer_larger_than_the_embedding(tmp_path, chat):
     tokenizer.save_pretrained(tmp_path / "added")
     with pytest.raises(ValueError, match=rf"has 1 tokens .*'<think>' \({size + 1}\)"):
         opened(tmp_path / "added", size)
+
+
+def test_ids_that_no_answer_may_hold(chat):
+    """Those beyond the tokenizer, in its gaps, and those that stand for images."""
+    known = set(chat.tokenizer.get_vocab().values())
+    size = max(known) + 10
+    never = {id for first, end in chat.never_drawn(size) for id in range(first, end)}
+    assert never == (set(range(size)) - known) | set(chat.image_text.ids)
+    assert not never & set(chat.stop_ids)

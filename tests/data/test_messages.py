@@ -1,10 +1,13 @@
 """Conversations in files: what a row must hold, where its images may lie, and which line is to blame."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from vlmalign.data.chat.messages import ControlTokens, for_template, image_keys, label_weight, read_conversation
+from vlmalign.data.chat.messages import ControlTokens, for_template, image_keys, label_weight
+from vlmalign.data.sources.rows import read_row
+from vlmalign.data.sources.stored_images import StoredImages
 
 ROW = {"messages": [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "Yes.", "weight": 2}]}
 
@@ -13,6 +16,11 @@ def lines(folder, *rows):
     path = folder / "rows.jsonl"
     path.write_bytes(b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows))
     return path
+
+
+def read(path: Path, line: int) -> list:
+    """The turns of the row at a line."""
+    return read_row(path, line, StoredImages(path.parent, path.parent / "cache")).meta["messages"]
 
 
 def shown(path) -> dict:
@@ -24,22 +32,22 @@ def shown(path) -> dict:
 def test_rows_are_lines_counted_from_one(tmp_path):
     other = {"messages": [{"role": "user", "content": "Größe?"}], "id": 7}
     path = lines(tmp_path, ROW, b"not JSON", other)
-    assert read_conversation(path, 1) == ("rows.jsonl:1", ROW["messages"])
-    assert read_conversation(path, 3) == ("rows.jsonl:3", other["messages"])
-    assert read_conversation(lines(tmp_path, b"\xef\xbb\xbf" + json.dumps(ROW).encode()), 1).messages == ROW["messages"]
+    assert read(path, 1) == ROW["messages"]
+    assert read(path, 3) == other["messages"]
+    assert read(lines(tmp_path, ROW, b"", other), 3) == other["messages"], "empty lines count"
+    assert read(lines(tmp_path, b"\xef\xbb\xbf" + json.dumps(ROW).encode()), 1) == ROW["messages"]
     for row in (0, -1, 4):
         with pytest.raises(ValueError, match=f"there is no row {row}"):
-            read_conversation(lines(tmp_path, ROW, ROW), row)
+            read(lines(tmp_path, ROW, ROW), row)
 
 
 @pytest.mark.parametrize(
     ("row", "said"),
     [
         (b'{"messages": [}', r"rows\.jsonl:2: not a line of JSON \(Expecting value"),
-        (b"", r"rows\.jsonl:2: not a line of JSON"),
+        (b"", r"there is no row 2; it has 2 rows, the last is rows\.jsonl:3"),
         (b'{"messages": "\xff"}', r"rows\.jsonl:2: not a line of JSON \('utf-8' codec"),
-        ([], r'rows\.jsonl:2: expected an object \{"messages"'),
-        ({"message": []}, r'rows\.jsonl:2: expected an object \{"messages"'),
+        ([], r"rows\.jsonl:2: expected an object, found list"),
         ({"messages": {}}, r'rows\.jsonl:2: expected an object \{"messages"'),
         ({"messages": []}, r"rows\.jsonl:2: the conversation has no turns"),
         ({"messages": ["Is it?"]}, r"rows\.jsonl:2: messages\[0\]: expected an object with role .*, found str"),
@@ -54,11 +62,13 @@ def test_the_line_is_named(tmp_path, row, said):
     folder.mkdir()
     (folder / "out").symlink_to(tmp_path)
     with pytest.raises(ValueError, match=said):
-        read_conversation(lines(folder, ROW, row, ROW), 2)
+        read(lines(folder, ROW, row, ROW), 2)
 
 
 def test_images_lie_beside_the_file(tmp_path):
-    found = read_conversation(lines(tmp_path, shown("films/a.png")), 1).messages
+    (tmp_path / "films").mkdir()
+    (tmp_path / "films" / "a.png").touch()
+    found = read(lines(tmp_path, shown("films/a.png")), 1)
     assert image_keys(found) == [str(tmp_path.resolve() / "films" / "a.png")]
     assert found[0]["content"][1] == {"type": "text", "text": "?"}
 
@@ -84,7 +94,8 @@ def test_parts_and_turns_with_fields_of_others_set_to_null(tmp_path):
         {"role": "user", "content": parts, "weight": None},
         {"role": "assistant", "content": "c", "weight": None},
     ]
-    found = read_conversation(lines(tmp_path, {"messages": messages}), 1).messages
+    (tmp_path / "k.png").touch()
+    found = read(lines(tmp_path, {"messages": messages}), 1)
     assert [label_weight(message) for message in found] == [0.0, 1.0]
     key = str(tmp_path.resolve() / "k.png")
     assert for_template(found, parts=True) == [

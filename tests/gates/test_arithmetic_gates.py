@@ -31,7 +31,6 @@ def updates(tmp_path_factory):
     return found
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("group", [4, 16])
 def test_update_is_four_operations_per_weight_and_token(updates, group):
     """Forward and gradients of inputs: none of frozen weights, no prompt twice, and the head forward, again, backward."""

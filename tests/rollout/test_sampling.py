@@ -1,5 +1,6 @@
 """Drawing tokens: the distribution is the stated one, edge cases never pick an impossible token."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -208,3 +209,19 @@ def test_kept_log_probability_under_top_k():
 def test_wrong_cuts_are_refused(wrong):
     with pytest.raises(ValueError, match="top_k >= 0 and 0 <= min_p <= 1"):
         Sampling(**wrong)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_p=0.9), Sampling(temperature=0.0), Sampling(top_k=3)])
+def test_ids_that_may_not_be_drawn_never_are(sampling):
+    """However likely they are; the log-probability over all tokens stays that of the model."""
+    sampling = replace(sampling, never=((2, 5), (7, 8)))
+    z = np.zeros((200, 9), np.float32)
+    z[:, 3] = 3.0
+    found = draw(jnp.asarray(z), jax.random.split(jax.random.key(0), 200), sampling)
+    drawn = set(np.asarray(found.token).tolist())
+    allowed = {0, 1, 5, 6, 8}
+    assert drawn <= allowed
+    assert sampling.temperature == 0 or drawn == allowed
+    np.testing.assert_allclose(found.logp, -np.log(8 + np.exp(3.0)), rtol=1e-5)
+    if sampling.temperature:
+        np.testing.assert_allclose(found.kept_logp, -np.log(5), rtol=1e-5)

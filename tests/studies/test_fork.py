@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -320,6 +321,27 @@ def test_a_record_that_is_gone_is_an_error(copied, name, expected):
         start(copied)
 
 
+def test_what_a_run_writes_is_for_its_owner(finished):
+    assert [path for path in (finished, *finished.rglob("*")) if path.stat().st_mode & 0o077] == []
+
+
+def test_what_a_run_writes_may_be_opened_to_a_group(config_file, tmp_path):
+    folder = start(
+        config_file, f"run={tmp_path / 'run'}", "readable_by=group", asked=Asked(only=("sets/near", "sets/far"))
+    )
+    modes = {path.is_dir(): path.stat().st_mode & 0o777 for path in (folder, *folder.rglob("*"))}
+    assert modes == {True: 0o750, False: 0o640}
+
+
+def test_a_finished_study_on_a_read_only_disk_is_finished(copied, capfd, monkeypatch):
+    monkeypatch.setattr("vlmalign.studies.engine.folder.os.access", lambda path, mode: False)
+    start(copied)
+    assert "cannot be written to; all of the study is there" in capfd.readouterr().out
+    with_arms(copied, "f1")
+    with pytest.raises(ValueError, match=r"cannot be written to, and not all of the study is there"):
+        start(copied)
+
+
 def with_arms(study_file: Path, *names: str) -> None:
     data = read_yaml(study_file.read_text())
     for name in names:
@@ -483,3 +505,33 @@ def test_a_study_that_is_told_to_end_has_saved(finished, config_file, tmp_path, 
     done = subprocess.run(run_command(config_file, folder), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert same_files(folder, finished) == []
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+def test_two_processes_that_are_told_to_end_save_at_one_step(config_file, tmp_path, repository):
+    folder = tmp_path / "run"
+    launcher = [sys.executable, str(repository / "scripts" / "launch_ssh.py"), "--transport", "local"]
+    launcher += ["--hosts", "localhost", "--per-host", "2", "--", *run_command(config_file, folder)]
+    longer = ["--set", "stages.sft.steps=40", "--only", "stages/sft"]
+    lines = stage_of(folder, "sft") / "metrics.jsonl"
+    with subprocess.Popen(
+        [*launcher, *longer], cwd=repository, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        deadline = time.monotonic() + 400
+        while not (lines.exists() and lines.read_bytes().count(b"\n") >= 2):
+            assert process.poll() is None, process.stdout.read()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=400)[0]
+    assert process.returncode == 85, said[-3000:]
+    (told,) = set(re.findall(r"sft was saved after update (\d+) of 40", said))
+    assert (stage_of(folder, "sft") / "checkpoints" / told).is_dir()
+    assert len(rows(lines)) == int(told)
+    done = subprocess.run(
+        [*launcher, *longer], cwd=repository, capture_output=True, text=True, timeout=800, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert f"sft: continuing after update {told} of 40" in done.stdout
+    assert [row["step"] for row in rows(lines)] == list(range(1, 41))

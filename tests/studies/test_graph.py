@@ -152,3 +152,47 @@ def test_a_list_of_stages_is_a_chain(tmp_path):
 def test_bad_graph(tmp_path, override, expected):
     with pytest.raises(ConfigError, match=expected):
         load(tmp_path, fork(), override)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "expected"),
+    [
+        ("choice", {"letters": 5}, "options.letters: expected a valid string, found 5"),
+        ("json", {"schema": 5}, "options.schema: expected a valid dictionary, found 5"),
+        ("json", {"schema": {"required": [[]]}}, r"schema: required must hold names of properties, found \[\]"),
+        ("hard", {"min_tokens": "x"}, "options.min_tokens: expected a valid integer, found 'x'"),
+        ("labels", {"labels": [None]}, r"options.labels.0: expected a valid string, found \[None\]"),
+        ("labels", {"measure": 3}, "options.measure: expected a valid string, found 3"),
+        ("pattern", {"pattern": 5}, "options.pattern: expected a valid string, found 5"),
+        ("repetition", {"n": "x"}, "options.n: expected a valid integer, found 'x'"),
+        ("nuanced", {"frequency": [None]}, r"options.frequency.0: expected a valid number, found \[None\]"),
+        ("collapse", {"window": "x"}, "options.window: expected a valid integer, found 'x'"),
+    ],
+)
+def test_a_wrong_option_of_a_reward_is_named(tmp_path, kind, options, expected):
+    data = fork()
+    data["stages"]["hard"]["rewards"] = {"r": {"kind": kind, "options": options}}
+    with pytest.raises(ConfigError, match=rf"stages.hard.rewards.r: {expected}"):
+        load(tmp_path, data)
+
+
+@pytest.mark.parametrize("stages", [[], {}])
+def test_a_study_without_stages_is_told_once(tmp_path, stages):
+    path = tmp_path / "study.yaml"
+    path.write_text(write_yaml({**fork(), "stages": stages}))
+    with pytest.raises(ConfigError, match=r"1 problem\n.*stages: expected at least one stage, found none"):
+        load_study(path)
+
+
+def test_weights_have_a_bound(tmp_path):
+    data = fork()
+    data["stages"]["hard"]["rewards"]["r"]["weight"] = 1e308
+    with pytest.raises(ConfigError, match=r"stages.hard.rewards.r.weight: expected less than or equal to 1000000"):
+        load(tmp_path, data)
+
+
+def test_yaml_that_is_nested_too_deeply_is_told(tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_text("run: " + "[" * 900 + "]" * 900)
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        load_study(path)

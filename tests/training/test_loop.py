@@ -241,6 +241,25 @@ def test_a_stage_that_is_told_to_end_saves_and_goes_on_to_the_same_bits(tmp_path
             assert np.array_equal(params[name], value), name
 
 
+def test_a_checkpoint_that_would_fill_the_disk_is_not_begun(tmp_path, trainer, model, base, whole):
+    """What was saved before stands, and with room again the stage goes on to the same bits."""
+    real = shutil.disk_usage
+
+    def little(folder):
+        return real(folder)._replace(free=1000 if (tmp_path / "checkpoints" / "2").exists() else 10**9)
+
+    with (
+        patch.object(shutil, "disk_usage", little),
+        pytest.raises(
+            OSError, match=r"no space for the checkpoint of update 4: it needs about \S+ MiB, and 0.0 MiB are free"
+        ),
+    ):
+        run_stage(tmp_path, trainer, model, base)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
+    run_stage(tmp_path, trainer, model, base)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == whole[1]
+
+
 def test_a_stage_that_is_another_s_now_writes_nothing_more(tmp_path, trainer, model, base):
     def check():
         if (tmp_path / "checkpoints" / "2").exists():

@@ -180,7 +180,6 @@ def two_updates(loss: str, cut: str) -> list[Params]:
 @pytest.mark.parametrize(
     ("loss", "cut"),
     [
-        ("grpo", "8x1"),
         ("grpo", "4x2"),
         *(
             pytest.param(*each, marks=pytest.mark.full)

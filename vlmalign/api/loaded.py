@@ -157,7 +157,7 @@ class LoadedModel:
             rows=rows,
             group=n,
             completion=max_tokens,
-            sampling=Sampling(temperature, top_p, top_k, min_p),
+            sampling=Sampling(temperature, top_p, top_k, min_p, self.chat.never_drawn(self.model.config.decoder.vocab)),
             images=max((len(prompt.images) for prompt in prompts), default=0),
             programs=1 if rows * n <= FEW else MOST_PROGRAMS,
         )

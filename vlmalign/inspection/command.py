@@ -17,9 +17,10 @@ def run(arguments: argparse.Namespace) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     from vlmalign.inspection.inspect import inspect
     from vlmalign.inspection.report import describe
+    from vlmalign.reporting.visible_text import plain
 
     found = inspect(arguments.path)
-    print(describe(found), flush=True)
+    print(plain(describe(found)), flush=True)
     if found.problems:
         count = len(found.problems)
         raise ValueError(f"{arguments.path} has {count} problem{'s' * (count > 1)}, listed above")

@@ -67,12 +67,28 @@ def read_text(folder: Path, config: ModelConfig | None, problems: list[str], not
         notes.append(
             "the chat template writes the date: a run keeps that of its first start, other tools write today's"
         )
+    if chat is not None and _lacks_bos(chat):
+        notes.append(
+            f"the chat template does not write {tokenizer.bos_token}, which the tokenizer puts before a text by itself; other "
+            "tools may train with it, here a conversation is what the template writes"
+        )
     return Text(
         tokens=len(tokenizer),
         stops=tuple((id, tokenizer.convert_ids_to_tokens(id) or "(no such token)") for id in stops),
         template=template,
         marked=bool(template and MARKER.search(template)),
     )
+
+
+def _lacks_bos(chat: Chat) -> bool:
+    """Whether the tokenizer begins texts by a token that the template does not write."""
+    bos = chat.tokenizer.bos_token_id
+    if bos is None or chat.tokenizer("a")["input_ids"][:1] != [bos]:
+        return False
+    try:
+        return chat.prompt(CONVERSATION[:1]).prompt.tokens[0] != bos
+    except ValueError:  # said by others of these checks
+        return False
 
 
 def read_images(folder: Path, config: ModelConfig | None, problems: list[str]) -> str | None:

@@ -41,6 +41,7 @@ def write_page(path: Path, page: str) -> None:
     try:
         # A model's text can hold half a surrogate pair, which UTF-8 has not: it becomes a question mark.
         part.write_bytes(page.encode("utf-8", errors="replace"))
+        part.chmod(path.parent.stat().st_mode & 0o666)  # for those who may read the folder
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

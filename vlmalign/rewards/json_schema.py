@@ -43,6 +43,8 @@ def check_schema(schema: Mapping[str, Any], place: str = "schema") -> None:
     ):
         if name in schema and not isinstance(schema[name], kinds):
             raise ValueError(f"{place}: {name} must not be a {type(schema[name]).__name__}, found {schema[name]!r}")
+    if wrong := [name for name in schema.get("required", ()) if not isinstance(name, str)]:
+        raise ValueError(f"{place}: required must hold names of properties, found {wrong[0]!r}")
     if not isinstance(schema.get("additionalProperties", True), bool):
         raise ValueError(f"{place}: additionalProperties must be true or false; schemas for them are not supported")
     for name, inner in schema.get("properties", {}).items():

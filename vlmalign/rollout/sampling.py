@@ -23,13 +23,15 @@ class Sampling:
     Temperature 0 takes the most likely token. `top_k` keeps the k most likely tokens (0: all), then `top_p` the
     smallest set of those with at least that share of their mass (Holtzman et al., arXiv 1904.09751), then `min_p`
     those at least that share as likely as the most likely one (arXiv 2407.01082). Tokens as likely as the least likely
-    kept one are kept too.
+    kept one are kept too. `never` are ranges [first, end) of ids that are not drawn: those that the tokenizer does not
+    know, of which rewards would see nothing, and those that stand for images.
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    never: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or not 0 < self.top_p <= 1:
@@ -110,7 +112,7 @@ def _search(
 
 def keep(probabilities: Float[Array, "m vocab"], sampling: Sampling) -> Float[Array, "m vocab"]:
     """The probabilities with those of tokens that must not be drawn set to 0; not scaled up again."""
-    p, vocab = probabilities, probabilities.shape[-1]
+    p, vocab = without(probabilities, sampling.never), probabilities.shape[-1]
 
     def cut(p: Array, kept: Bool[Array, "m vocab"]) -> Array:
         return jnp.where(kept, p, 0.0)
@@ -122,6 +124,19 @@ def keep(probabilities: Float[Array, "m vocab"], sampling: Sampling) -> Float[Ar
     if sampling.min_p > 0:
         p = cut(p, p >= sampling.min_p * jnp.max(p, axis=-1, keepdims=True))
     return p
+
+
+def without(
+    values: Float[Array, "m vocab"], never: tuple[tuple[int, int], ...], instead: float = 0.0
+) -> Float[Array, "m vocab"]:
+    """The values with those of ids in the ranges `never` replaced."""
+    if not never:
+        return values
+    column = jnp.arange(values.shape[-1])
+    taken = jnp.zeros(column.shape, bool)
+    for first, end in never:
+        taken |= (column >= first) & (column < end)
+    return jnp.where(taken, instead, values)
 
 
 def in_blocks(weights: Float[Array, "m vocab"]) -> tuple[Float[Array, "m blocks size"], Float[Array, "m blocks"]]:
@@ -168,11 +183,13 @@ def draw(logits: Float[Array, "m vocab"], keys: Key[Array, "m"], sampling: Sampl
         return (jnp.take_along_axis(z, token[:, None], axis=-1) - total)[:, 0]
 
     if sampling.temperature == 0:
-        token = jnp.argmax(z, axis=-1).astype(jnp.int32)
+        token = jnp.argmax(without(z, sampling.never, -jnp.inf), axis=-1).astype(jnp.int32)
         return Draw(token, picked(token), jnp.zeros(token.shape))
     cuts = sampling.top_k or sampling.top_p < 1 or sampling.min_p
     if cuts:
         blocks, mass = in_blocks(keep(jnp.exp(z - total), sampling))
+    elif sampling.never:
+        blocks, mass = in_blocks(without(jnp.exp(z - total), sampling.never))
     token = inverse_cdf(blocks, mass, jax.vmap(jax.random.uniform)(keys)).astype(jnp.int32)
     logp = picked(token)
-    return Draw(token, logp, logp - jnp.log(jnp.sum(mass, axis=-1)) if cuts else logp)
+    return Draw(token, logp, logp - jnp.log(jnp.sum(mass, axis=-1)) if cuts or sampling.never else logp)

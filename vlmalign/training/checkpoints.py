@@ -8,9 +8,11 @@ Processes share out what is to be hashed.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -60,9 +62,22 @@ class Checkpoints:
             shapes=ocp.args.JsonSave(_shapes(state)),
         )
         step = int(state.step)
+        from_first(lambda: self._require_space(step, state))
         self._manager.save(step, args=arguments)
         files = _hashed(self.folder / str(step))
         from_first(lambda: _write_files(self.folder / str(step), files))
+
+    def _require_space(self, step: int, state: TrainState) -> None:
+        """Raises OSError where the checkpoint would fill the disk: half of one would have to be found out later."""
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state._asdict())) * 1.05 + 2**20
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise OSError(
+                errno.ENOSPC,
+                f"no space for the checkpoint of update {step}: it needs about {needed / 2**20:.1f} MiB, and "
+                f"{free / 2**20:.1f} MiB are free; make room, and the same command goes on",
+                str(self.folder),
+            )
 
     def steps(self) -> list[int]:
         """The updates after which there are checkpoints, ascending."""

@@ -26,6 +26,7 @@ from vlmalign.models.model import Params
 from vlmalign.progress import Progress
 from vlmalign.training.best import Best, BestSoFar
 from vlmalign.training.checkpoints import Checkpoints
+from vlmalign.training.guards import Guards
 from vlmalign.training.step import MicroBatch, StepMetrics, Trainer
 
 
@@ -81,6 +82,7 @@ class Stage:
     check: Callable[[], None] = lambda: (
         None
     )  #: called in process 0 before anything is written; what it raises ends the stage
+    rewards: tuple[str, ...] = ()  #: names of the rewards that are learnt from, for the guards
     max_skipped: int = 10  #: steps in a row whose gradient is not finite before the stage gives up
 
 
@@ -132,6 +134,10 @@ def train_states(
         BestSoFar(stage.folder / "best", stage.best, progress.say) as best,
         MetricsWriter(stage.folder / "metrics.jsonl", writes=is_writer()) as writer,
     ):
+        rule = stage.best
+        guards = Guards(
+            stage.name, progress.say, rule and rule.metric, rule is not None and rule.mode == "min", stage.rewards
+        )
         restored = checkpoints.restore(state)
         skipped = 0
         if restored is None:
@@ -155,12 +161,12 @@ def train_states(
             if is_writer():
                 stage.check()
             if unread is not None and source.waits:
-                skipped = _read(unread, stage, source, writer, progress, skipped)
+                skipped = _read(unread, stage, source, writer, progress, guards, skipped)
                 unread = None
             work = source.work(step, state.params)
             state, found = trainer.step(state, frozen, work.batches, work.options)
             if unread is not None:
-                skipped = _read(unread, stage, source, writer, progress, skipped)
+                skipped = _read(unread, stage, source, writer, progress, guards, skipped)
             unread, done = _Unread(step, found, work.metrics), step + 1
             due = done % stage.checkpoint_every == 0 or done == stage.steps
             measured: dict[str, Any] = {}
@@ -170,11 +176,11 @@ def train_states(
                 from_first(stage.check)
                 best.see(done, measured, state)
             if evaluated or due:
-                skipped = _read(unread, stage, source, writer, progress, skipped, measured)
+                skipped = _read(unread, stage, source, writer, progress, guards, skipped, measured)
                 unread = None
             stop = stopping.requested() and done < stage.steps and not best.exhausted
             if stop and unread is not None:
-                skipped = _read(unread, stage, source, writer, progress, skipped)
+                skipped = _read(unread, stage, source, writer, progress, guards, skipped)
                 unread = None
             if due or best.exhausted or stop:
                 from_first(stage.check)
@@ -206,6 +212,7 @@ def _read(
     source: Source,
     writer: MetricsWriter,
     progress: Progress,
+    guards: Guards,
     skipped: int,
     measured: Mapping[str, Any] = {},
 ) -> int:
@@ -213,6 +220,7 @@ def _read(
     line = _line(unread, stage) | measured
     source.observe(line)
     writer.write(line)
+    guards.see(line)
     progress.update(line["step"], **{k: line[k] for k in stage.shown if line.get(k) is not None})
     skipped = skipped + 1 if line["skipped"] else 0
     if skipped >= stage.max_skipped:

@@ -65,13 +65,25 @@ class Chat:
             weights = [label_weight(message) for message in messages]
             labelled = [i for i, weight in enumerate(weights) if weight > 0]
             if not labelled:
-                roles = ", ".join(message["role"] for message in messages)
+                known = ("system", "user", "assistant", "model", "tool")  # another may be a patient's text
+                roles = ", ".join(m["role"] if m["role"] in known else "another role" for m in messages)
                 raise ValueError(f"a training example needs an assistant turn with weight > 0, found {roles}")
             kept = messages[: labelled[-1] + 1]
             pieces = self._pieces(kept, weights, continues=False)
             first = next(i for i, piece in enumerate(pieces) if piece.weight.any())
             continuation = _join(pieces[first:])
             return Group(group_id, _join(pieces[:first]), (continuation,), _distinct(image_keys(kept)))
+
+    def never_drawn(self, vocab: int) -> tuple[tuple[int, int], ...]:
+        """Ranges [first, end) of the model's `vocab` ids that no answer may hold: those that the tokenizer does not know, and
+        those that stand for images."""
+        known = np.zeros(vocab, bool)
+        ids = np.fromiter(self.tokenizer.get_vocab().values(), int)
+        known[ids[ids < vocab]] = True
+        if self.image_text is not None:
+            known[[id for id in self.image_text.ids if id < vocab]] = False
+        edges = np.flatnonzero(np.diff(np.concatenate([[1], known, [1]]).astype(np.int8)))
+        return tuple((int(first), int(end)) for first, end in edges.reshape(-1, 2))
 
     def decode(self, tokens: np.ndarray) -> str:
         """Text of a completion without its stop token and other special tokens."""

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
-
-from vlmalign.data.sources.tables import inside
+from typing import Any
 
 #: one turn: {"role": ..., "content": text or [{"type": "text", "text": ...} | {"type": "image", "image": key}]};
 #: an assistant's may also hold "weight", the loss weight of its tokens (default 1)
 Message = Mapping[str, Any]
 
+#: largest weight of a turn: beyond it one turn would drown all others, and at last the range of floats
+MOST_WEIGHT = 1e3
 #: how other tools call the switch that takes a turn out of the loss
 SWITCHES = ("loss", "train", "trainable", "loss_weight", "mask", "masked", "learn")
-
-
-class Conversation(NamedTuple):
-    """One row of a file."""
-
-    name: str  #: file and line, for messages about it
-    messages: list[Message]  #: image keys are absolute paths
 
 
 def check_messages(messages: Sequence[Any]) -> None:
@@ -55,8 +45,15 @@ def _problem(message: Any) -> str | None:
     if (weight := message.get("weight")) is not None:
         if role != "assistant":
             return f"weight belongs to assistant turns, found it on {role}"
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-            return f"weight must be a finite number >= 0, found {weight!r}"
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not number or not 0 <= weight <= MOST_WEIGHT:
+            # A text may be a patient's, and a whole number may have any number of digits.
+            told = (
+                f"{weight:g}"
+                if (number and abs(weight) < 1e300) or isinstance(weight, float)
+                else type(weight).__name__
+            )
+            return f"weight must be a number from 0 to {MOST_WEIGHT:g}, found {told}"
     return None
 
 
@@ -157,44 +154,3 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _texts(item)
-
-
-def read_conversation(path: Path, row: int) -> Conversation:
-    """Line `row` (the first is 1) of a JSON Lines file of {"messages": [...]}; its other fields are left alone.
-
-    Image paths are relative to the file's folder and may not leave it.
-
-    Raises:
-        ValueError: naming file and line, when there is no such line or it is not as described.
-    """
-    path = Path(path)
-    name = f"{path.name}:{row}"
-    lines = 0
-    with path.open("rb") as file:
-        for lines, line in enumerate(file, start=1):
-            if lines == row:
-                return Conversation(name, _parse(line, name, path.parent))
-    raise ValueError(f"{path}: there is no row {row}; rows are lines 1 to {lines}")
-
-
-def _parse(line: bytes, name: str, root: Path) -> list[Message]:
-    try:
-        value = json.loads(line.decode("utf-8-sig"))
-    except ValueError as error:
-        # The error's own text quotes none of the line, which may be a patient's.
-        raise ValueError(f"{name}: not a line of JSON ({error})") from None
-    messages = value.get("messages") if isinstance(value, dict) else None
-    if not isinstance(messages, list):
-        raise ValueError(f'{name}: expected an object {{"messages": [...]}}')
-    try:
-        check_messages(messages)
-        return [_resolve(message, root) for message in messages]
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-
-
-def _resolve(message: Message, root: Path) -> Message:
-    if isinstance(message["content"], str):
-        return message
-    parts = [{**p, "image": str(inside(root, p["image"]))} if p["type"] == "image" else p for p in message["content"]]
-    return {**message, "content": parts}

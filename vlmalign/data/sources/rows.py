@@ -85,6 +85,30 @@ class Rows:
         return self._patients.copy()
 
 
+def read_row(path: Path, line: int, images: StoredImages) -> Example:
+    """The row at a line of a file (the first is 1), as `Rows` gives it.
+
+    Raises:
+        ValueError, FileNotFoundError: naming file and line, when there is no such row or it cannot be used.
+    """
+    file = open_rows(path)
+    # Lines that are empty hold no row, and count.
+    index = next((i for i in range(min(line, len(file)) - 1, -1, -1) if file.name(i) == f"{path.name}:{line}"), None)
+    if index is None:
+        raise ValueError(
+            f"{path}: there is no row {line}; it has {len(file)} rows, the last is {file.name(len(file) - 1)}"
+            if len(file)
+            else f"{path} has no rows"
+        )
+    name = file.name(index)
+    try:
+        row = file[index]
+        found = arranged(row, layout_of(row), images.locate)
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"{name}: {error}") from error
+    return Example(name, _patient(found, name), None, (), found)
+
+
 class RowSource(Config):
     """A file of rows."""
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from vlmalign.config import Config, load_config, read_yaml
+from vlmalign.config import Config, ConfigError, load_config, read_yaml
 from vlmalign.studies.engine.config import StudyConfig
 from vlmalign.studies.engine.sections import Mesh, Reading
 from vlmalign.studies.engine.stage_config import AdapterStage, Dpo, Grpo, ModelStage, Ppo, Sft
@@ -82,6 +82,8 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
         found = read_yaml(file.read_text(encoding="utf-8")) if file.is_file() else None
     except ValueError:
         found = None  # said by `load_config`, with the place
+    if isinstance(found, dict) and found.get("stages") in ([], {}):
+        raise ConfigError(str(path), ["stages: expected at least one stage, found none"])
     if isinstance(found, dict) and isinstance(found.get("stages"), list):
         return load_config(ChainConfig, path, overrides).study()
     return load_config(StudyConfig, path, overrides)

@@ -110,6 +110,7 @@ class StudyConfig(Config):
 
     run: Path
     seed: Annotated[int, Field(ge=0)] = 0
+    readable_by: Literal["owner", "group"] = "owner"  #: who may read what the run writes
     mesh: Mesh | None = None  #: null: an adapter is trained on copies of its base, a whole decoder is cut over fsdp
     reading: Reading = Reading()  #: of images
     sources: dict[str, AnySource] = Field(default_factory=dict)

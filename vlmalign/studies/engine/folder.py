@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
+from pathlib import Path
 
 from vlmalign.config import dump_config
 from vlmalign.machine import environment_record, matmul_rate
@@ -35,6 +38,30 @@ def check_folder(config: StudyConfig, nodes: Mapping[str, Node]) -> None:
             f"{config.run} holds another study: {', '.join(sorted(there)[:3])}, and nothing of this one; choose another run "
             "folder"
         )
+
+
+@contextmanager
+def written_for(config: StudyConfig) -> Iterator[None]:
+    """What is written meanwhile can be read by its owner alone, or by the group as well: rows are patients'."""
+    before = os.umask(0o077 if config.readable_by == "owner" else 0o027)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def open_to_group(config: StudyConfig, folder: Path) -> None:
+    """Weights are written for their owner alone, whatever the mask says; let the group read them where it may."""
+    if config.readable_by == "group":
+        for path in folder.rglob("*"):
+            if path.is_file():
+                path.chmod(0o640)
+
+
+def is_writable(config: StudyConfig) -> bool:
+    """Whether something can be written into the run folder, or it can be made."""
+    folder = next(path for path in (config.run, *config.run.absolute().parents) if path.exists())
+    return os.access(folder, os.W_OK)
 
 
 def first_start(config: StudyConfig) -> datetime:

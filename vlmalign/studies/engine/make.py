@@ -21,6 +21,7 @@ from vlmalign.studies.engine.base import Base, State
 from vlmalign.studies.engine.config import stage_ref
 from vlmalign.studies.engine.data_config import Data
 from vlmalign.studies.engine.files import digest_of, manifest, write_json, write_rows
+from vlmalign.studies.engine.folder import open_to_group
 from vlmalign.studies.engine.graph import Edge, Node
 from vlmalign.studies.engine.learn import run_dpo, run_sft
 from vlmalign.studies.engine.opened import Opened
@@ -65,6 +66,7 @@ class Making:
     def finish(self, content: Mapping[str, Any], **more: Any) -> None:
         """Write its record, by which it is whole."""
         self.check()
+        open_to_group(self.study.config, self.folder)
         finish(self.folder, self.record, content, self.versions, **more)
 
 

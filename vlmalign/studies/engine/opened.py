@@ -9,6 +9,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vlmalign.data.films.images import load_image
 from vlmalign.data.sources.films import Films
 from vlmalign.data.sources.rows import Rows, RowSource
@@ -28,6 +30,8 @@ from vlmalign.tasks.labels import LabelsTask
 from vlmalign.tasks.tasks import AnyTask
 from vlmalign.weights.adapter import Adapter, load_adapter
 
+#: a row that is so many times as long as the median one is worth a word
+LONG = 10
 #: what reads rows of turns where the study names no task
 FREE_TASK = FreeTask(kind="free")
 
@@ -198,6 +202,8 @@ class Opened:
                 check_columns(stage, rewards, validation, _origin(stage.validation.data))
         self.texts[name] = StageTexts(train, validation, tuple(watched))
         say(f"stage {name} ({stage.kind}): {_counts(stage, self.texts[name])}")
+        if (warning := _extreme(name, train)) is not None:
+            say(warning)
 
     def questions(self, data: Data, task: AnyTask, stage: str) -> Texts:
         """Cases as questions to the base of a stage."""
@@ -285,5 +291,28 @@ def _counts(stage: Stage, texts: StageTexts) -> str:
     for data, part in parts:
         counts = {what: sum(left.what == what for left in part.left_out) for what in ("skipped", "truncated")}
         left = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-        said.append(f"{len(part.items)} rows of {_origin(data)}" + (f" ({left})" if left else ""))
-    return ", ".join(said)
+        longest, median = _lengths(part)
+        tokens = f", {median:g} tokens in the median, {longest} at most"
+        said.append(f"{len(part.items)} rows of {_origin(data)}" + (f" ({left})" if left else "") + tokens)
+    return "; ".join(said)
+
+
+def _lengths(texts: Texts) -> tuple[int, float]:
+    """Tokens of the longest row, and of the median one, each with its longest answer."""
+    lengths = [
+        len(group.prompt) + max((len(each) for each in group.continuations), default=0) for group in texts.groups
+    ]
+    return max(lengths), float(np.median(lengths))
+
+
+def _extreme(name: str, texts: Texts) -> str | None:
+    """What to say of a row that is far longer than the others: a batch is as wide as its longest row."""
+    longest, median = _lengths(texts)
+    if longest < LONG * median:
+        return None
+    groups = texts.groups
+    case = max(zip(groups, texts.cases, strict=True), key=lambda pair: len(pair[0].prompt))[1].id
+    return (
+        f"warning: stage {name}: the longest row has {longest} tokens, the median one {median:g}, and every batch that holds "
+        f"it is as wide; the longest prompt is that of {case}. max_prompt, max_completion and on_long limit rows"
+    )

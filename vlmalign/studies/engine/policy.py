@@ -77,7 +77,7 @@ def run_policy(stage: Grpo | Ppo, work: Work, rewards: Rewards) -> Finished:
             held_out = open_files.enter_context(closing(OutcomeFile(work.folder / HELD_OUT, exchange)))
             evaluate = watching(stage, work, greedy_rewards(stage, work, runner, held_out))
         shown = ("reward", *list(rewards)[:2], "length", "kl")
-        stretch = work.stretch(stage, stage.steps, shown=shown)
+        stretch = work.stretch(stage, stage.steps, shown=shown, rewards=runner.weighted)
         found = train_states(stretch, trainer, params, work.frozen, source, work.progress, evaluate)
     best = None if found.best is None else split_value_head(found.best)[0]
     return found._replace(last=split_value_head(found.last)[0], best=best)

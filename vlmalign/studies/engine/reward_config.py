@@ -6,9 +6,9 @@ import inspect
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from vlmalign.config import FREE, Config
 from vlmalign.config_tree import nearest
@@ -18,7 +18,8 @@ from vlmalign.studies.engine.sections import Positive
 from vlmalign.tasks.labels import LabelsTask
 from vlmalign.tasks.tasks import AnyTask
 
-Weight = Annotated[float, Field(allow_inf_nan=False)]
+#: beyond a million a reward would drown all others, and at last the range of floats
+Weight = Annotated[float, Field(allow_inf_nan=False, ge=-1e6, le=1e6)]
 
 
 class FileReward(Config):
@@ -60,7 +61,10 @@ class TableReward(Config):
         if missing := [name for name, p in self._known.items() if p.default is p.empty and name not in options]:
             raise ValueError(f"reward {self.kind} needs options.{missing[0]}")
         # YAML has lists only; rewards keep their label schemas as tuples.
-        return make(**{key: tuple(value) if isinstance(value, list) else value for key, value in options.items()})
+        try:
+            return make(**{key: tuple(value) if isinstance(value, list) else value for key, value in options.items()})
+        except (TypeError, AttributeError, OverflowError) as error:
+            raise ValueError(f"options of reward {self.kind} do not fit: {error}") from error
 
     @property
     def _known(self) -> Mapping[str, inspect.Parameter]:
@@ -74,9 +78,31 @@ class TableReward(Config):
                 f"options.{unknown[0]}: reward {self.kind} has no such option; the nearest is "
                 f"{nearest(unknown[0], list(known))!r}"
             )
+        hints = get_type_hints({**REWARDS, **REWARDS_WITH_MEMORY}[self.kind])
+        for name, value in self.options.items():
+            _check_option(name, value, hints.get(name, Any))
         if "labels" not in known or "labels" in self.options:  # else the task of the stage gives them
             self.build()
         return self
+
+
+def _check_option(name: str, value: Any, hint: Any) -> None:
+    """Raises ValueError, naming the option, for a value of another type than the reward takes."""
+    if hint is Any:
+        return
+    types = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+    try:
+        types.validate_python(_tuples(value), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in (name, *first["loc"]) if isinstance(part, int) or part == name)
+        raise ValueError(
+            f"options.{place}: {first['msg'].replace('Input should be', 'expected')}, found {value!r}"
+        ) from None
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 AnyReward = Annotated[FileReward | TableReward, Field(discriminator="kind")]

@@ -27,7 +27,17 @@ from vlmalign.studies.engine.base import Base, base_devices, open_base
 from vlmalign.studies.engine.config import StudyConfig
 from vlmalign.studies.engine.devices import Devices
 from vlmalign.studies.engine.files import Hashes
-from vlmalign.studies.engine.folder import HASHES, begin_run, check_folder, first_start, save_hashes, set_aside, told
+from vlmalign.studies.engine.folder import (
+    HASHES,
+    begin_run,
+    check_folder,
+    first_start,
+    is_writable,
+    save_hashes,
+    set_aside,
+    told,
+    written_for,
+)
 from vlmalign.studies.engine.graph import REPORT, Edge, Node, ancestors, build_graph, descendants, find_nodes
 from vlmalign.studies.engine.identity import BEFORE, content_ids, is_given, record_of
 from vlmalign.studies.engine.make import Making, make_answers, make_scores, make_set, make_source, make_stage
@@ -89,7 +99,11 @@ def run(
     started = datetime.fromisoformat(from_first(lambda: first_start(config).isoformat()))
     study = Opened(settle(config), Hashes(config.run / HASHES), config, started, asked.trust_code)
     agree(dump_config(study.config), "what was chosen for the devices")
-    with Progress(quiet=not is_writer()) as progress, Owners(config.run, take_over=asked.take_over) as owners:
+    with (
+        written_for(config),
+        Progress(quiet=not is_writer()) as progress,
+        Owners(config.run, take_over=asked.take_over) as owners,
+    ):
         progress.say(f"run folder {config.run}")
         devices = {name: _devices(study, name) for name in _bases(config, nodes, wanted)}
         redone = dict.fromkeys(
@@ -104,9 +118,17 @@ def run(
         if asked.dry:
             steps.tell(asked.hours)
             return config.run
-        from_first(lambda: begin_run(config, owners, started))
-        steps.make_all()
-        from_first(lambda: save_hashes(study.hashes, owners))
+        if from_first(lambda: is_writable(config)):
+            from_first(lambda: begin_run(config, owners, started))
+            steps.make_all()
+            from_first(lambda: save_hashes(study.hashes, owners))
+        elif from_first(steps.all_there):
+            progress.say(f"{config.run} cannot be written to; all of the study is there")
+        else:
+            raise ValueError(
+                f"{config.run} cannot be written to, and not all of the study is there; make it writable, or give --run "
+                "another folder"
+            )
     if is_writer():
         print_summary(config, nodes)
     return config.run
@@ -195,6 +217,10 @@ class Steps:
             whole[node.name] = done
             planned = f"  {hours[node.key]:.2g} h" if node.name == f"stages/{node.key}" and node.key in hours else ""
             self.progress.say(f"{'there' if done else 'to continue' if earlier else 'to make':12} {node.name}{planned}")
+
+    def all_there(self) -> bool:
+        """Whether nothing is left to be made, but for the report."""
+        return all(self._earlier(node)[1] for node in self._in_order() if not is_given(node) and node.kind != REPORT)
 
     def make_all(self) -> None:
         """Make what is missing, in order; each base is loaded for as long as it is needed. What others are at work on, and

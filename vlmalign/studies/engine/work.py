@@ -79,8 +79,10 @@ class Work:
         """The parameters that are trained, as they begin."""
         return self.base.start(self.start, self.spec, self.adapter_seed, last=self.last_use)
 
-    def stretch(self, stage: Trains, steps: int, *, shown: tuple[str, ...] = ("loss",)) -> Stretch:
-        """The stage as the loop takes it."""
+    def stretch(
+        self, stage: Trains, steps: int, *, shown: tuple[str, ...] = ("loss",), rewards: tuple[str, ...] = ()
+    ) -> Stretch:
+        """The stage as the loop takes it; `rewards` are learnt from."""
         validation = stage.validation
         best = None
         if validation is not None and validation.best is not None:
@@ -96,4 +98,5 @@ class Work:
             evaluate_every=0 if validation is None else validation.every,
             best=best,
             check=self.check,
+            rewards=rewards,
         )
