@@ -147,6 +147,8 @@ def _watch(processes: list[Process], ended: queue.Queue[Ended], pressed: queue.Q
         while not pressed.empty():
             found = pressed.get()
             kind = "INT" if found == signal.SIGINT else "TERM"
+            if kind == "TERM" and interrupted:  # schedulers send several
+                continue
             if interrupted == 128 + found:  # the second time
                 kind, plan = "KILL", [(time.monotonic() + grace, "give up")]
             else:

@@ -38,6 +38,14 @@ class Restored(NamedTuple):
     position: dict[str, Any]  #: where data, metrics and rewards with memory stood
 
 
+class _Manager(ocp.CheckpointManager):
+    """orbax's, which leaves it to `stopping` to ask JAX whether the run is to end: JAX says so once."""
+
+    def reached_preemption(self, step: int) -> bool:
+        del step
+        return False
+
+
 class Checkpoints:
     """The newest `keep` checkpoints of one stage (orbax: written beside, then renamed, so never half there)."""
 
@@ -52,7 +60,7 @@ class Checkpoints:
         )
         self.folder = folder
         self._say = say
-        self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
+        self._manager = _Manager(folder.resolve(), options=options)
 
     def save(self, state: TrainState, position: Mapping[str, Any]) -> None:
         """Write the state after `state.step` updates with its JSON position."""
