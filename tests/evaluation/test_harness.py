@@ -242,6 +242,7 @@ def expected_results(theirs, task_folder):
     )
 
 
+@pytest.mark.full
 def test_whole_tasks_by_the_command(folder, task_folder, expected_results, only_local_tasks, tmp_path, capsys):
     out, samples = tmp_path / "results.json", tmp_path / "samples.jsonl"
     status = cli.main(

@@ -20,6 +20,7 @@ def adapter_of(params):
     return {name: value for name, value in params.items() if is_adapter(name)}
 
 
+@pytest.mark.full
 def test_a_new_adapter_changes_no_bit():
     model = adapted().model
     fresh = init_adapter(model.shapes, {}, key=jax.random.key(0))

@@ -148,7 +148,7 @@ def stepped(kind: str, split: str) -> tuple[dict, StepMetrics]:
         ("sft", "4x2"),
         ("sft", "8 + padding"),
         pytest.param("grpo, adapter off", "4x2", marks=pytest.mark.full),
-        ("grpo, adapter off", "8 + padding"),
+        pytest.param("grpo, adapter off", "8 + padding", marks=pytest.mark.full),
     ],
 )
 def test_every_split_is_the_same_step(kind, split):

@@ -139,6 +139,7 @@ def test_the_most_rows_first(real):
     assert list(rows_to_try(real["grpo"], 3)) == [9, 6, 3]
 
 
+@pytest.mark.full
 def test_a_cut_over_tensor_shares_out_no_rows(real):
     """Two devices that hold one layer between them see the same rows: one row is tried, and counted whole on each."""
     alone, cut = Target(A100, 1), Target(A100, 2, axes=MeshSettings(data=1, tensor=2))

@@ -160,6 +160,7 @@ def test_greedy_takes_the_first_most_likely_and_reports_temperature_one():
     assert_close(found.logp, jax.nn.log_softmax(z)[jnp.arange(2), found.token], 1e-6)
 
 
+@pytest.mark.full
 def test_bfloat16_logits_are_drawn_in_float32():
     z = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3000)), jnp.bfloat16)
     found = draw(z, jax.random.split(jax.random.key(0), 4), Sampling())

@@ -226,7 +226,7 @@ def test_a_best_state_that_is_lost_is_an_error(tmp_path, trainer, model, base, d
 
 def test_a_stage_that_is_told_to_end_saves_and_goes_on_to_the_same_bits(tmp_path, trainer, model, base, whole):
     """After any update: also where no checkpoint was due."""
-    for done in range(1, STEPS):
+    for done in (1, 3, 5):
         folder = tmp_path / str(done)
         calls = iter(range(1, STEPS + 1))
         with (

@@ -92,6 +92,7 @@ def test_the_line_says_what_sampling_cost_and_how_true_the_copy_is(caplog):
     assert own._generator.features.encoded == 3
 
 
+@pytest.mark.full
 def test_a_stale_copy_is_told_and_a_wrong_one_stops(caplog):
     """Matrices a hundredth off, as after an update that was missed; and the base alone, as if nothing had been merged."""
     own = source([], bring=lambda merged: {n: v * (1.01 if v.ndim == 2 else 1.0) for n, v in merged.items()})

@@ -199,7 +199,9 @@ class Steps:
         folder = node.folder(self.study.config.run)
         earlier, whole = read_record(folder)
         if earlier is None and node.kind not in ("source", REPORT):  # a source's folder may hold the user's own data
-            refuse_unrecorded(folder)
+            earlier, whole = read_record(folder)  # another start may have ended it between the first look and this
+            if earlier is None:
+                refuse_unrecorded(folder)
         return earlier, whole
 
     def _in_order(self) -> Iterator[Node]:
