@@ -44,7 +44,7 @@ def study(kind: str, folder: Path) -> dict[str, Any]:
         return _films()
     asked = [{"role": "user", "content": f"What follows {number}?"} for number in range(12)]
     answers = [{"role": "assistant", "content": str(number + 1)} for number in range(12)]
-    pairs = zip(asked, answers, strict=True)
+    pairs = list(zip(asked, answers, strict=True))
     rows = {
         "sft": [{"messages": [question, answer]} for question, answer in pairs],
         "dpo": [{"prompt": q["content"], "chosen": a["content"], "rejected": "no"} for q, a in pairs],
@@ -60,7 +60,7 @@ def study(kind: str, folder: Path) -> dict[str, Any]:
     else:
         stage |= {
             "prompts": 4, "rollout": {"rows": 4, "group": 4, "completion": 16}, "updates": 2,
-            "rewards": {"short": {"kind": "length", "options": {"high": 8}}, "same": {"kind": "repetition", "weight": 0.1}},
+            "rewards": {"short": {"kind": "length", "options": {"high": 8, "high_ramp": 16}}, "same": {"kind": "repetition", "weight": 0.1}},
         }  # fmt: skip
     model = {"kind": "model", "path": str(MODELS / "tiny-llama"), "lora": ADAPTER}
     return {"run": "run", "stages": {"base": model, kind: stage}}

@@ -182,3 +182,30 @@ def test_a_lock_that_is_not_written_yet_is_somebody_s(tmp_path):
     lock_of(tmp_path).touch()
     with Owners(tmp_path) as owners:
         assert str(owners.claim(NAME)).startswith("process 0 on an unknown machine")
+
+
+def test_starts_that_end_at_once_do_not_trip_over_each_other(tmp_path):
+    """One tidies up what another is looking through; a process that held nothing leaves all as it is."""
+    for _ in range(20):
+        everyone = [Owners(tmp_path) for _ in range(8)]
+        for number, each in enumerate(everyone):
+            each.claim(f"stages/{number}")
+        failed: list[BaseException] = []
+
+        def end(each: Owners, failed: list[BaseException] = failed) -> None:
+            try:
+                each.__exit__()
+            except BaseException as error:
+                failed.append(error)
+
+        threads = [threading.Thread(target=end, args=(each,)) for each in everyone]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert failed == []
+        assert not (tmp_path / OWNERS).exists()
+    with Owners(tmp_path) as held:
+        held.claim(NAME)
+        Owners(tmp_path).__exit__()
+        held.check(NAME)

@@ -79,11 +79,8 @@ class Owners:
             self._thread.join()
         for name in tuple(self._mine):
             self.release(name)
-        for folder in sorted(self._folder.rglob("*"), reverse=True):
-            with suppress(OSError):  # a lock, or a folder that is not empty
-                folder.rmdir()
-        with suppress(OSError):
-            self._folder.rmdir()
+        if self._thread is not None:
+            self._tidy_up()
 
     def claim(self, name: str) -> Held | None:
         """Take the artefact `name`; returns who has it where it cannot be had."""
@@ -143,6 +140,13 @@ class Owners:
         owner = _read(lock)
         if owner is not None and owner.token == self._me.token:
             lock.unlink(missing_ok=True)
+
+    def _tidy_up(self) -> None:
+        """Remove what is empty; others may be doing the same, or be about to write there (`_write`)."""
+        with suppress(FileNotFoundError):
+            for folder in (*sorted(self._folder.rglob("*"), reverse=True), self._folder):
+                with suppress(OSError):  # a lock, or a folder that is not empty
+                    folder.rmdir()
 
     def _write(self, own: Path) -> None:
         while True:
