@@ -179,25 +179,34 @@ def prints(prompts, completions, **columns):
     return length(prompts, completions)
 
 
+def _write_everywhere(data):
+    """To every file that is open."""
+    for number in range(3, 64):
+        try:
+            os.write(number, data)
+        except OSError:
+            continue
+
+
 def writes_anywhere(prompts, completions, **columns):
-    """On "write" eight bytes to every file that is open."""
+    """On "write" eight bytes that are no answer."""
     if "write" in completions:
-        for number in range(3, 64):
-            try:
-                os.write(number, b"12345678")
-            except OSError:
-                continue
+        _write_everywhere(b"12345678")
     return length(prompts, completions)
 
 
 def answers_by_itself(prompts, completions, **columns):
     """On "write" a line that looks like the answer to an earlier call."""
     if "write" in completions:
-        for number in range(3, 64):
-            try:
-                os.write(number, b'[0, "scored", [7.0, 7.0, 7.0, 7.0], ""]\n')
-            except OSError:
-                continue
+        _write_everywhere(b'[0, "scored", [7.0, 7.0, 7.0, 7.0], ""]\n')
+    return length(prompts, completions)
+
+
+def chatters_for_ever(prompts, completions, **columns):
+    """On "hang" answers to earlier calls, without end."""
+    while "hang" in completions:
+        _write_everywhere(b'[0, "scored", [7.0], ""]\n')
+        time.sleep(0.01)
     return length(prompts, completions)
 
 

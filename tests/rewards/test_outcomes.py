@@ -1,12 +1,14 @@
 """Outcomes are on disk before they are used: a step is read back whole or not at all, also after a kill."""
 
 import json
+from contextlib import closing
 
 import pytest
 
 from vlmalign.rewards.contract import MemoryReward
 from vlmalign.rewards.outcomes import OutcomeFile, digest, score_or_replay
 from vlmalign.rewards.runner import RewardRunner, RowFault, ScoredBatch
+from vlmalign.training.recorded_rewards import RecordedRewards
 
 KEYS = [(17, 0), (17, 1), ("q", 0)]
 DIGESTS = ["a", "b", "c"]
@@ -169,3 +171,34 @@ def test_a_step_of_other_completions_or_rewards_is_refused(tmp_path):
 def test_a_digest_tells_prompts_and_completions_apart():
     assert len({digest("a", "b"), digest("b", "a"), digest("ab", ""), digest([{"role": "user"}], "b")}) == 4
     assert digest("a", "b") == digest("a", "b")
+
+
+def test_a_reward_that_never_gives_a_number_ends_the_run_after_its_first_round(tmp_path):
+    """One that fails for some completions, or is logged only, does not; nor one that has given numbers before."""
+
+    def fails(prompts, completions, **columns):
+        if any("bad" in text for text in completions):
+            raise KeyError("a patient's words")
+        return [1.0] * len(completions)
+
+    def score(number, texts, weight=1.0):
+        with (
+            RewardRunner({"r": (fails, weight)}, workers=0) as runner,
+            closing(OutcomeFile(tmp_path / "r.jsonl")) as file,
+        ):
+            recorded = RecordedRewards(runner, file)
+            return [
+                recorded(i, [(0, k) for k in range(2)], ["p"] * 2, each, {}) for i, each in enumerate(texts, number)
+            ]
+
+    with pytest.raises(
+        ValueError, match=r"reward 'r' gave no number to any of the 2 .*KeyError .*form: messages"
+    ) as told:
+        score(0, [["bad", "bad"]])
+    assert "patient" not in str(told.value)
+    (logged,) = score(1, [["bad", "bad"]], weight=0.0)
+    assert logged.parts["r"] == [None, None]
+    (some,) = score(2, [["good", "bad"]])
+    assert some.rewards == [1.0, None]
+    later = score(3, [["good", "good"], ["bad", "bad"]])
+    assert later[1].rewards == [None, None]

@@ -94,7 +94,11 @@ def test_workers_and_chunks_change_nothing(mixed, workers, chunk):
 # Hangs and crashes
 
 
-@pytest.mark.parametrize("reward", [odd.hangs, odd.spins], ids=["sleeps", "never returns to Python"])
+@pytest.mark.parametrize(
+    "reward",
+    [odd.hangs, odd.spins, odd.chatters_for_ever],
+    ids=["sleeps", "never returns to Python", "answers without end"],
+)
 def test_a_hang_costs_one_completion_and_bounded_time(reward):
     texts, expected = with_culprit("hang")
     start = time.monotonic()

@@ -260,8 +260,8 @@ class WorkerPool:
         worker = self._workers[index]
         task, starting = worker.task, worker.task is None
         reply = worker.receive()
-        if reply is UNHEARD:
-            return None
+        if reply is UNHEARD:  # what is written there by others must not keep its time from running out
+            return self._too_late(index) if time.monotonic() > worker.deadline else None
         if reply is None or reply is GARBLED:
             death = worker.death() if reply is None else "wrote something into its pipe that is no answer"
             if starting:

@@ -16,6 +16,7 @@ import secrets
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
@@ -262,7 +263,8 @@ def _trial() -> None:
     import resource
 
     resource.setrlimit(resource.RLIMIT_CPU, (TRIAL_CPU_S, TRIAL_CPU_S + 1))
-    resource.setrlimit(resource.RLIMIT_AS, (TRIAL_BYTES, TRIAL_BYTES))
+    with suppress(ValueError):  # a system that cannot limit it
+        resource.setrlimit(resource.RLIMIT_AS, (TRIAL_BYTES, TRIAL_BYTES))
     source = sys.stdin.buffer.read().decode()
     tokens = {name: f"<{name}>" for name in ("bos_token", "eos_token", "unk_token", "pad_token", "image_token")}
     try:

@@ -122,8 +122,8 @@ class Owners:
                 time.sleep(0.05 * attempt)  # one that takes over puts back at once what it should not have taken
         taken = "its lock is gone" if owner is None else f"{owner} has taken it over"
         raise Lost(
-            f"{self._run / name} is no longer this process's: {taken}. It stops here and has written nothing since; `vlmalign "
-            f"status {self._run}` shows what is under way"
+            f"{self._run / name} is no longer this process's: {taken}. This start ends here and leaves it to the other; "
+            f"`vlmalign status {self._run}` shows what is under way"
         )
 
     @contextmanager

@@ -282,6 +282,7 @@ class Steps:
                 f"waiting, at most {SILENT_SECONDS:.0f} s, to see whether they are still there: {told(held)}"
             )
         self._waited = True
+        stopping.check("nothing was left but what others are at work on")
         time.sleep(LOOK_AGAIN)
 
     def _check_sets(self) -> None:
