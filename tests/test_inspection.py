@@ -350,3 +350,26 @@ def test_a_folder_that_is_neither(tmp_path, there):
     path = tmp_path if there else tmp_path / "nowhere"
     with pytest.raises(ValueError, match="is neither a checkpoint" if there else "is not a folder; fetch the model"):
         inspect(path)
+
+
+def test_a_template_that_reads_the_clock_is_noted(folder):
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text() + "{# {{ strftime_now('%d') }} #}")
+    (note,) = inspect(folder).notes
+    assert note.startswith("the chat template writes the date: a run keeps that of its first start")
+
+
+def test_a_template_that_leaves_out_what_the_tokenizer_would_write_is_noted(folder):
+    """The tokenizer begins every text by <bos>, the template writes none: tools differ in what they train on."""
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text().replace("{{ bos_token }}", "").replace("{{- bos_token }}", ""))
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    pair = [{"SpecialToken": {"id": "<bos>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    content["post_processor"] = {
+        "type": "TemplateProcessing", "single": pair, "pair": [*pair, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<bos>": {"id": "<bos>", "ids": [2], "tokens": ["<bos>"]}},
+    }  # fmt: skip
+    path.write_text(json.dumps(content))
+    (note,) = inspect(folder).notes
+    assert note.startswith("the chat template does not write <bos>, which the tokenizer puts before a text by itself")

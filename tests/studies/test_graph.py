@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from vlmalign.config import ConfigError, load_config
@@ -11,6 +12,9 @@ from vlmalign.config_yaml import write_yaml
 from vlmalign.studies.engine.chain import load_study
 from vlmalign.studies.engine.config import StudyConfig
 from vlmalign.studies.engine.graph import Edge, ancestors, build_graph, descendants, find_nodes
+from vlmalign.studies.engine.opened import _extreme
+from vlmalign.studies.engine.texts import Texts
+from vlmalign.types import Example, Group, Segment
 
 SHAPES = {"rows": 4, "prompt_multiple": 64, "completion_multiple": 16}
 TRAIN = {"shapes": SHAPES, "optimiser": {"learning_rate": 1e-2}}
@@ -196,3 +200,17 @@ def test_yaml_that_is_nested_too_deeply_is_told(tmp_path):
     path.write_text("run: " + "[" * 900 + "]" * 900)
     with pytest.raises(ConfigError, match="nested too deeply"):
         load_study(path)
+
+
+def test_a_row_that_widens_every_batch_is_told_of():
+    def texts(*lengths: int) -> Texts:
+        def segment(length: int) -> Segment:
+            return Segment(np.zeros(length, np.int32), np.full(length, -1, np.int32), np.ones(length, np.float32))
+
+        groups = [Group(i, segment(length - 2), (segment(2), segment(1)), ()) for i, length in enumerate(lengths)]
+        return Texts(groups, [Example(f"rows:{i + 1}", "p", None, (), {}) for i in range(len(lengths))], [])
+
+    assert _extreme("sft", texts(10, 20, 30, 199)) is None
+    said = _extreme("sft", texts(10, 20, 20, 30, 200))
+    assert "stage sft: the longest row has 200 tokens, the median one 20," in said
+    assert "the longest prompt is that of rows:5." in said

@@ -86,7 +86,7 @@ def _lacks_bos(chat: Chat) -> bool:
     if bos is None or chat.tokenizer("a")["input_ids"][:1] != [bos]:
         return False
     try:
-        return chat.prompt(CONVERSATION[:1]).prompt.tokens[0] != bos
+        return bool(chat.prompt(CONVERSATION[:1]).prompt.tokens[0] != bos)
     except ValueError:  # said by others of these checks
         return False
 
