@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -53,7 +54,11 @@ def test_an_invented_archive_is_written_once_and_whole(tmp_path, kind):
     films = 10 if SPLITS[kind] is None else {SPLITS[kind]: 10}
     settings = {"kind": kind, "root": "{run}/films", "traces": "{run}/films/traces.jsonl"}
     config = source(tmp_path, **settings, phantom={"films": films, "seed": 3, "size": 16})
-    (tmp_path / "run" / "films.partial").mkdir(parents=True)  # an earlier start was killed
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        config.open(place(tmp_path))  # looking at a source writes nothing
+    with ThreadPoolExecutor() as pool:  # two studies with one root
+        for writer in [pool.submit(config.invent, place(tmp_path)) for _ in range(2)]:
+            writer.result()
     opened = config.open(place(tmp_path))
     assert len(opened) == 10
     assert all(example.meta["trace"] for example in opened)
@@ -65,6 +70,7 @@ def test_an_invented_archive_is_written_once_and_whole(tmp_path, kind):
     assert [example.labels for example in again] == [example.labels for example in opened]
     assert "trace" not in again[0].meta
     changed = source(tmp_path, **settings, phantom={"films": 3, "seed": 4, "size": 16})
+    changed.invent(place(tmp_path))
     assert len(changed.open(place(tmp_path))) == 10  # what is there is left as it is
 
 

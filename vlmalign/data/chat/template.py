@@ -116,6 +116,9 @@ def check_template(source: str) -> None:
         )
     except subprocess.TimeoutExpired:
         raise ValueError(f"the chat template does not end within {TRIAL_S:g} s; use one that you trust") from None
+    if done.returncode > 0 and b"MemoryError" not in done.stderr:
+        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        raise ValueError(f"the chat template could not be tried ({''.join(last)}); use one that you trust")
     if done.returncode:
         raise ValueError(
             f"the chat template takes more than {TRIAL_CPU_S} s or {TRIAL_BYTES >> 20} MiB to write a conversation of three "
@@ -277,7 +280,7 @@ def _trial() -> None:
                 template.render(messages, continues=continues)
             except MemoryError:
                 raise
-            except Exception:
+            except Exception:  # what a template refuses, or misses here, is said where it is used
                 continue
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import model_validator
@@ -18,6 +17,8 @@ from vlmalign.data.sources.settings import FilmSource, Place, Positive, label_ma
 
 #: beside an invented archive: the reasoning that leads to its labels
 TRACES = "traces.jsonl"
+#: how the folder ends in which an archive is being written
+PARTIAL = ".partial"
 
 
 class Phantom(Config):
@@ -56,29 +57,35 @@ class Archive(FilmSource):
         return self.root
 
     def open(self, place: Place) -> Films:
-        """The archive's films; writes it first where it is to be invented (let one process do that first).
+        """The archive's films.
 
         Raises:
             FileNotFoundError, ValueError: naming the folder, the table, or the film, see `Films`.
         """
         root = place(str(self.root))
-        self.invent(place)
         if not root.is_dir():
             raise FileNotFoundError(f"no folder {root} for a {self.kind} archive")
         return self.finished(self.read(root), place)
 
     def invent(self, place: Place) -> None:
-        """Writes the invented archive and its traces, whole or not at all; a folder that exists is left as it is."""
+        """Writes the invented archive and its traces, whole or not at all; a folder that exists is left as it is, also
+        one that another process has written in the meantime."""
         root = place(str(self.root))
         if self.phantom is None or root.exists():
             return
-        beside = root.with_name(root.name + ".partial")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
+        root.parent.mkdir(parents=True, exist_ok=True)
         made = self.phantom
-        rows = type(self).write(beside, films=made.films, seed=made.seed, size=made.size, workers=made.workers)
-        write_traces(beside / TRACES, rows)
-        os.replace(beside, root)
+        with TemporaryDirectory(
+            prefix=f"{root.name}.", suffix=PARTIAL, dir=root.parent, ignore_cleanup_errors=True
+        ) as own:
+            beside = Path(own) / root.name
+            rows = type(self).write(beside, films=made.films, seed=made.seed, size=made.size, workers=made.workers)
+            write_traces(beside / TRACES, rows)
+            try:
+                beside.rename(root)
+            except OSError:
+                if not root.is_dir():
+                    raise
 
 
 class MimicFilms(Archive):

@@ -3,6 +3,7 @@ process 0 has."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlmalign import stopping
+from vlmalign.data.sources.xray import PARTIAL
 from vlmalign.distributed import own_share, process_count
 from vlmalign.exchange import fetch, from_first
 from vlmalign.progress import Progress
@@ -76,9 +78,15 @@ def make_source(making: Making) -> None:
 
     def write() -> None:
         section = config.sources[making.node.key]
+        root = config.place(section.root)
+        if root.is_relative_to(config.run):
+            for left in root.parent.glob(
+                f"{root.name}.*{PARTIAL}"
+            ):  # of a start that was killed: this one has the lock
+                shutil.rmtree(left)
         section.invent(config.place)
         making.folder.mkdir(parents=True, exist_ok=True)
-        making.finish({"files": digest_of(manifest(config.place(section.root), study.hashes, RECORDS))})
+        making.finish({"files": digest_of(manifest(root, study.hashes, RECORDS))})
 
     from_first(write)
 

@@ -125,8 +125,7 @@ class Opened:
         Raises:
             ValueError: when nothing says what is asked.
         """
-        source = self.rows(data) if data.set is None else self.source(self.config.sets[set_ref(data.set).name].from_)
-        if name is None and isinstance(source, Rows) and source.layout != "records":
+        if name is None and self._has_turns(data):
             return FREE_TASK
         found = self.config.task_of(name)
         if found is None:
@@ -135,6 +134,13 @@ class Opened:
                 f"{', '.join(self.config.tasks) or 'tasks, a section that this study does not have'}"
             )
         return found[1]
+
+    def _has_turns(self, data: Data) -> bool:
+        """Whether these cases say themselves what is asked. Archives of films never do, and need not be there yet."""
+        if data.set is None:
+            return self.rows(data).layout != "records"
+        name = self.config.sets[set_ref(data.set).name].from_
+        return isinstance(self.config.sources[name], RowSource) and self.source(name).layout != "records"
 
     def task_of_stage(self, name: str) -> AnyTask:
         stage = self.config.stages[name]
