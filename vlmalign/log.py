@@ -6,17 +6,28 @@ anything else that differs between a run and its repetition, except the seconds 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+
+
+class Position(NamedTuple):
+    """A place in a log: what stands before it is known."""
+
+    bytes: int
+    sha256: str
+
+
+EMPTY = Position(0, hashlib.sha256().hexdigest())
 
 
 class MetricsWriter:
@@ -25,13 +36,14 @@ class MetricsWriter:
     Every line reaches the operating system at once (it survives `kill -9`) and the disk at least every
     `sync_seconds` and whenever `position` is asked for (it survives a power cut). Store `position()` in each
     checkpoint and call `rewind` with it on resume: lines written after that checkpoint are dropped, and the steps
-    they belonged to are run and written again. A file is for one writer at a time.
+    they belonged to are run and written again. A position holds the SHA-256 of what stands before it, so lines that
+    were changed since are noticed. A file is for one writer at a time.
 
     JSON has no word for NaN and infinities: such a number is written as null, and the line says under "nonfinite"
     which names had which ("nan", "inf", "-inf"). `nonfinite` counts those this writer has seen.
 
     Of the processes of one run one writes. With `writes=False` this checks what it is given and touches no file; its
-    position is 0.
+    position is that of an empty file.
     """
 
     def __init__(self, path: str | Path, *, sync_seconds: float = 5.0, writes: bool = True):
@@ -40,11 +52,13 @@ class MetricsWriter:
         self._sync_seconds = sync_seconds
         self._synced = time.monotonic()
         self._file = None
+        self._hash = hashlib.sha256()
         if not writes:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115  (open for the writer's life)
         self._drop_torn_line()
+        self._hash = digest_before(self.path)
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Append one line. Values are plain JSON values, nested too, and numpy or JAX scalars.
@@ -61,37 +75,30 @@ class MetricsWriter:
         if self._file is None:
             return
         # Unbuffered, one call a line: a kill between two of them leaves whole lines.
+        data = json.dumps(line, allow_nan=False).encode() + b"\n"
         with naming(self.path):
-            self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+            self._file.write(data)
+        self._hash.update(data)
         if time.monotonic() - self._synced >= self._sync_seconds:
             self._sync()
 
-    def position(self) -> int:
-        """Bytes written so far, all of them on disk by the time this returns: what a checkpoint records."""
+    def position(self) -> Position:
+        """Where the file ends, all of it on disk by the time this returns: what a checkpoint records."""
         if self._file is None:
-            return 0
+            return EMPTY
         self._sync()
-        return os.fstat(self._file.fileno()).st_size
+        return Position(os.fstat(self._file.fileno()).st_size, self._hash.hexdigest())
 
-    def rewind(self, position: int) -> None:
-        """Drop what was written after `position()` returned this number.
+    def rewind(self, position: Sequence[Any]) -> None:
+        """Drop what was written after `position()` returned this (also as JSON gives it back: a list).
 
-        Raises ValueError when the file cannot be the one it was asked of.
+        Raises ValueError when the file does not begin as it did then.
         """
         if self._file is None:
             return
-        size = os.fstat(self._file.fileno()).st_size
-        if not 0 <= position <= size:
-            raise ValueError(
-                f"{self.path} has {size} bytes, but the checkpoint was made when it had {position}: "
-                "the file was changed or belongs to another run; restore it, or start in a new run folder"
-            )
-        if position and _byte_before(self.path, position) != b"\n":
-            raise ValueError(
-                f"{self.path}: no line ends at byte {position}, where the checkpoint says one does: "
-                "the file was changed or belongs to another run; restore it, or start in a new run folder"
-            )
-        self._file.truncate(position)
+        position = Position(*position)
+        self._hash = require_beginning(self.path, position)
+        self._file.truncate(position.bytes)
         self._sync()
 
     def close(self) -> None:
@@ -116,6 +123,29 @@ class MetricsWriter:
     def _sync(self) -> None:
         os.fsync(self._file.fileno())
         self._synced = time.monotonic()
+
+
+def digest_before(path: Path, end: int | None = None) -> Any:
+    """SHA-256 (hashlib's object) of the first `end` bytes of a file; of all of it for None."""
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20 if end is None else min(2**20, end - file.tell())):
+            found.update(block)
+    return found
+
+
+def require_beginning(path: Path, position: Position) -> Any:
+    """The hash of a log up to a position; ValueError when the log does not begin as it did when the position was asked."""
+    size = path.stat().st_size
+    advice = "restore the file, or start in a new run folder"
+    if size < position.bytes:
+        raise ValueError(f"{path} has {size} bytes, but the checkpoint was made when it had {position.bytes}: {advice}")
+    found = digest_before(path, position.bytes)
+    if found.hexdigest() != position.sha256:
+        raise ValueError(
+            f"{path}: its first {position.bytes} bytes are not those that were there when the checkpoint was made: {advice}"
+        )
+    return found
 
 
 @contextmanager

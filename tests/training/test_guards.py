@@ -34,6 +34,12 @@ def test_nothing_to_compare():
     assert told([{"flat_groups": float(i % 5 > 0)} for i in range(40)]) == []
 
 
+def test_a_gradient_that_is_not_finite_names_its_cases():
+    (said,) = told([{"skipped": 0}, {"skipped": 1, "groups": list(range(3, 19))}, {"skipped": 1, "groups": [1]}])
+    assert said.startswith("warning, grpo, update 2: the gradient is not finite")
+    assert "the cases 3, 4, 5, 6, 7, 8, 9, 10, ... (all of them in metrics.jsonl" in said
+
+
 def test_kl():
     (said,) = told([{"kl": 0.1}] * 3 + [{"kl": 0.7}] * 20)
     assert said.startswith("warning, grpo, update 8: the KL to the reference is 0.7 nats per token")

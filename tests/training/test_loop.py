@@ -26,7 +26,7 @@ from vlmalign.objectives.sft import sft_counts, sft_loss
 from vlmalign.progress import Progress
 from vlmalign.training.best import Best
 from vlmalign.training.checkpoints import Checkpoints
-from vlmalign.training.loop import Stage, Work, train
+from vlmalign.training.loop import Stage, train
 from vlmalign.training.optimiser import OPTIMISERS, OptimiserSettings, build_optimiser, learning_rate
 from vlmalign.training.step import MicroBatch, Objective, Trainer
 from vlmalign.training.supervised import Shapes, SupervisedSource, micro_batches
@@ -335,7 +335,7 @@ class Poison:
         batches = [
             b._replace(groups=b.groups._replace(weight=b.groups.weight * np.float32(1e38))) for b in work.batches
         ]
-        return Work(batches, work.metrics)
+        return work._replace(batches=batches)
 
     def observe(self, line):
         self.inner.observe(line)
@@ -363,6 +363,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing(trainer, model, base):
 def test_skipped_steps_are_counted_and_too_many_end_the_stage(tmp_path, trainer, model, base):
     params = run_stage(tmp_path / "one", trainer, model, base, source=Poison({1, 4}))
     assert [line["skipped"] for line in lines(tmp_path / "one")] == [0, 1, 0, 0, 1, 0]
+    source = new_source()
+    ids = [sorted(source.work(step, {}).ids) for step in range(6)]
+    assert [line.get("groups") for line in lines(tmp_path / "one")] == [None, ids[1], None, None, ids[4], None]
     assert all(np.isfinite(value).all() for value in params.values())
     with pytest.raises(ValueError, match="2 steps in a row up to step 4 were not finite"):
         run_stage(tmp_path / "two", trainer, model, base, source=Poison({2, 3}), max_skipped=2)

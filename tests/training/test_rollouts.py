@@ -297,8 +297,13 @@ def test_a_round_that_comes_again_is_read(tmp_path):
     second = RecordedRewards(moody(), OutcomeFile(path))
     second.set_state(saved)
     assert [ask(second, number) for number in (2, 3)] == told[2:]
-    assert second.get_state() == first.get_state() == {"memory": {"seen": 8}}
+    assert second.get_state() == first.get_state()
+    assert second.get_state()["memory"] == {"memory": {"seen": 8}}
     assert ask(second, 4).parts["memory"] == [8.0, 8.0]
+    for damaged in (path.read_bytes().replace(b'"reward": 0.0', b'"reward": 1.0', 1), b""):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="restore the file, or start in a new run folder"):
+            RecordedRewards(moody(), OutcomeFile(path)).set_state(saved)
 
 
 def test_rounds_of_a_run_without_a_checkpoint_are_read_too(tmp_path):

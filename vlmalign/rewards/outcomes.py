@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vlmalign.log import EMPTY, Position, digest_before, require_beginning
 from vlmalign.rewards.crew import ALONE, Crew
 from vlmalign.rewards.runner import RewardRunner, RowFault, ScoredBatch
 
@@ -130,9 +131,19 @@ class OutcomeFile:
             self._file.truncate(self._end)
 
     def sync(self) -> None:
-        """Have everything on the disk; call it before a checkpoint is written."""
+        """Have everything on the disk."""
         if self._file is not None:
             os.fsync(self._file.fileno())
+
+    def position(self) -> Position:
+        """Where the file ends, all of it on the disk: what a checkpoint records."""
+        self.sync()
+        return EMPTY if self._file is None else Position(self._end, digest_before(self.path, self._end).hexdigest())
+
+    def require(self, position: Sequence[Any]) -> None:
+        """Raises ValueError when the file does not begin as it did when `position()` returned this (a list from JSON)."""
+        if self._file is not None:
+            require_beginning(self.path, Position(*position))
 
     def close(self) -> None:
         self.sync()

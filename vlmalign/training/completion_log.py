@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from vlmalign.distributed import is_writer
-from vlmalign.log import MetricsWriter
+from vlmalign.log import MetricsWriter, Position
 from vlmalign.training.rollouts import Rollout
 
 
@@ -54,10 +55,10 @@ class CompletionLog:
         inside = self._run is not None and path.is_relative_to(self._run)
         return path.relative_to(self._run).as_posix() if inside else key
 
-    def position(self) -> int:
+    def position(self) -> Position:
         return self._writer.position()
 
-    def rewind(self, position: int) -> None:
+    def rewind(self, position: Sequence[Any]) -> None:
         self._writer.rewind(position)
 
     def close(self) -> None:

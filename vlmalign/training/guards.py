@@ -19,6 +19,8 @@ EVALUATIONS = 3
 MOST_KL = 0.5
 #: of the first updates' entropy
 LEAST_ENTROPY = 0.1
+#: of a batch that are named
+MOST_IDS = 8
 #: numbers that say that an answer has the right form, and nothing of what it says
 FORM = ("form", "format", "valid", "stopped")
 
@@ -46,6 +48,15 @@ class Guards:
         self._lines.append({k: float(v) for k, v in line.items() if isinstance(v, int | float) and math.isfinite(v)})
         last = self._lines[-IN_A_ROW:]
         step = line["step"]
+        if line.get("skipped"):
+            ids = line.get("groups", ())
+            told = ", ".join(map(str, ids[:MOST_IDS])) + (", ..." if len(ids) > MOST_IDS else "")
+            self._warn(
+                "skipped",
+                step,
+                f"the gradient is not finite, and the update was left out; its batch held the cases {told} (all of them in "
+                "metrics.jsonl, as those of further such updates): look for a broken one, or lower the learning rate",
+            )
         if len(last) == IN_A_ROW:
             if all(each.get("flat_groups", 0.0) == 1.0 for each in last):
                 self._warn(

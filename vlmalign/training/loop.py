@@ -21,7 +21,7 @@ import optax
 from vlmalign import stopping
 from vlmalign.distributed import is_writer
 from vlmalign.exchange import from_first
-from vlmalign.log import MetricsWriter
+from vlmalign.log import EMPTY, MetricsWriter
 from vlmalign.models.model import Params
 from vlmalign.progress import Progress
 from vlmalign.training.best import Best, BestSoFar
@@ -36,6 +36,7 @@ class Work(NamedTuple):
     batches: Sequence[MicroBatch]
     metrics: Mapping[str, float | None]
     options: Mapping[str, Any] = {}  #: of this step, for the objective's counts
+    ids: Sequence[int] = ()  #: of its groups, written down where their gradient is not finite
 
 
 @runtime_checkable
@@ -141,7 +142,7 @@ def train_states(
         restored = checkpoints.restore(state)
         skipped = 0
         if restored is None:
-            writer.rewind(0)
+            writer.rewind(EMPTY)
             best.rewind(None)
         else:
             state = restored.state
@@ -167,7 +168,7 @@ def train_states(
             state, found = trainer.step(state, frozen, work.batches, work.options)
             if unread is not None:
                 skipped = _read(unread, stage, source, writer, progress, guards, skipped)
-            unread, done = _Unread(step, found, work.metrics), step + 1
+            unread, done = _Unread(step, found, work.metrics, work.ids), step + 1
             due = done % stage.checkpoint_every == 0 or done == stage.steps
             measured: dict[str, Any] = {}
             if evaluated := evaluate is not None and (done % stage.evaluate_every == 0 or done == stage.steps):
@@ -204,6 +205,7 @@ class _Unread(NamedTuple):
     step: int  #: from 0
     found: StepMetrics
     metrics: Mapping[str, float | None]  #: of its batch
+    ids: Sequence[int]  #: of its groups
 
 
 def _read(
@@ -245,4 +247,5 @@ def _line(unread: _Unread, stage: Stage) -> dict[str, Any]:
         "grad_norm": float(host.grad_norm),
         "skipped": int(host.skipped),
         "learning_rate": float(stage.learning_rate(unread.step)),
+        **({"groups": sorted(unread.ids)} if host.skipped else {}),
     }

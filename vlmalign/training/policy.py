@@ -16,6 +16,7 @@ import numpy as np
 from vlmalign.data.films.prefetch import Announced
 from vlmalign.distributed import process_count
 from vlmalign.exchange import fetch
+from vlmalign.log import EMPTY
 from vlmalign.models.model import Params
 from vlmalign.objectives.advantages import (
     Advantages,
@@ -117,6 +118,7 @@ class PolicySource:
             overlong_buffer=settings.overlong_buffer,
         )
         self._held: list[MicroBatch] = []
+        self._ids: list[int] = []  #: of the prompts that are held
         self._used = 0  #: updates made of what is held
         adaptive = settings.adaptive_entropy
         self._entropy: EntropyState | None = None if adaptive is None else init_entropy(adaptive)
@@ -125,9 +127,9 @@ class PolicySource:
         if step % self._settings.updates:
             assert self._held, "a stage begins and continues between rollouts"
             self._used += 1
-            return Work(self._held, {"update": self._used}, self._options())
+            return Work(self._held, {"update": self._used}, self._options(), self._ids)
         if step == 0 and self._log is not None:
-            self._log.rewind(0)
+            self._log.rewind(EMPTY)
         self._policy = self._bring(self._merge(self._base, params))
         if not self._warm:
             self._generator.warm_up(self._policy)
@@ -139,7 +141,9 @@ class PolicySource:
         self._used = 1
         if self._log is not None:
             self._log.write(step + 1, sampled.rollouts, advantages)
-        return Work(self._held, {"update": 1, **rollout_metrics(sampled, self._stats, self._gap)}, self._options())
+        self._ids = [rollout.task.prompt.id for rollout in sampled.rollouts]
+        metrics = {"update": 1, **rollout_metrics(sampled, self._stats, self._gap)}
+        return Work(self._held, metrics, self._options(), self._ids)
 
     def observe(self, line: Mapping[str, Any]) -> None:
         # At the first update nothing has been learnt since: what differs is the merged copy and its programs.
@@ -176,9 +180,9 @@ class PolicySource:
         if state["entropy"] is not None:
             self._entropy = _restored(state["entropy"])
         if self._log is not None:
-            self._log.rewind(state["completions"] or 0)
+            self._log.rewind(state["completions"] or EMPTY)
         if self._memory is not None:
-            self._memory.set_state(state["memory"] or {})
+            self._memory.set_state(state["memory"])
 
     def _generate(self, prompts: Sequence[Group], number: int) -> list[list[Completion]]:
         # By round, not by step: a prompt that is drawn again must not be answered again with the same draws.

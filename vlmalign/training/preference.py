@@ -127,7 +127,8 @@ class PreferenceSource:
             MicroBatch(batch, {} if self._reference is None else self._recorded(batch, by_id))
             for batch in micro_batches(groups, self._shapes, self._features, readers)
         ]
-        return Work(batches, {"loss_tokens": sum(float(b.groups.weight.sum()) for b in batches)})
+        tokens = sum(float(b.groups.weight.sum()) for b in batches)
+        return Work(batches, {"loss_tokens": tokens}, ids=list(by_id))
 
     def observe(self, line: Mapping[str, Any]) -> None:
         del line  # what is learnt from does not follow from what was measured

@@ -63,9 +63,11 @@ class RecordedRewards:
         self._unproven -= {name for name, column in scored.parts.items() if any(x is not None for x in column)}
 
     def get_state(self) -> dict[str, Any]:
-        """The memory of the rewards, for a checkpoint. All rounds so far are on the disk when this returns."""
-        self._outcomes.sync()
-        return self._runner.get_state()
+        """The memory of the rewards and the place in the file, for a checkpoint. All rounds so far are on the disk when
+        this returns."""
+        return {"memory": self._runner.get_state(), "file": self._outcomes.position()}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._runner.set_state(state)
+        """Raises ValueError when the file does not begin as it did then."""
+        self._outcomes.require(state["file"])
+        self._runner.set_state(state["memory"])

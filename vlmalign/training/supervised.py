@@ -87,7 +87,7 @@ class SupervisedSource:
         groups, readers = next(self._batches)
         batches = [MicroBatch(b, {}) for b in micro_batches(groups, self._shapes, self._features, readers)]
         tokens = sum(float(b.groups.weight.sum()) for b in batches)
-        return Work(batches, {"loss_tokens": tokens})
+        return Work(batches, {"loss_tokens": tokens}, ids=[group.id for group in groups])
 
     def observe(self, line: Mapping[str, Any]) -> None:
         del line  # what is learnt from does not follow from what was measured

@@ -145,7 +145,7 @@ class Base:
             rows=full_rows(rows, where),
             group=group,
             completion=completion,
-            sampling=sampling,
+            sampling=replace(sampling, never=self.front.chat.never_drawn(self.front.shape.decoder.vocab)),
             multiple=multiple,
             images=max(1, most_images(prompts)),
             mesh=None if where is None else where.mesh,

@@ -7,6 +7,7 @@ is under way they are frozen as well, so that it is continued bit for bit. Versi
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +19,9 @@ BEGUN, MADE = "begun.json", "made.json"
 
 #: raised by hand where equal settings would now give other results
 FORMATS = {"set": 1, "sft": 1, "dpo": 1, "grpo": 1, "ppo": 1, "answers": 1, "scores": 1, "source": 1}
+
+#: kinds of which a start continues what an earlier one has begun; all others are made anew
+CONTINUED = ("sft", "dpo", "grpo", "ppo")
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,9 @@ def damage(folder: Path, made: Mapping[str, Any], hashes: Hashes) -> str | None:
 
 
 def begin(folder: Path, record: Record, versions: Mapping[str, Any]) -> None:
-    """Write down what is about to be made, unless an earlier start has."""
+    """Write down what is about to be made, unless an earlier start has; what cannot be continued is cleared away."""
+    if record.kind not in CONTINUED and (folder / BEGUN).exists():
+        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / BEGUN).exists():
         write_json(folder / BEGUN, {**record.as_json(), "versions": dict(versions)})

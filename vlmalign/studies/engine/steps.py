@@ -27,7 +27,7 @@ from vlmalign.studies.engine.make import Making, make_answers, make_scores, make
 from vlmalign.studies.engine.opened import Opened
 from vlmalign.studies.engine.overlaps import check_overlaps
 from vlmalign.studies.engine.owner import SILENT_SECONDS, TOUCH_SECONDS, Held, Owners
-from vlmalign.studies.engine.record import Record, damage, differences, read_record, refuse_unrecorded
+from vlmalign.studies.engine.record import CONTINUED, Record, damage, differences, read_record, refuse_unrecorded
 from vlmalign.studies.engine.sets import check_images
 from vlmalign.studies.engine.stage_config import ModelStage
 
@@ -106,7 +106,7 @@ class Steps:
             earlier, whole = read_record(folder)  # another start may have ended it between the first look and this
             if earlier is None:
                 refuse_unrecorded(folder)
-        return earlier, whole
+        return (earlier, whole) if whole or node.kind in CONTINUED else (None, False)
 
     def _in_order(self) -> Iterator[Node]:
         return (node for node in self.nodes.values() if node.name in self.wanted)
