@@ -161,14 +161,18 @@ def forks_and_both_answer(prompts, completions, **columns):
 
 
 def children(prompts, completions, **columns):
-    """Leaves a child of a fork, a child process, and a daemon in a session of its own; tells the process ids."""
+    """Leaves a child of a fork, a child process, a daemon in a session of its own, and one that has no parent and nothing
+    in its environment; tells the process ids."""
     forked = os.fork()
     if not forked:
         time.sleep(3600)
         os._exit(0)
     started = subprocess.Popen(["sleep", "3600"]).pid
     daemon = subprocess.Popen(["sleep", "3600"], start_new_session=True).pid
-    return [float(pid) for pid in (forked, started, daemon)][: len(completions)]
+    orphan = subprocess.run(
+        ["sh", "-c", "env -i setsid sleep 3600 >/dev/null 2>&1 & echo $!"], capture_output=True, text=True, check=True
+    )
+    return [float(pid) for pid in (forked, started, daemon, orphan.stdout)][: len(completions)]
 
 
 def prints(prompts, completions, **columns):

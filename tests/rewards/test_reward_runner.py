@@ -377,7 +377,7 @@ def test_a_child_that_answers_too_is_heard_by_nobody():
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="children in other sessions are found by /proc")
 def test_what_rewards_start_ends_with_the_run():
     with RewardRunner({"children": (odd.children, 1.0)}, workers=1) as runner:
-        started = [int(pid) for pid in runner.score(["p"] * 3, TEXTS[:3], {}).rewards]
+        started = [int(pid) for pid in runner.score(["p"] * 4, TEXTS[:4], {}).rewards]
         assert all(running(pid) for pid in started)
     assert not any(running(pid) for pid in started)
 

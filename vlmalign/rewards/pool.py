@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vlmalign.rewards.contract import Batch, Fault, Reward, Value, WrongReturn
+from vlmalign.rewards.descendants import MARK, end_descendants
 from vlmalign.rewards.output import BoundedOutput
-from vlmalign.rewards.worker import MARK, Call, Reply, end_marked, reply_of
+from vlmalign.rewards.worker import Call, Reply, reply_of
 
 #: seconds within which a worker must have started and loaded the rewards
 START_S = 60.0
@@ -143,11 +144,15 @@ class Worker:
     def kill(self) -> None:
         """End the process and whatever it started, at once."""
         self._close_ends()
-        if self._process.returncode is None:  # not yet waited for, so its process group's number is still its own
+        pid = self._process.pid
+        if (
+            self._process.returncode is None
+        ):  # not yet waited for, so its number and its process group's are still its own
+            end_descendants(pid, self._mark)
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+                os.killpg(pid, signal.SIGKILL)
         self._process.wait()
-        end_marked(self._mark)
+        end_descendants(None, self._mark)
 
     def close(self) -> None:
         """Let an idle process end by itself, since its calls end; then what it started is ended too."""

@@ -14,15 +14,13 @@ import signal
 import sys
 import traceback
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlmalign.rewards.contract import Batch, Fault, Reward, Value, WrongReturn, attempt, fault_of
+from vlmalign.rewards.descendants import MARK, end_descendants, take_in_orphans
 
 #: seconds after the time-out at which an orphaned worker ends itself
 ORPHAN_GRACE_S = 5.0
-#: variable by which a worker's children are known, also those that left its process group
-MARK = "VLMALIGN_REWARD_WORKER"
 
 
 class Call(NamedTuple):
@@ -68,6 +66,7 @@ def _decoded(value: Any) -> Value:
 def serve(calls: int, replies: int) -> None:
     """Answer until the other end closes; the first message holds the rewards, each pickled apart."""
     connection, me = Connection(calls, writable=False), os.getpid()
+    take_in_orphans()
     # A child must neither answer in its parent's place nor keep the pipe open after its parent's death.
     os.register_at_fork(after_in_child=lambda: (os.close(calls), os.close(replies)))
 
@@ -98,20 +97,7 @@ def serve(calls: int, replies: int) -> None:
         return
     finally:
         if os.getpid() == me:
-            end_marked(os.environ.get(MARK, ""))
-
-
-def end_marked(mark: str) -> None:
-    """Kill every process but this one that was started with this mark in its environment (Linux)."""
-    if not mark:
-        return
-    wanted = f"{MARK}={mark}".encode()
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if int(folder.name) != os.getpid() and wanted in (folder / "environ").read_bytes().split(b"\0"):
-                os.kill(int(folder.name), signal.SIGKILL)
-        except OSError:  # gone, or somebody else's
-            continue
+            end_descendants(me, os.environ.get(MARK, ""))
 
 
 def _answer(number: int, message: bytes, rewards: dict[str, Reward]) -> Reply:
