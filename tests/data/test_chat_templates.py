@@ -552,6 +552,9 @@ def test_text_of_any_field_that_the_template_does_not_write_is_refused(more, key
         chat_of("gemma3").example(turns)
 
 
+DOUBLED = "{%% set n = namespace(x='xxxxxxxx') %%}{%% for i in range(40) %%}{%% set n.x = %s %%}{%% endfor %%}"
+
+
 @pytest.mark.parametrize(
     ("template", "found"),
     [
@@ -565,6 +568,15 @@ def test_text_of_any_field_that_the_template_does_not_write_is_refused(more, key
         ("{{ 'x' | center(10**10) }}", "no operation of a template may make more than"),
         ("{% for i in range(10**9) %}{% endfor %}", "Range too big"),
         ("{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}", "writes more than"),
+        ("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}", "no more than 200000 steps"),
+        ("{% for i in range(9999) %}{{ loop(range(9999)) }}{% endfor %}", "refuses the conversation"),
+        ("{% for i in [1, 2] recursive %}{{ loop([1, 2]) if loop.depth < 40 }}{% endfor %}", "200000 steps"),
+        ("{% macro f(n) %}{{ f(n - 1) ~ f(n - 1) if n }}{% endmacro %}{{ f(40) }}", "200000 steps"),
+        (DOUBLED % "n.x ~ n.x", "no operation of a template may make more than"),
+        (DOUBLED % "n.x + n.x", "no operation of a template may make more than"),
+        (DOUBLED % "n.x.replace('x', n.x)", "no operation of a template may make more than"),
+        (DOUBLED % "n.x | replace('x', n.x)", "no operation of a template may make more than"),
+        (DOUBLED % "[n.x, n.x] | join", "no operation of a template may make more than"),
         ("{{ messages.append(1) }}", "refuses the conversation"),
         ("{% set n = namespace() %}{% set n.__init_subclass__ = 1 %}", "may not set"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
@@ -580,8 +592,8 @@ def test_what_a_template_may_not_do(tmp_path, template, found):
 @pytest.mark.parametrize(
     "template",
     [
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-        "{% set n = namespace(x='xxxxxxxx') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+        "{% for i in range(9999) %}{% set x = ('x' * 9999999) | upper %}{% endfor %}",
+        "{% set n = namespace(x=[]) %}{% for i in range(400) %}{% set n.x = n.x + [i ~ 'x' * 9999990] %}{% endfor %}",
     ],
     ids=["time", "memory"],
 )
@@ -592,6 +604,16 @@ def test_a_template_that_does_not_end_is_refused_before_it_is_used(tmp_path, tem
         ValueError, match=r"the chat template (does not end within 5 s|takes more than 10 s or 1024 MiB)"
     ):
         chat.prompt([{"role": "user", "content": "Is it?"}])
+
+
+def test_a_template_that_does_not_end_on_a_certain_row_is_refused_there(tmp_path):
+    loops = "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}"
+    chat = templated(
+        tmp_path, "{% if 'Why?' == messages[0].content %}" + loops + "{% endif %}{{ messages[0].content }}"
+    )
+    assert chat.decode(chat.prompt([{"role": "user", "content": "Is it?"}]).prompt.tokens) == "Is it?"
+    with pytest.raises(ValueError, match="no more than 200000 steps for a conversation"):
+        chat.prompt([{"role": "user", "content": "Why?"}])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

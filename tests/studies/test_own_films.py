@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from tiny_models import checkpoint, gemma3_vision
 from tiny_tokenizer import chat_folder
 
 from vlmalign.data.sources.examples import write_table
+from vlmalign.reporting.image_places import image_places
 from vlmalign.studies.engine.chain import load_study
 from vlmalign.studies.engine.run import run
 
@@ -56,6 +58,13 @@ def test_from_a_csv_to_scores_with_intervals_and_a_report(study):
     assert not set.intersection(*drawn)
     page = (folder / "report.html").read_text()
     assert "round shadow" in page
+    assert "data:image/jpeg" in page, "films are found again by the names that records give them"
+    images = {row["image"] for row in rows(folder / "answers" / "test" / "sft" / "held-out" / "predictions.jsonl")}
+    images |= {name for row in rows(folder / "stages" / "grpo" / "completions.jsonl") for name in row["images"]}
+    assert all(re.fullmatch(r"sources\.mine/[^/]+", name) for name in images)
+    assert all(image_places(folder)(name).is_file() for name in images)
+    for path in folder.rglob("*.jsonl"):
+        assert str(folder.parent) not in path.read_text(), f"{path.name} names a path of the machine"
 
 
 @pytest.mark.parametrize(

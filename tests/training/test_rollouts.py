@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -246,6 +247,18 @@ def test_one_line_for_every_completion(tmp_path):
     assert [(x["tokens"], x["stopped"]) for x in lines] == [(2, True), (1, False)] * 2
     assert lines[2]["prompt"] == "prompt 9"
     assert lines[2]["completion"] == "a"
+
+
+def test_images_have_their_names_in_the_log_wherever_they_stand(tmp_path):
+    films = ("/data/a.png", "/data/b.png")
+    columns = {"image": films[0], "images": list(films), "truth": "/data"}
+    shown = Task(replace(task(4).prompt, images=films), "Look.", columns)
+    log = CompletionLog(tmp_path / "completions.jsonl", lambda path: path.replace("/data", "sources.mine"))
+    log.write(1, [rollout(4, [1.0, 0.0])._replace(task=shown)], np.zeros((1, 2)))
+    log.close()
+    line = json.loads((tmp_path / "completions.jsonl").read_text().splitlines()[0])
+    assert line["images"] == ["sources.mine/a.png", "sources.mine/b.png"]
+    assert line["columns"] == {"image": "sources.mine/a.png", "images": line["images"], "truth": "/data"}
 
 
 def test_a_rewound_log_has_every_line_once(tmp_path):

@@ -10,7 +10,7 @@ import base64
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vlmalign.reporting.image_places import image_places
 from vlmalign.reporting.record import Row
 from vlmalign.reporting.words import in_words
 
@@ -59,8 +60,9 @@ def choose_examples(rows: Sequence[Row], order: Sequence[str], run: Path, *, per
     )
     others = {(row["stage"], row["id"]): row for row in rows if row["stage"] != last}
     stages = [stage for stage in order if stage != last]
+    place = image_places(run)
     return [
-        _example(row, {stage: others[stage, row["id"]] for stage in stages if (stage, row["id"]) in others}, run)
+        _example(row, {stage: others[stage, row["id"]] for stage in stages if (stage, row["id"]) in others}, place)
         for right in (True, False, None)
         for row in _new_truths_first(row for row in shuffled if _right(row) is right)[:per_kind]
     ]
@@ -84,7 +86,7 @@ def film_uri(path: Path) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def _example(row: Row, others: Mapping[str, Row], run: Path) -> Example:
+def _example(row: Row, others: Mapping[str, Row], place: Callable[[str], Path]) -> Example:
     truth, predicted = row.get("truth"), row.get("predicted")
     lists = isinstance(truth, list) and isinstance(predicted, list)
     if lists and _checks(row):
@@ -101,7 +103,7 @@ def _example(row: Row, others: Mapping[str, Row], run: Path) -> Example:
     text = (row["reasoning"] if row["valid"] else "") or row["completion"]
     picture, problem = None, None
     try:
-        picture = film_uri(run / row["image"]) if row["image"] else None  # an absolute path stays as it is
+        picture = film_uri(place(row["image"])) if row["image"] else None
     except FileNotFoundError:
         problem = "image not found"
     except (OSError, ValueError):

@@ -1,8 +1,8 @@
 """Images of a prompt as a page of the run folder may name them: by relative link, never copied, never by machine path.
 
-A log names an image by its key, which is a path (absolute, or relative to the run folder) or any other name. Inside
-the run folder the link and the words are relative to it, so the folder can be moved. Of an image elsewhere the words
-are the file's name alone: the folders above it may name a patient or the machine.
+A log names an image by its key: see `image_places`; also any other name. Inside the run folder the link and the words
+are relative to it, so the folder can be moved. Of an image elsewhere the words are the file's name alone: the folders
+above it may name a patient or the machine.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
+
+from vlmalign.reporting.image_places import image_places
 
 #: what browsers show; a DICOM file gets a link without a picture
 SHOWN = (".png", ".jpg", ".jpeg", ".gif", ".webp")
@@ -31,10 +33,11 @@ def image_links(run: Path, folder: Path) -> Callable[[str], ImageLink]:
     top, page = os.path.abspath(run), os.path.abspath(folder)
     # A log may name the folder as it was opened or as it is once links are followed.
     roots = (top, os.path.realpath(run))
+    place = image_places(Path(top))
 
     @cache
     def link(key: str) -> ImageLink:
-        path = os.path.normpath(os.path.join(top, key))
+        path = os.path.normpath(os.path.join(top, place(key)))
         found = os.path.isfile(path)
         if not found and not os.path.isabs(key):
             return ImageLink(key, None, False)

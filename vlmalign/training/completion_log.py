@@ -7,7 +7,7 @@ stays inside the run folder.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +24,24 @@ class CompletionLog:
     Every process of a run holds all completions; process 0 writes them.
     """
 
-    def __init__(self, path: Path, run: Path | None = None):
-        """Images that lie in `run`, the run's folder, are named relative to it, so that the folder can be moved."""
+    def __init__(self, path: Path, name: Callable[[str], str] = str):
+        """`name` gives the path of an image the name that it has in the log."""
         self._writer = MetricsWriter(path, writes=is_writer())
-        self._run = None if run is None else run.resolve()
+        self._name = name
 
     def write(self, step: int, rollouts: Sequence[Rollout], advantages: np.ndarray) -> None:
         """The completions that optimiser step `step` (from 1) learnt from; `advantages` is [groups, K]."""
         for rollout, row in zip(rollouts, advantages, strict=True):
+            images, columns = rollout.task.prompt.images, rollout.task.columns
             for sample, (completion, text) in enumerate(zip(rollout.completions, rollout.texts, strict=True)):
                 self._writer.write(
                     {
                         "step": step,
                         "prompt_id": rollout.task.prompt.id,
                         "sample": sample,
-                        "images": [self._name(key) for key in rollout.task.prompt.images],
+                        "images": [self._name(key) for key in images],
                         "prompt": rollout.task.text,
-                        "columns": dict(rollout.task.columns),
+                        "columns": {key: self._without_paths(value, images) for key, value in columns.items()},
                         "completion": text,
                         "tokens": len(completion.tokens),
                         "stopped": completion.stopped,
@@ -50,10 +51,11 @@ class CompletionLog:
                     }
                 )
 
-    def _name(self, key: str) -> str:
-        path = Path(key)
-        inside = self._run is not None and path.is_relative_to(self._run)
-        return path.relative_to(self._run).as_posix() if inside else key
+    def _without_paths(self, value: Any, images: Sequence[str]) -> Any:
+        """A column's value, in which the prompt's images have their names too."""
+        if isinstance(value, list):
+            return [self._without_paths(each, images) for each in value]
+        return self._name(value) if isinstance(value, str) and value in images else value
 
     def position(self) -> Position:
         return self._writer.position()

@@ -1,9 +1,9 @@
 """A chat template, rendered as transformers renders it, with what a template from elsewhere may not do.
 
 A template is a program that came with a checkpoint. It runs in Jinja's immutable sandbox, where it reaches nothing but
-the conversation; products, powers, formats and ranges are bounded, and so is what it writes. Loops cannot be bounded
-there, so every template is first tried in a process of its own, with limits on time and memory. It is told the time that
-it is given, not the clock's: the same conversation gives the same text on every day.
+the conversation; what an operation makes is bounded, and so are its steps (rounds of loops, calls) and what it writes.
+What else takes long is found by trying every template first in a process of its own, with limits on time and memory. It
+is told the time that it is given, not the clock's: the same conversation gives the same text on every day.
 
 Run as a script this module is that process.
 """
@@ -11,24 +11,31 @@ Run as a script this module is that process.
 from __future__ import annotations
 
 import json
+import math
 import re
 import secrets
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from contextlib import suppress
+from contextvars import ContextVar
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, wraps
+from itertools import islice
 from typing import Any
 
 import jinja2
+from jinja2 import nodes
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
+from jinja2.visitor import NodeTransformer
 
 #: characters or items that one operation of a template may make, and characters that it may write
 MOST = 10_000_000
+#: rounds of loops, and calls, that a template may make for one conversation
+MOST_STEPS = 200_000
 #: bits of a number
 MOST_BITS = 4096
 #: seconds of processor time, seconds on the clock, and bytes that a template may take in its trial
@@ -82,6 +89,7 @@ class Template:
         mark = secrets.token_hex(8)  # no text can hold it
         opening, closing = f"\0{mark}<", f"\0{mark}>"
         written, length = [], 0
+        _steps.set(0)
         for piece in self._compiled.generate(
             messages=[_with_reasoning(message) for message in messages],
             tools=None,
@@ -182,10 +190,28 @@ def _refuse_private(name: Any) -> None:
         raise SecurityError(f"a template may not set {name!r}")
 
 
-class _Bounded(ImmutableSandboxedEnvironment):
-    """The sandbox, in which no single operation makes more than `MOST` characters or items."""
+class _Countable(NodeTransformer):
+    """Loops go over what `_counted` counts, and `a ~ b` is joined where its length can be bounded."""
 
-    intercepted_binops = frozenset({"*", "**", "%"})
+    def visit_For(self, node: nodes.For) -> nodes.Node:
+        self.generic_visit(node)
+        node.iter = nodes.Filter(node.iter, "_counted", [], [], None, None, lineno=node.lineno)
+        return node
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        self.generic_visit(node)
+        parts = nodes.List(node.nodes, lineno=node.lineno)
+        return nodes.Filter(parts, "_joined", [], [], None, None, lineno=node.lineno)
+
+
+class _Bounded(ImmutableSandboxedEnvironment):
+    """The sandbox, in which no single operation makes more than `MOST` characters or items, and a conversation takes no
+    more than `MOST_STEPS` steps."""
+
+    intercepted_binops = frozenset({"*", "**", "%", "+"})
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        return _Countable().visit(super()._parse(source, name, filename))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "*":
@@ -197,6 +223,9 @@ class _Bounded(ImmutableSandboxedEnvironment):
         elif operator == "**":
             if isinstance(left, int) and isinstance(right, int) and left.bit_length() * abs(right) > MOST_BITS:
                 raise SecurityError("a template's numbers have a bound")
+        elif operator == "+":
+            if isinstance(left, Sized) and isinstance(right, Sized):
+                _refuse_above(len(left) + len(right))
         elif isinstance(left, str) and _WIDE.search(left):
             raise SecurityError("a template's formats have a bound")
         return super().call_binop(context, operator, left, right)
@@ -208,8 +237,12 @@ class _Bounded(ImmutableSandboxedEnvironment):
         return made
 
     def call(self, context: Any, called: Any, *args: Any, **named: Any) -> Any:
-        if isinstance(getattr(called, "__self__", None), str):  # center, ljust, zfill, expandtabs, replace, join, ...
-            for value in (*args, *named.values()):
+        _count(1)
+        text = getattr(called, "__self__", None)
+        if isinstance(text, str):
+            if called.__name__ in ("replace", "join", "translate"):
+                _refuse_longer(text, *args, *named.values())
+            for value in (*args, *named.values()):  # center, ljust, zfill, expandtabs, ...
                 if isinstance(value, int):
                     _refuse_above(value)
         return super().call(context, called, *args, **named)
@@ -220,14 +253,48 @@ def _refuse_above(size: int) -> None:
         raise SecurityError(f"no operation of a template may make more than {MOST} characters or items")
 
 
-def _bounded_filter(made: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter that widens text, with a bound on its whole numbers."""
+def _refuse_longer(*values: Any) -> None:
+    """Refuse what could become too long where each character of one value is replaced, or each item joined, by another."""
+    texts = [value for value in values if isinstance(value, Sized)]
+    items = [item for value in texts if isinstance(value, list | tuple) for item in value if isinstance(item, Sized)]
+    _refuse_above(math.prod(sorted(1 + len(text) for text in texts)[-2:]) + sum(map(len, items)))
 
-    def bounded(value: Any, *args: Any, **named: Any) -> Any:
-        for number in (*args, *named.values()):
+
+#: steps of the conversation that is being written
+_steps: ContextVar[int] = ContextVar("steps of a template", default=0)
+
+
+def _count(steps: int) -> None:
+    _steps.set(_steps.get() + steps)
+    if _steps.get() > MOST_STEPS:
+        raise SecurityError(f"a template may take no more than {MOST_STEPS} steps for a conversation")
+
+
+def _counted(items: Any) -> Any:
+    """What a loop goes over, its rounds counted before it begins."""
+    if not isinstance(items, Sized):
+        items = list(islice(items, MOST_STEPS + 1))
+    _count(len(items))
+    return items
+
+
+def _joined(parts: Sequence[Any]) -> str:
+    texts = [str(part) for part in parts]
+    _refuse_above(sum(map(len, texts)))
+    return "".join(texts)
+
+
+def _bounded_filter(made: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that makes text longer, with a bound on what it makes."""
+
+    @wraps(made)  # with it what Jinja is to pass to it
+    def bounded(*args: Any, **named: Any) -> Any:
+        values = (*args, *named.values())
+        _refuse_longer(*values)
+        for number in values:
             if isinstance(number, int):
                 _refuse_above(number)
-        return made(value, *args, **named)
+        return made(*args, **named)
 
     return bounded
 
@@ -252,8 +319,8 @@ def _refuse(reason: str) -> None:
 @lru_cache(maxsize=1)
 def _environment() -> ImmutableSandboxedEnvironment:
     found = _Bounded(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-    found.filters |= {"tojson": _to_json, "format": _format}
-    for name in ("center", "indent"):
+    found.filters |= {"tojson": _to_json, "format": _format, "_counted": _counted, "_joined": _joined}
+    for name in ("center", "indent", "join", "replace"):
         found.filters[name] = _bounded_filter(found.filters[name])
     for name in ("lipsum", "cycler", "joiner"):
         found.globals.pop(name, None)
@@ -280,6 +347,8 @@ def _trial() -> None:
                 template.render(messages, continues=continues)
             except MemoryError:
                 raise
+            except SecurityError:  # bounded there as well
+                return
             except Exception:  # what a template refuses, or misses here, is said where it is used
                 continue
 

@@ -11,8 +11,8 @@ from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
-#: No film of 64 million pixels (`images.MAX_PIXELS`) has a longer file, at 8 bytes a pixel (16-bit RGBA).
-MAX_BYTES = 8 * 64_000_000
+#: No film of 32 million pixels (`images.MAX_PIXELS`) has a longer file, at 8 bytes a pixel (16-bit RGBA).
+MAX_BYTES = 8 * 32_000_000
 #: what Git keeps in place of a file that was never fetched
 _POINTER = b"version https://git-lfs.github.com/"
 

@@ -15,9 +15,10 @@ from vlmalign.data.films.orientation import turn_of, turned, upright
 
 __all__ = ["MAX_BYTES", "MAX_PIXELS", "BadImage", "decode_image", "load_image", "read_film"]
 
-#: Larger images are refused before they are decoded (a small file can unpack to gigabytes). The largest films of
-#: MIMIC-CXR-JPG have about 10 million pixels.
-MAX_PIXELS = 64_000_000
+#: Larger images are refused before they are decoded (a small file can unpack to gigabytes; one of this size takes up to
+#: 480 MB, with transparency, while it is decoded). The largest films of MIMIC-CXR-JPG have about 10 million pixels, the
+#: largest detectors 18.
+MAX_PIXELS = 32_000_000
 
 
 def load_image(path: str | Path, size_hint: int | tuple[int, int] | None = None, *, bits: int = 16) -> np.ndarray:

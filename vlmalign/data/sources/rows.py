@@ -128,6 +128,11 @@ class RowSource(Config):
             raise ValueError(f"rows are read from {', '.join(ENDINGS)} or a saved folder; found {path.name!r}")
         return path
 
+    @property
+    def folder(self) -> Path:
+        """Where its images lie, as the config says it."""
+        return self.path.parent if self.images is None else self.images
+
     def open(self, place: Place) -> Rows:
         """The rows, each checked.
 
@@ -137,7 +142,7 @@ class RowSource(Config):
         """
         path = place(str(self.path))
         file = open_rows(path, self.split)
-        root = path.parent if self.images is None else place(str(self.images))
+        root = place(str(self.folder))
         if not root.is_dir():
             raise FileNotFoundError(f"no folder {root} for the images of {path}")
         cache = place(str(self.cache or "{run}/sources/images"))

@@ -74,7 +74,7 @@ def predictions(
     stage: str,
     dataset: str,
     labels: Sequence[str],
-    run: Path,
+    name_image: Callable[[Path], str],
 ) -> list[Row]:
     """One row for each answer. `labels`: the names that the set's truth is told in, where it has labels."""
     rows = []
@@ -98,13 +98,7 @@ def predictions(
                 "completion": text,
                 "tokens": len(completion.tokens),
                 "stopped": completion.stopped,
-                "image": None if case.image is None else relative_to_run(case.image, run),
+                "image": None if case.image is None else name_image(case.image),
             }
             rows.append(row if len(own) == 1 else {**row, "sample": sample})
     return rows
-
-
-def relative_to_run(image: Path, run: Path) -> str:
-    """Relative where the film lies in the run folder, so that the folder can be moved; else absolute."""
-    image, run = image.resolve(), run.resolve()
-    return str(image.relative_to(run)) if image.is_relative_to(run) else str(image)

@@ -25,6 +25,7 @@ from vlmalign.studies.engine.data_config import Data
 from vlmalign.studies.engine.files import digest_of, manifest, write_json, write_rows
 from vlmalign.studies.engine.folder import open_to_group
 from vlmalign.studies.engine.graph import Edge, Node
+from vlmalign.studies.engine.image_names import image_names
 from vlmalign.studies.engine.learn import run_dpo, run_sft
 from vlmalign.studies.engine.opened import Opened
 from vlmalign.studies.engine.policy import run_policy
@@ -130,6 +131,7 @@ def make_stage(making: Making, base: Base, *, last_use: bool) -> None:
         last_use,
         making.progress,
         making.check,
+        image_names(config),
     )
     if isinstance(stage, Sft):
         found = run_sft(stage, work)
@@ -220,7 +222,9 @@ def make_answers(making: Making, base: Base) -> None:
     policy = base.policy(state_of(study, base, node.parents["stage"]), where)
     answers = answer(base, generator, policy, found, seed=config.seed, advance=advance)
     labels = study.cases(node.set).labels
-    rows = predictions(task, found, answers, stage=node.stage, dataset=node.set, labels=labels, run=config.run)
+    rows = predictions(
+        task, found, answers, stage=node.stage, dataset=node.set, labels=labels, name_image=image_names(config)
+    )
 
     def write() -> None:
         making.check()

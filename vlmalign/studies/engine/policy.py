@@ -69,7 +69,7 @@ def run_policy(stage: Grpo | Ppo, work: Work, rewards: Rewards) -> Finished:
             shapes=work.shapes(stage),
             settings=stage.rollout_settings(work.seed),
             memory=recorded,
-            log=open_files.enter_context(closing(CompletionLog(work.folder / COMPLETIONS, work.folder.parent.parent))),
+            log=open_files.enter_context(closing(CompletionLog(work.folder / COMPLETIONS, work.name_image))),
             bring=lambda merged: base.devices.bring(merged, where),
         )
         evaluate = None

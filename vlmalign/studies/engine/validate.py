@@ -134,7 +134,7 @@ def _responder(stage: Trains, work: Work, watched: Watched) -> Callable[[Params]
         found = answer(base, generator, merged, watched.questions, seed=0)
         rows = predictions(
             work.task, watched.questions, found, stage=work.name, dataset=watched.name, labels=watched.labels,
-            run=work.folder.parent.parent,
+            name_image=work.name_image,
         )  # fmt: skip
         return [{**row, "ids": own[0].completion.tokens.tolist()} for row, own in zip(rows, found, strict=True)]
 

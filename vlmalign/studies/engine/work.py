@@ -62,6 +62,7 @@ class Work:
     last_use: bool  #: of the base as it is
     progress: Progress
     check: Callable[[], None]  #: raises ValueError once the stage is another process's
+    name_image: Callable[[str], str]  #: `image_names`
 
     @property
     def model(self) -> Model:
