@@ -1,14 +1,17 @@
 #!/usr/bin/env python3
-"""Kill runs at random moments, let the same command end them, and compare every byte with a run that was left alone.
+"""Kill runs at random moments, or let their disk run full; let the same command end them, and compare every byte with a
+run that was left alone.
 
     scripts/soak.py                        # 60 kills over the five kinds of run
     scripts/soak.py --kills 10 --only grpo --seed 3 --work /tmp/soak
+    scripts/soak.py --kills 0 --full 20    # disks of 20 random sizes (Linux, as root: they are mounted in memory)
 
 Five kinds of run, each small: supervised, preferences, GRPO, PPO (text, tiny-llama), and a study of films with SFT, GRPO,
 answers, scores and report (tiny-medgemma). A kill is a SIGKILL of the process, in turn at a random moment of its start,
 at a random moment of the whole, and the moment after one of the files appears by which a stage or an evaluation ends.
-Prints one JSON object: kills by the phase they fell into, runs, files compared, and those that differ. The exit code is 1
-where any does.
+A disk that is full must end the run with exit code 2 and a sentence that names a path on it; then it is made larger.
+Prints one JSON object: kills by the phase they fell into, runs, files compared, those that differ, and what a full disk was
+answered with. The exit code is 1 where any file differs or an answer is another.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -158,9 +162,8 @@ def phase(run: Path, before: set[str]) -> str:
     return "training" if f"{folder}/metrics.jsonl" in there else folder.split("/")[0]
 
 
-def soak(kind: str, kills: int, work: Path, chance: random.Random) -> Iterator[tuple[str, Any]]:
-    """Yields ("kill", phase) for each kill and ("run", (files, differing)) for each run that was ended."""
-    folder = work / kind
+def _uninterrupted(kind: str, folder: Path) -> tuple[list[str], float]:
+    """The command of a study, without its run folder, and the seconds that it takes; `folder/whole` is the run."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     path = folder / "study.yaml"
@@ -168,7 +171,13 @@ def soak(kind: str, kills: int, work: Path, chance: random.Random) -> Iterator[t
     command = [sys.executable, "-m", "vlmalign.cli", "run", str(path), "--run"]
     started = time.monotonic()
     subprocess.run([*command, str(folder / "whole")], check=True, stdout=subprocess.DEVNULL)
-    seconds = time.monotonic() - started
+    return command, time.monotonic() - started
+
+
+def soak(kind: str, kills: int, work: Path, chance: random.Random) -> Iterator[tuple[str, Any]]:
+    """Yields ("kill", phase) for each kill and ("run", (files, differing)) for each run that was ended."""
+    folder = work / kind
+    command, seconds = _uninterrupted(kind, folder)
     number = done = 0
     while done < kills:
         run = folder / f"killed-{number}"
@@ -184,9 +193,34 @@ def soak(kind: str, kills: int, work: Path, chance: random.Random) -> Iterator[t
             raise SystemExit(f"{kind}: runs end before they can be killed")
 
 
+def fill(kind: str, disks: int, work: Path, chance: random.Random) -> Iterator[tuple[str, Any]]:
+    """Yields ("full", phase), or ("answer", what was said) where it is not as it must be, and ("run", ...) as `soak`."""
+    folder = work / kind
+    command, _ = _uninterrupted(kind, folder)
+    whole = sum(path.stat().st_size for path in (folder / "whole").rglob("*") if path.is_file())
+    for number in range(disks):
+        disk = folder / f"disk-{number}"
+        disk.mkdir()
+        run = disk / "run"
+        size = chance.randrange(2**16, whole)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], check=True)
+        try:
+            full = subprocess.run([*command, str(run)], capture_output=True, text=True, check=False)
+            if full.returncode:
+                said = full.stderr.strip().splitlines()
+                right = full.returncode == 2 and str(run) in full.stderr and "Traceback" not in full.stderr
+                yield ("full", phase(run, set())) if right else ("answer", [size, full.returncode, *said[-4:]])
+                subprocess.run(["mount", "-o", f"remount,size={4 * whole}", str(disk)], check=True)
+                subprocess.run([*command, str(run)], check=True, stdout=subprocess.DEVNULL)
+            yield "run", differing(run, folder / "whole")
+        finally:
+            subprocess.run(["umount", str(disk)], check=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=60, metavar="N", help="kills, shared out over the kinds (60)")
+    parser.add_argument("--full", type=int, default=0, metavar="N", help="disks that run full, shared out too (0)")
     parser.add_argument("--only", choices=KINDS, help="one kind of run")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the moments (0)")
     parser.add_argument("--work", type=Path, metavar="FOLDER", help="where runs are kept; by default they are removed")
@@ -195,31 +229,48 @@ def main() -> int:
     chance = random.Random(arguments.seed)
     kinds = (arguments.only,) if arguments.only else KINDS
     phases: Counter[str] = Counter()
+    full: Counter[str] = Counter()
+    answers: list[Any] = []
     runs = compared = 0
     wrong: dict[str, list[str]] = {}
     for index, kind in enumerate(kinds):
-        share = arguments.kills * (index + 1) // len(kinds) - arguments.kills * index // len(kinds)
-        for what, found in soak(kind, share, work, chance):
+        kills, disks = (
+            total * (index + 1) // len(kinds) - total * index // len(kinds)
+            for total in (arguments.kills, arguments.full)
+        )
+        found_in = chain(
+            soak(kind, kills, work, chance) if kills else (), fill(kind, disks, work, chance) if disks else ()
+        )
+        for what, found in found_in:
             if what == "kill":
                 phases[found] += 1
+            elif what == "full":
+                full[found] += 1
+            elif what == "answer":
+                answers.append([kind, *found])
             else:
                 runs, compared = runs + 1, compared + found[0]
                 if found[1]:
                     wrong[f"{kind}, run {runs}"] = found[1]
             print(
-                f"{kind}: {sum(phases.values())} kills, {runs} runs, {len(wrong)} differ", file=sys.stderr, flush=True
+                f"{kind}: {sum(phases.values())} kills, {sum(full.values())} full disks, {runs} runs, {len(wrong)} differ, "
+                f"{len(answers)} wrong answers",
+                file=sys.stderr,
+                flush=True,
             )
     if arguments.work is None:
         shutil.rmtree(work)
     result = {
         "kills": sum(phases.values()),
         "phases": dict(phases),
+        "full disks": dict(full),
+        "wrong answers": answers,
         "runs": runs,
         "files": compared,
         "differing": wrong,
     }
     print(json.dumps({**result, "kinds": kinds, "seed": arguments.seed}, indent=1))
-    return 1 if wrong else 0
+    return 1 if wrong or answers else 0
 
 
 if __name__ == "__main__":

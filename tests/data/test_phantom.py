@@ -156,6 +156,13 @@ def test_trace_files_round_trip_and_bad_lines_are_named(tmp_path):
     write_traces(path, rows)
     traces = read_traces(path)
     assert traces == {row["id"]: " ".join(reason(row)) for row in rows}
+    write_traces(path, rows, telling="steps")
+    assert {id: re.sub(r"(^| )\d+\. ", r"\1", text) for id, text in read_traces(path).items()} == traces
+    write_traces(path, rows, telling="short")
+    for row in rows:
+        told = read_traces(path)[row["id"]]
+        assert told in traces[row["id"]] or len(told) < len(traces[row["id"]])
+        assert all(spoken(label) in told for label in row["labels"])
     for line, message in [
         ('{"id": "film0", "trace": "again"}', r"line 2.*'film0' is repeated"),
         ('{"id": "x"}', r"line 2: missing field 'trace'"),

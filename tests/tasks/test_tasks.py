@@ -75,6 +75,15 @@ def study(tmp_path, text):
     return load_config(Study, path)
 
 
+def test_a_film_without_a_trace_is_named_where_others_have_one():
+    task = LabelsTask(prompt="Read.", labels="chexpert")
+    assert task.write(Example("f", "p", Path("f"), ("Edema",))).startswith("<think>I see edema.</think>")
+    with pytest.raises(ValueError, match="f: there is no trace for it; write one, or leave it out with on_bad: skip"):
+        task.write(Example("f", "p", Path("f"), ("Edema",), {"trace": None}))
+    alone = LabelsTask(prompt="Read.", labels="chexpert", form="solution")
+    assert alone.write(Example("f", "p", Path("f"), ("Edema",), {"trace": None})) == "<solution>Edema</solution>"
+
+
 def test_examples_in_the_documentation_hold():
     for module in (choice_letters, constraints, field_kinds, json_text, labels, prompts):
         assert doctest.testmod(module).failed == 0

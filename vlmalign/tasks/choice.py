@@ -10,7 +10,7 @@ from vlmalign.config import Config
 from vlmalign.tasks.blocks import Form, in_blocks, read_blocks, reasoning_of
 from vlmalign.tasks.choice_letters import choice_letters
 from vlmalign.tasks.facts import Facts
-from vlmalign.tasks.prompts import column, fill, own_columns, user_turn
+from vlmalign.tasks.prompts import Prompt, column, fill, own_columns, user_turn
 
 if TYPE_CHECKING:
     from vlmalign.data.chat.messages import Message
@@ -21,7 +21,7 @@ class ChoiceTask(Config):
     """Questions of a table. The prompt may hold {question}, {options} (one a line: "A. ...") and columns of the row."""
 
     kind: Literal["choice"] = "choice"
-    prompt: str = "{question}\n\n{options}\n\nAnswer with the letter of the right option."
+    prompt: Prompt = "{question}\n\n{options}\n\nAnswer with the letter of the right option."
     question: str = "question"  #: column
     options: str = "options"  #: column: a list of texts, or an object of letter and text
     answer: str = "answer"  #: column: a letter, several ("ABD"), or the index of an option, from 0

@@ -14,7 +14,7 @@ from vlmalign.tasks.blocks import Form, in_blocks, read_blocks
 from vlmalign.tasks.facts import Facts
 from vlmalign.tasks.field_kinds import AnyField
 from vlmalign.tasks.json_text import find_object
-from vlmalign.tasks.prompts import column, fill, own_columns, user_turn
+from vlmalign.tasks.prompts import Prompt, column, fill, own_columns, user_turn
 from vlmalign.tasks.spelling import fold
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class FieldsTask(Config):
     """
 
     kind: Literal["fields"] = "fields"
-    prompt: str
+    prompt: Prompt
     fields: dict[str, AnyField]
     layout: Literal["json", "tags"] = "json"
     form: Form = "plain"

@@ -10,7 +10,7 @@ from vlmalign.tasks.blocks import answer_of, reasoning_of
 from vlmalign.tasks.constraints import satisfied
 from vlmalign.tasks.conversation import last_answer, up_to_answer
 from vlmalign.tasks.facts import Facts
-from vlmalign.tasks.prompts import column, fill, own_columns, user_turn
+from vlmalign.tasks.prompts import Prompt, column, fill, own_columns, user_turn
 
 if TYPE_CHECKING:
     from vlmalign.data.chat.messages import Message
@@ -21,7 +21,7 @@ class InstructionsTask(Config):
     """The row's messages, or a prompt made of its columns; its constraints are of the kinds in `tasks.constraints`."""
 
     kind: Literal["instructions"] = "instructions"
-    prompt: str | None = None  #: with columns such as {prompt}; null: the row's messages
+    prompt: Prompt | None = None  #: with columns such as {prompt}; null: the row's messages
     constraints: str = "constraints"  #: column: a list of {"kind": ..., ...}
     answer: str = "answer"  #: column: the answer that SFT teaches, where the rows have no messages
 

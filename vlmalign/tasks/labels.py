@@ -13,7 +13,7 @@ from vlmalign.data.sources.schema import SCHEMAS, unknown_label
 from vlmalign.tasks.blocks import Form, in_blocks
 from vlmalign.tasks.facts import Facts
 from vlmalign.tasks.label_reader import LabelReader
-from vlmalign.tasks.prompts import fill, own_columns, user_turn
+from vlmalign.tasks.prompts import Prompt, fill, own_columns, user_turn
 
 if TYPE_CHECKING:
     from vlmalign.data.chat.messages import Message
@@ -38,7 +38,7 @@ class LabelsTask(Config):
     """
 
     kind: Literal["labels"] = "labels"
-    prompt: str
+    prompt: Prompt
     labels: str | tuple[str, ...]  #: the name of a schema (see `data.sources.schema`), or the labels in order
     normal: str | None = None  #: the label that excludes all others; null: the schema's own, if a schema is named
     synonyms: dict[str, tuple[str, ...]] = Field(default_factory=dict)  #: label -> other names that are read as it
@@ -94,15 +94,17 @@ class LabelsTask(Config):
         return user_turn(example, fill(self.question, example.meta))
 
     def write(self, example: Example) -> str:
-        """The example's trace, or a sentence that names its labels, and the labels.
+        """The example's trace, or where nobody has written traces a sentence that names its labels, and the labels.
 
-        Raises ValueError for a label that the task does not have.
+        Raises ValueError for a label that the task does not have, and where others have traces and this one has none.
         """
         for label in example.labels:
             if label not in self.names:
                 raise ValueError(f"{example.id}: {unknown_label(label, self.names, 'the labels of the task')}")
-        trace = example.meta.get("trace") or label_trace(example.labels)
-        return answer_text(self.form, trace, example.labels, self.separator)
+        trace = example.meta.get("trace", label_trace(example.labels))
+        if self.form == "think" and not trace:
+            raise ValueError(f"{example.id}: there is no trace for it; write one, or leave it out with on_bad: skip")
+        return answer_text(self.form, trace or "", example.labels, self.separator)
 
     def truth(self, example: Example) -> list[str]:
         return list(example.labels)

@@ -5,11 +5,34 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BeforeValidator
 
 if TYPE_CHECKING:  # the rewards read completions through this room, in workers that should start without numpy
     from vlmalign.data.chat.messages import Message
     from vlmalign.types import Example
+
+
+def _read(prompt: Any) -> Any:
+    """The text of `{file: PATH}`; the path starts from the working directory, as all of a config's do."""
+    if not isinstance(prompt, Mapping):
+        return prompt
+    if list(prompt) != ["file"] or not isinstance(prompt["file"], str):
+        raise ValueError(
+            f"expected a text, or {{file: PATH}}, found a section with {', '.join(map(str, prompt)) or 'nothing'}"
+        )
+    try:
+        return Path(prompt["file"]).read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError:
+        raise ValueError(f"{prompt['file']} is not UTF-8 text") from None
+    except OSError as error:
+        raise ValueError(f"{prompt['file']}: {error.strerror}; the working directory is {Path.cwd()}") from None
+
+
+#: a text, or `{file: PATH}`, which is read when the config is: what a run keeps is the text
+Prompt = Annotated[str, BeforeValidator(_read)]
 
 _SLOT = re.compile(r"\{(\{[A-Za-z_]\w*\})\}|\{([A-Za-z_]\w*)\}")
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -170,11 +170,39 @@ def _denials(row: Mapping[str, Any], wording: Wording) -> list[str]:
     return [sentence for kind, sentence in wording.absent.items() if kind not in present]
 
 
-def write_traces(path: str | Path, rows: Iterable[Mapping[str, Any]], wording: Wording | None = None) -> None:
+def narrative(sentences: Sequence[str], labels: Sequence[str]) -> str:
+    """All that was seen, as one text."""
+    del labels
+    return " ".join(sentences)
+
+
+def steps(sentences: Sequence[str], labels: Sequence[str]) -> str:
+    """The same in numbered steps."""
+    del labels
+    return " ".join(f"{number}. {sentence}" for number, sentence in enumerate(sentences, start=1))
+
+
+def short(sentences: Sequence[str], labels: Sequence[str]) -> str:
+    """Only what leads to a label; of a film without one the last sentence."""
+    names = [spoken(label) for label in labels]
+    return " ".join(text for text in sentences if any(name in text for name in names)) or sentences[-1]
+
+
+#: how a trace may be told -> the writer of its text
+TELLINGS = {"narrative": narrative, "steps": steps, "short": short}
+
+
+def write_traces(
+    path: str | Path,
+    rows: Iterable[Mapping[str, Any]],
+    wording: Wording | None = None,
+    telling: Literal["narrative", "steps", "short"] = "narrative",
+) -> None:
     """JSONL of {"id", "trace"}, one line per truth row."""
-    with Path(path).open("w") as file:
+    with Path(path).open("w", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps({"id": row["id"], "trace": " ".join(reason(row, wording))}) + "\n")
+            text = TELLINGS[telling](reason(row, wording), row["labels"])
+            file.write(json.dumps({"id": row["id"], "trace": text}) + "\n")
 
 
 def read_truth(path: str | Path) -> list[dict[str, Any]]:

@@ -15,8 +15,8 @@ from vlmalign.data.sources.films import Films
 from vlmalign.data.sources.schema import CHEXPERT, NIH14, LabelSchema
 from vlmalign.data.sources.settings import FilmSource, Place, Positive, label_map_of
 
-#: beside an invented archive: the reasoning that leads to its labels
-TRACES = "traces.jsonl"
+#: beside an invented archive: the reasoning that leads to its labels, told in several ways
+TRACES = {"narrative": "traces.jsonl", "steps": "traces-steps.jsonl", "short": "traces-short.jsonl"}
 #: how the folder ends in which an archive is being written
 PARTIAL = ".partial"
 
@@ -80,7 +80,8 @@ class Archive(FilmSource):
         ) as own:
             beside = Path(own) / root.name
             rows = type(self).write(beside, films=made.films, seed=made.seed, size=made.size, workers=made.workers)
-            write_traces(beside / TRACES, rows)
+            for telling, name in TRACES.items():
+                write_traces(beside / name, rows, telling=telling)
             try:
                 beside.rename(root)
             except OSError:

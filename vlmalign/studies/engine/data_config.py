@@ -21,6 +21,8 @@ class Data(Config):
     set: str | None = None  #: NAME or NAME.PART
     path: Annotated[Path | None, FREE] = None
     images: Annotated[Path | None, FREE] = None  #: root of the image paths in the rows; None: the file's folder
+    #: of a set: JSON Lines of {"id": case, "trace": the reasoning that is taught with it}, in place of the source's
+    traces: Annotated[Path | None, FREE] = None
     on_bad: Literal["error", "skip"] = "error"  #: a row that cannot be used stops the run, or is left out and listed
     max_prompt: Positive | None = None  #: tokens, soft tokens included; None: no limit
     max_completion: Positive | None = None  #: tokens of the longest answer
@@ -38,4 +40,6 @@ class Data(Config):
             raise ValueError(f"give either set (a set of this study) or path (a file of rows), found {found}")
         if self.set is not None and self.images is not None:
             raise ValueError("images is the root of the image paths of a file; a set has its source's")
+        if self.path is not None and self.traces is not None:
+            raise ValueError("traces go with a set; rows of a file hold their own answers")
         return self

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,6 +13,7 @@ import numpy as np
 
 from vlmalign.data.films.images import load_image
 from vlmalign.data.sources.films import Films
+from vlmalign.data.sources.json_lines import read_texts
 from vlmalign.data.sources.rows import Rows, RowSource
 from vlmalign.exchange import agree
 from vlmalign.models.lora import LoraSpec
@@ -155,9 +156,15 @@ class Opened:
             cases = self.cases(data.set)
             # Other cases would make other batches: processes would compute different things, or wait for ever.
             agree(digest_of([row["sha256"] for row in cases.rows]), f"the cases of set {data.set}")
-            return ((int(place), cases[i]) for i, place in enumerate(cases.places))
+            found = ((int(place), cases[i]) for i, place in enumerate(cases.places))
+            return found if data.traces is None else self._with_traces(found, data.traces)
         rows = self.rows(data)
         return ((i + 1, rows[i]) for i in range(len(rows)))
+
+    def _with_traces(self, numbered: Numbered, file: Path) -> Numbered:
+        traces = read_texts(self.config.place(file), "id", "trace")
+        for number, case in numbered:
+            yield number, replace(case, meta={**case.meta, "trace": traces.get(case.id)})
 
     def rows(self, data: Data) -> Rows:
         """A file of rows that a stage names itself."""
@@ -243,6 +250,8 @@ class Opened:
         found = {} if name not in self.built else dict(self.built[name].files)
         files = {"data": stage.data} | ({} if stage.validation is None else {"validation.data": stage.validation.data})
         for role, data in files.items():
+            if data.traces is not None:
+                found[f"{role} traces"] = self.hashes.of(self.config.place(data.traces))
             if data.path is not None:
                 found[role] = digest_of([self.hashes.of(file) for file in self.rows(data).files])
                 if images := sorted(set(images_in([rows.meta for rows in self.rows(data)]))):
