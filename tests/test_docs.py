@@ -1,5 +1,6 @@
 """The documentation says what is so: its links lead somewhere, its studies load, its commands are understood."""
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -65,6 +66,13 @@ def test_studies_on_the_pages_load(block, tmp_path):
 @pytest.mark.parametrize("line", commands())
 def test_commands_on_the_pages_are_understood(line):
     assert build_parser().parse_args(shlex.split(line, comments=True)[1:]).command
+
+
+def test_the_page_of_rewards_shows_what_they_give(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "scripts")
+    table = importlib.import_module("reward_table")
+    page = text_of(table.PAGE)
+    assert table.page_with(page) == page, "run: python scripts/reward_table.py"
 
 
 def test_the_page_shows_the_study_of_own_films_as_it_is():

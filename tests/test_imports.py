@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "stopping": {"distributed"},
     "data": {"types", "config"},  # not shapes: without jaxtyping it imports JAX
     "tasks": {"types", "config", "data"},
-    "rewards": {"types", "tasks", "log"},
+    "rewards": {"types", "data", "tasks", "log"},
     "models": CORE,
     "weights": CORE | {"models"},
     "inspection": RECORDS | {"data", "reporting"} | MODELS,

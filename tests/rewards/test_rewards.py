@@ -13,29 +13,35 @@ from vlmalign.rewards.choice import ChoiceReward
 from vlmalign.rewards.collapse import label_collapse
 from vlmalign.rewards.constraints import ConstraintShare
 from vlmalign.rewards.contract import MemoryReward, Row, required_columns
+from vlmalign.rewards.contradiction import Contradiction
 from vlmalign.rewards.form import FormatReward
 from vlmalign.rewards.hard import HardReward
 from vlmalign.rewards.json_answer import JsonReward
 from vlmalign.rewards.labels import LabelOverlap
 from vlmalign.rewards.length import LengthBand
+from vlmalign.rewards.macro_f1 import MacroF1Gain
 from vlmalign.rewards.nuanced import NuancedReward
 from vlmalign.rewards.pattern import PatternReward
 from vlmalign.rewards.repetition import RepetitionPenalty
-from vlmalign.rewards.rewards import REWARD_SETS, REWARDS, REWARDS_WITH_MEMORY
+from vlmalign.rewards.rewards import REWARD_SETS, REWARDS, REWARDS_WITH_MEMORY, SET_PARTS
+from vlmalign.rewards.robust import RobustOverlap
 from vlmalign.rewards.runner import RewardRunner
 
 LABELS = ("Fracture", "Edema", "No Finding")
 BUILT = {
     "choice": lambda: ChoiceReward(),
     "constraints": lambda: ConstraintShare(),
+    "contradiction": lambda: Contradiction(LABELS, "No Finding"),
     "format": lambda: FormatReward(alone=True),
     "hard": lambda: HardReward(LABELS, min_tokens=10),
     "json": lambda: JsonReward({"type": "object", "required": ["drug"]}),
     "labels": lambda: LabelOverlap(LABELS, measure="f1", normal="No Finding"),
     "length": lambda: LengthBand(low=10, high=300, high_ramp=100),
+    "macro_f1": lambda: MacroF1Gain(LABELS, frequency={"Fracture": 0.1, "Edema": 0.3, "No Finding": 0.4}),
     "nuanced": lambda: NuancedReward(LABELS, frequency=(0.1, 0.3, 0.4)),
     "pattern": lambda: PatternReward(r"(?i)\bedema\b"),
     "repetition": lambda: RepetitionPenalty(n=2),
+    "robust": lambda: RobustOverlap(LABELS, {"nine": "chexpert9"}),
 }
 WITH_MEMORY = {"collapse": lambda: label_collapse(LABELS, window=2, share=0.5)}
 
@@ -43,7 +49,7 @@ COLUMNS = {
     "prompts": ["p"] * 8,
     "completions": [
         "<think>x</think><solution>Edema</solution>",
-        "<think>x</think><solution>Edema, edema, Flu</solution> and so on",
+        "<think>x</think><solution>Edema, edema, No Finding, Flu</solution> and so on",
         "<think>x</think><solution></solution>",
         "<think>never closed",
         "",
@@ -177,7 +183,10 @@ def test_a_pair_is_pure(remembering):
 def test_a_set_goes_into_a_runner_as_it_is(name):
     columns = dict(COLUMNS)
     prompts, completions = columns.pop("prompts"), columns.pop("completions")
-    with RewardRunner(REWARD_SETS[name](LABELS), workers=0) as runner:
+    frequency = {} if name.startswith("nv") else {"frequency": (0.1, 0.3, 0.4)}
+    built = REWARD_SETS[name](LABELS, **frequency)
+    assert tuple(built) == SET_PARTS[name]
+    with RewardRunner(built, workers=0) as runner:
         scored = runner.score(prompts, completions, columns)
     assert scored.faults == ()
     assert None not in scored.rewards

@@ -70,7 +70,7 @@ def study(folder: Path, model: Path) -> dict:
                 "validation": {"data": "held", "every": 1, "best": "loss", "answers": True, "completion": 16},
             },
             "hard": policy({"kind": "hard", "options": {"min_tokens": 4}}),
-            "nuanced": policy({"kind": "nuanced", "options": {"frequency": [0.1] * 14}}),
+            "nuanced": policy({"kind": "chexreason_nuanced", "options": {"everyone": False}}),
             "dpo": {
                 "kind": "dpo", "from": "sft@last", "data": {"path": str(folder / "pairs.jsonl")}, "steps": 2, "batch": 2,
                 **TRAIN,
@@ -144,6 +144,7 @@ def test_rewards_of_films_go_through_the_runner_and_are_recorded(finished):
         assert len(found) == 2 * 2 * 2
         logged = rows(stage_of(finished, name) / "completions.jsonl")
         assert [row["reward"] for row in found] == pytest.approx([row["reward"] for row in logged])
+        assert {tuple(row["parts"]) for row in logged} == {("r",) if name == "hard" else ("r_nuanced", "r_collapse")}
 
 
 def test_one_record_of_predictions_for_every_state_and_set(finished):

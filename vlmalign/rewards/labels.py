@@ -1,4 +1,4 @@
-"""Overlap of predicted and true label sets, by Jaccard index or F1, in [0, 1]."""
+"""Overlap of predicted and true label sets, by Jaccard index or F1, plain or by inverse label frequency; in [0, 1]."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlmalign.rewards.contract import aligned
-from vlmalign.rewards.hard import jaccard
+from vlmalign.rewards.frequency import Frequency, check_frequency, check_rarest, inverse
+from vlmalign.rewards.overlap import check_measure, overlap
 from vlmalign.tasks.label_reader import LabelReader, label_reader
 from vlmalign.tasks.spelling import fold
 
@@ -18,7 +19,12 @@ class LabelOverlap:
 
         jaccard = |Y n P| / |Y u P|        f1 = 2 |Y n P| / (|Y| + |P|)        1 where Y and P are both empty
 
-    and 0 where the solution names nothing but unknown labels.
+    and 0 where one of them is, or the solution names nothing but unknown labels.
+
+    With `frequency` a label counts w = 1 / max(share of films with it, `rarest`) instead of 1, so that |S| is the sum of
+    the weights in S. The range stays [0, 1]. Within a film, rare labels then decide; between films nothing changes: a
+    film of one label is worth 1, whichever it is, so that naming the most frequent label only still pays on most films.
+    For a reward that moves as macro-F1 does, see `MacroF1Gain`.
 
     None where `truth` is None: the completion belongs to another task.
 
@@ -31,11 +37,17 @@ class LabelOverlap:
     count_unknown: bool = False  #: names outside the schema count in P (as different labels) rather than being dropped
     normal: str | None = None  #: the label that excludes all others ("No Finding"): with another one, the reward is 0
     empty_is_normal: bool = False  #: an empty solution stands for `normal`
+    frequency: Frequency | None = None  #: share of films with each label, whose inverse weighs it; None: all alike
+    rarest: float = 0.01  #: in (0, 1]; smaller shares count as this one
 
     def __post_init__(self) -> None:
         names = label_reader(self.labels).labels
-        if self.measure not in ("jaccard", "f1"):
-            raise ValueError(f"measure must be jaccard or f1, found {self.measure!r}")
+        check_measure(self.measure)
+        check_rarest(self.rarest)
+        if self.frequency is not None:
+            check_frequency(names, self.frequency)
+            if self.count_unknown:
+                raise ValueError("count_unknown and frequency do not go together: an unknown name has no frequency")
         if self.normal is not None and self.normal not in names:
             raise ValueError(f"normal must be one of the labels {names}, found {self.normal!r}")
         if self.empty_is_normal and self.normal is None:
@@ -56,7 +68,8 @@ class LabelOverlap:
             found = frozenset({str(self.normal)})
         if self.normal in found and len(found) > 1:
             return 0.0
-        return jaccard(true, found) if self.measure == "jaccard" else set_f1(true, found)
+        weights = None if self.frequency is None else inverse(reader.labels, self.frequency, self.rarest)
+        return overlap(self.measure, true, found, weights)
 
     def __call__(
         self,
@@ -70,13 +83,3 @@ class LabelOverlap:
         return [
             None if true is None else self.score(text, truth=true) for text, true in aligned(completions, truth=truth)
         ]
-
-
-def set_f1(first: frozenset[str], second: frozenset[str]) -> float:
-    """2 |first n second| / (|first| + |second|), in [0, 1]; 1 when both are empty.
-
-    >>> set_f1(frozenset({"Edema", "Fracture"}), frozenset({"Edema"}))
-    0.6666666666666666
-    """
-    total = len(first) + len(second)
-    return 2 * len(first & second) / total if total else 1.0

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from vlmalign.rewards.contract import aligned
+from vlmalign.rewards.frequency import Frequency, check_frequency, shares
 from vlmalign.tasks.label_reader import LabelReader, label_reader
 
 
@@ -44,15 +45,13 @@ class NuancedReward:
     """
 
     labels: tuple[str, ...] | LabelReader  #: the label schema, or a task's reader of it
-    frequency: tuple[float, ...]  #: share of training films with each label, in [0, 1], in the order of `labels`
+    frequency: Frequency = "training"  #: share of training films with each label
     false_positive: float = 100.0  #: >= 0, price of a false positive of a label that every film has
     outside_text: float = 25.0  #: >= 0
     invalid: float = 100.0  #: >= 0, price of an invalid form
 
     def __post_init__(self) -> None:
-        names = label_reader(self.labels).labels
-        if len(self.frequency) != len(names) or not all(0 <= share <= 1 for share in self.frequency):
-            raise ValueError(f"frequency must hold a share in [0, 1] for each of {names}, found {self.frequency}")
+        check_frequency(label_reader(self.labels).labels, self.frequency)
         for name in ("false_positive", "outside_text", "invalid"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is a price and must be >= 0, found {getattr(self, name)}")
@@ -71,9 +70,9 @@ class NuancedReward:
         precision = hits / len(found) if found else both_empty
         match = 100.0 if true == found and (true or parsed.says_nothing) else 0.0
         partial = 30 * recall + 20 * precision
-        shares = dict(zip(reader.labels, self.frequency, strict=True))
+        share = shares(reader.labels, self.frequency)
         # In the order of the schema, not of a set: sums of floats must not depend on the process's hash seed.
-        wrong = sum(self.false_positive * shares[label] for label in parsed.predicted if label not in true)
+        wrong = sum(self.false_positive * share[label] for label in parsed.predicted if label not in true)
         form = 100.0 * len(parsed.unknown) + 25.0 * parsed.duplicates + (self.outside_text if parsed.outside else 0.0)
         return NuancedBreakdown(match, partial, float(wrong), form, match + partial - wrong - form)
 

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from vlmalign.rewards.contract import Reward
+from vlmalign.rewards.contract import MemoryReward, Reward
 from vlmalign.rewards.labels import LabelOverlap
 from vlmalign.rewards.length import LengthBand
 from vlmalign.tasks.label_reader import LabelReader
 
-RewardSet = Mapping[str, tuple[Reward, float]]
+#: name -> reward and its weight, as a `RewardRunner` takes them
+RewardSet = Mapping[str, tuple[Reward | MemoryReward, float]]
 
 
 def nv_reason_cxr(labels: tuple[str, ...] | LabelReader) -> RewardSet:

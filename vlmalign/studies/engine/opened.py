@@ -21,7 +21,7 @@ from vlmalign.studies.engine.base import Front, open_front
 from vlmalign.studies.engine.config import Answers, StudyConfig, set_ref, stage_ref
 from vlmalign.studies.engine.data_config import Data
 from vlmalign.studies.engine.files import Hashes, digest_of
-from vlmalign.studies.engine.rewards import Built, build_rewards, check_columns, needs_turns
+from vlmalign.studies.engine.rewards import Built, build_rewards, check_columns, count_labels, needs_turns
 from vlmalign.studies.engine.sets import Cases, images_in, open_cases
 from vlmalign.studies.engine.stage_config import AdapterStage, Dpo, ModelStage, Policy, Sft, Stage, Trains
 from vlmalign.studies.engine.texts import LeftOut, Numbered, Texts, answers_to_learn, pairs_to_learn, prompts, questions
@@ -211,6 +211,8 @@ class Opened:
         if isinstance(stage, Policy):
             rewards = self.built[name].rewards
             check_columns(stage, rewards, train, _origin(stage.data))
+            truth = [item.columns.get("truth") for item in train.items]
+            self.built[name] = count_labels(self.built[name], stage, task, truth, where)
             if validation is not None:
                 check_columns(stage, rewards, validation, _origin(stage.validation.data))
         self.texts[name] = StageTexts(train, validation, tuple(watched))

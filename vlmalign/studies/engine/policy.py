@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import ExitStack, closing
 
 from vlmalign import exchange
 from vlmalign.mesh import Placement
-from vlmalign.rewards.contract import MemoryReward, Reward
 from vlmalign.rewards.outcomes import OutcomeFile
 from vlmalign.rewards.runner import RewardRunner
 from vlmalign.rollout.sampling import Sampling
 from vlmalign.studies.engine.objective import objective_of
+from vlmalign.studies.engine.reward_config import Rewards
 from vlmalign.studies.engine.stage_config import Grpo, Ppo
 from vlmalign.studies.engine.validate import greedy_rewards, watching
 from vlmalign.studies.engine.work import Work
@@ -25,9 +24,6 @@ from vlmalign.training.value_head import init_value_head, split_value_head
 
 #: in a stage's folder: every completion; what each was given while training, and in validation
 COMPLETIONS, OUTCOMES, HELD_OUT = "completions.jsonl", "rewards.jsonl", "validation-rewards.jsonl"
-
-#: reward -> what is called, and its weight
-Rewards = Mapping[str, tuple[Reward | MemoryReward, float]]
 
 
 def run_policy(stage: Grpo | Ppo, work: Work, rewards: Rewards) -> Finished:

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 from vlmalign.rewards.contract import MemoryReward, Reward, is_async, required_columns
 from vlmalign.rewards.user_file import OnMessages, load_user_reward, received
 from vlmalign.studies.engine.config import StudyConfig
-from vlmalign.studies.engine.policy import Rewards
-from vlmalign.studies.engine.reward_config import FileReward
+from vlmalign.studies.engine.reward_config import FileReward, Rewards, TableReward, Truth
 from vlmalign.studies.engine.stage_config import Policy
 from vlmalign.studies.engine.texts import RESERVED, Texts
 from vlmalign.tasks.tasks import AnyTask
@@ -60,10 +59,26 @@ def build_rewards(stage: Policy, task: AnyTask, where: str, *, trusted: bool) ->
             rewards[name] = (_with_options(name, found.reward, reward), reward.weight)
         else:
             try:
-                rewards[name] = (reward.build(task), reward.weight)
+                rewards |= reward.build(name, task)
             except ValueError as error:
                 raise ValueError(f"{where}.rewards.{name}: {error}") from error
     return Built(rewards, files)
+
+
+def count_labels(built: Built, stage: Policy, task: AnyTask, truth: Truth, where: str) -> Built:
+    """The rewards with the frequencies of labels that they leave to the set that the stage trains on.
+
+    Raises:
+        ValueError: where no film of it has a truth.
+    """
+    found = dict(built.rewards)
+    for name, reward in stage.rewards.items():
+        if isinstance(reward, TableReward) and reward.counts_labels:
+            try:
+                found |= reward.build(name, task, truth)
+            except ValueError as error:
+                raise ValueError(f"{where}.rewards.{name}: {error}") from error
+    return built._replace(rewards=found)
 
 
 def _with_options(name: str, reward: Reward | MemoryReward, section: FileReward) -> Reward | MemoryReward:

@@ -172,7 +172,9 @@ class Policy(Stage):
             raise ValueError(
                 f"overlong_buffer must be <= rollout.completion = {self.rollout.completion}, found {self.overlong_buffer}"
             )
-        for name in self.rewards:
+        for name in self.reward_names:
+            if self.reward_names.count(name) > 1:
+                raise ValueError(f"two rewards are called {name!r} (those of a set are called NAME_PART); rename one")
             if name in TAKEN or "/" in name or not name.strip():
                 raise ValueError(
                     f"a reward cannot be called {name!r}: metrics have a number of that name, or could not tell it from "
@@ -181,6 +183,11 @@ class Policy(Stage):
         if not any(reward.weight for reward in self.rewards.values()):
             raise ValueError("every reward has weight 0: there is nothing to learn from")
         return self
+
+    @property
+    def reward_names(self) -> list[str]:
+        """What the rewards are called in metrics and records: as in the config, and those of a set NAME_PART."""
+        return [each for name, reward in self.rewards.items() for each in reward.names(name)]
 
     @property
     def needs_reference(self) -> bool:
@@ -224,7 +231,7 @@ class Grpo(Policy):
                 f"rollout.group must be >= 2 to compare completions of a prompt, found {self.rollout.group}"
             )
         if self.normalise_first is not None:
-            known = [*self.rewards, *([] if self.overlong_buffer is None else [OVERLONG])]
+            known = [*self.reward_names, *([] if self.overlong_buffer is None else [OVERLONG])]
             if unknown := sorted(set(self.normalise_first) - set(known)):
                 raise ValueError(f"normalise_first names {unknown[0]!r}, but the rewards are {', '.join(known)}")
             if OVERLONG in known and OVERLONG not in self.normalise_first:

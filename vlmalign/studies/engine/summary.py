@@ -57,7 +57,7 @@ def stages_table(config: StudyConfig, names: list[str]) -> Table:
     for name in names:
         stage = config.stages[name]
         lines = read_rows(config.run / "stages" / name / "metrics.jsonl")
-        rewards = tuple(stage.rewards) if isinstance(stage, Policy) else ()
+        rewards = tuple(stage.reward_names) if isinstance(stage, Policy) else ()
         for number in (*TOLD[stage.kind], *rewards):
             first, last = ends(lines, number)
             if first is not None:
