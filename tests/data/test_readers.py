@@ -192,6 +192,12 @@ def test_mimic_only_one_is_positive_and_labels_are_joined_by_study(mimic):
     assert set(found) == {("Lung Opacity", "Edema")}
     found = [film.labels for film in MimicCxrJpg(mimic, None, uncertain="positive") if film.meta["study"] == study]
     assert set(found) == {("Lung Opacity", "Edema", "Fracture")}
+    every, certain = MimicCxrJpg(mimic, None), MimicCxrJpg(mimic, None, uncertain="ignore")
+    assert not [film for film in certain if film.meta["study"] == study]
+    doubtful = {film.id for film in every} - {film.id for film in certain}
+    assert {row["id"] for row in certain.skipped} == doubtful
+    assert all(row["reason"].startswith("uncertain: ") for row in certain.skipped)
+    assert "uncertain: Fracture" in {row["reason"] for row in certain.skipped}
     with pytest.raises(ValueError, match="'maybe'"):
         MimicCxrJpg(mimic, None, uncertain="maybe")
 
@@ -288,6 +294,17 @@ def test_mimic_paths_that_leave_the_root_are_refused(mimic):
 
 
 # ---- CheXpert ---------------------------------------------------------------------------------------------------
+
+
+def test_chexpert_views_are_chosen(chexpert):
+    frame = pd.read_csv(next(chexpert.rglob("train.csv")), dtype=str, keep_default_na=False)
+    assert {"AP", "PA"} <= set(frame["AP/PA"])
+    assert len(CheXpert(chexpert, views=["AP"])) == (frame["AP/PA"] == "AP").sum()
+    assert {film.meta["view"] for film in CheXpert(chexpert, views=["AP"])} == {"AP"}
+    with pytest.raises(ValueError, match=r"views LL \(the table has "):
+        CheXpert(chexpert, views=["LL"])
+    with pytest.raises(ValueError, match="no column 'AP/PA'"):
+        CheXpert(chexpert, "test", views=["AP"])
 
 
 def test_chexpert_files_have_the_released_form(chexpert):

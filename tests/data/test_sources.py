@@ -196,6 +196,25 @@ def test_a_column_for_each_label(own):
     assert list(opened.ids()) == ["first", "second", "third"]
 
 
+@pytest.mark.parametrize(
+    ("written", "means"),
+    [
+        ("positive-only", "negative"),
+        ("u-zeros", "negative"),
+        ("u-ones", "positive"),
+        ("u-ignore", "ignore"),
+        ("ignore", "ignore"),
+    ],
+)
+def test_policies_have_the_names_of_the_paper(own, written, means):
+    labels = {"columns": ["Ring of light", "Veil"], "uncertain": written}
+    config = source(own, **OWN | {"labels": labels})
+    assert config.labels.uncertain == means
+    opened = config.open(place(own))
+    assert [row["id"] for row in opened.skipped] == (["c.jpg"] if means == "ignore" else [])
+    assert len(opened) == 3 - len(opened.skipped)
+
+
 def test_one_column_of_names(own):
     text = "film,seen\na.png,Veil | Ring\nsub/b.png,Plain\nc.jpg,\n"
     (own / "films.csv").write_text(text)

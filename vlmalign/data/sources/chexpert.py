@@ -8,7 +8,7 @@ image, so the frontal films are found on disk. Paths in the tables begin with th
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from vlmalign.data.phantoms.institutions import CHEXPERT_LIKE, Institution
 from vlmalign.data.phantoms.synthetic import Film, plan_studies, split_counts, truth_row, write_films, write_truth
 from vlmalign.data.sources.films import Films
 from vlmalign.data.sources.schema import CHEXPERT
-from vlmalign.data.sources.tables import find_table, inside, label_values, positives, read_table
+from vlmalign.data.sources.tables import filter_words, find_table, ignored, inside, label_values, positives, read_table
 
 RELEASES = ("CheXpert-v1.0", "CheXpert-v1.0-small")
 COLUMNS = ("Path", "Sex", "Age", "Frontal/Lateral", "AP/PA")
@@ -29,8 +29,9 @@ _PATH = re.compile(r"(?:[^/]+/)*?((?:train|valid|test)/(patient\d+)/(study\d+)(?
 class CheXpert(Films):
     """The films of one split; ids are paths from the split's folder on (`train/patient00001/study1/...jpg`).
 
-    With `frontal_only` laterals are left out (the test table lists studies: there only frontal films are read).
-    Only the value 1 is positive; -1 counts as `uncertain` says; 0 and blank are absent. Test studies without a
+    With `frontal_only` laterals are left out (the test table lists studies: there only frontal films are read); `views`
+    are values of the column `AP/PA` (None: all), which the test table lacks.
+    Only the value 1 is positive; -1 counts as `uncertain` says (`settings.Uncertain`); 0 and blank are absent. Test studies without a
     frontal film on disk raise FileNotFoundError, or are listed in `skipped` with `on_bad="skip"`.
     """
 
@@ -40,6 +41,7 @@ class CheXpert(Films):
         split: str = "train",
         *,
         frontal_only: bool = True,
+        views: Sequence[str] | None = None,
         uncertain: str = "negative",
         on_bad: str = "error",
     ) -> None:
@@ -49,7 +51,12 @@ class CheXpert(Films):
         table = find_table(base, _TABLES[split])
         read = _study_rows if split == "test" else _image_rows
         films, skipped = read(base, table, frontal_only, on_bad)
-        labels = positives(label_values(films, table, CHEXPERT.labels), uncertain)
+        found = films.get("AP/PA")
+        if views is not None:
+            if found is None:
+                raise ValueError(f"{table} has no column 'AP/PA': views cannot be chosen in split {split!r}")
+            films = films[found.isin(list(views))]
+        values = label_values(films, table, CHEXPERT.labels)
         super().__init__(
             "chexpert",
             CHEXPERT,
@@ -58,7 +65,7 @@ class CheXpert(Films):
             ids=films["path"],
             patients=films["patient"],
             paths=films["path"],
-            labels=labels,
+            labels=positives(values, uncertain),
             rows=films["row"].to_numpy(int),
             meta={
                 name: films[column]
@@ -67,7 +74,8 @@ class CheXpert(Films):
             },
             skipped=skipped,
             on_bad=on_bad,
-            wanted=f"split {split!r}" + (", frontal views only" if frontal_only else ""),
+            wanted=filter_words(split, views, found) + (", frontal views only" if frontal_only else ""),
+            ignored=ignored(values, uncertain),
         )
 
 

@@ -22,8 +22,8 @@ from vlmalign.types import Example
 class Films:
     """`len(films)` films; `films[i]` is an `Example`.
 
-    `skipped` lists the rows that were left out, as {"id", "path", "reason"}: rows without labels and, with
-    `on_bad="skip"`, those whose file is missing or lies outside the root. With `on_bad="error"` the latter raise
+    `skipped` lists the rows that were left out, as {"id", "path", "reason"}: rows without labels or with uncertain ones
+    that are ignored and, with `on_bad="skip"`, those whose file is missing or lies outside the root. With `on_bad="error"` the latter raise
     FileNotFoundError or ValueError, naming table row and path, when the film is asked for (a path that leaves the
     root as written: when the data set is opened).
     """
@@ -48,11 +48,13 @@ class Films:
         files: Sequence[Path] = (),
         wanted: str = "",
         notes: Sequence[str] = (),
+        ignored: np.ndarray | None = None,
     ) -> None:
         """`labels`: bool [films, labels]; `rows` (int): line of each film in `table`; `paths`: relative to `root`.
 
-        `files`: the tables that were read (default: `table`); `wanted`: the filter, in words, for the ValueError that
-        is raised when no film is left; `notes`: what was taken for granted, for the user to read.
+        `ignored`: bool [films, labels], uncertain labels for which a film is left out; `files`: the tables that were read
+        (default: `table`); `wanted`: the filter, in words, for the ValueError that is raised when no film is left;
+        `notes`: what was taken for granted, for the user to read.
         """
         if on_bad not in ("error", "skip"):
             raise ValueError(f"on_bad must be 'error' or 'skip', found {on_bad!r}")
@@ -66,6 +68,10 @@ class Films:
         self._rows = np.asarray(rows, int)
         self._meta = {key: np.asarray(column, object) for key, column in meta.items()}
         self._refuse_repeats()
+        if ignored is not None:
+            names = np.array(schema.labels)
+            films = np.flatnonzero(ignored.any(1)).tolist()
+            self._leave_out({film: f"uncertain: {', '.join(names[ignored[film]])}" for film in films})
         if on_bad == "skip":
             self._skip_bad()
         for i, path in enumerate(self._paths):
@@ -153,13 +159,20 @@ class Films:
             seen[id] = i
 
     def _skip_bad(self) -> None:
-        keep = np.ones(len(self), bool)
+        bad = {}
         for i in range(len(self)):
             try:
                 self._checked_path(i)
             except (ValueError, FileNotFoundError) as error:
-                keep[i] = False
-                self.skipped.append({"id": self._ids[i], "path": self._paths[i], "reason": str(error)})
+                bad[i] = str(error)
+        self._leave_out(bad)
+
+    def _leave_out(self, reasons: Mapping[int, str]) -> None:
+        """Drops films, and lists them as skipped: place -> reason."""
+        keep = np.ones(len(self), bool)
+        for i, reason in reasons.items():
+            keep[i] = False
+            self.skipped.append({"id": self._ids[i], "path": self._paths[i], "reason": reason})
         self._ids, self._patients, self._paths = self._ids[keep], self._patients[keep], self._paths[keep]
         self._labels, self._rows = self._labels[keep], self._rows[keep]
         self._meta = {key: column[keep] for key, column in self._meta.items()}

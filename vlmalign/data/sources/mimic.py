@@ -25,7 +25,7 @@ from vlmalign.data.phantoms.synthetic import (
 )
 from vlmalign.data.sources.films import Films
 from vlmalign.data.sources.schema import CHEXPERT
-from vlmalign.data.sources.tables import filter_words, find_table, label_values, positives, read_table
+from vlmalign.data.sources.tables import filter_words, find_table, ignored, label_values, positives, read_table
 
 VERSIONS = ("2.1.0", "2.0.0")
 SPLITS = ("train", "validate", "test")
@@ -40,7 +40,7 @@ METADATA = (
 class MimicCxrJpg(Films):
     """The films of one split (None: all) with the given views, labelled per study; ids are dicom ids.
 
-    Only the value 1 is positive; -1 counts as `uncertain` says; 0 and blank are absent. Studies without a row in
+    Only the value 1 is positive; -1 counts as `uncertain` says (`settings.Uncertain`); 0 and blank are absent. Studies without a row in
     the label table are left out and listed in `skipped`. Without `version` the newest one present is read.
     """
 
@@ -83,7 +83,8 @@ class MimicCxrJpg(Films):
         repeated = labels["study_id"][labels["study_id"].duplicated()]
         if len(repeated):
             raise ValueError(f"{label_path}, row {repeated.index[0] + 2}: study {repeated.iloc[0]} is repeated")
-        matrix = positives(label_values(labels, label_path, CHEXPERT.labels), uncertain)
+        values = label_values(labels, label_path, CHEXPERT.labels)
+        matrix, doubtful = positives(values, uncertain), ignored(values, uncertain)
         row_of = pd.Index(labels["study_id"]).get_indexer(films["study_id"])  # -1: no label row
         paths = [
             f"files/p{subject[:2]}/p{subject}/s{study}/{dicom}.jpg"
@@ -110,6 +111,7 @@ class MimicCxrJpg(Films):
             on_bad=on_bad,
             files=(meta_path, label_path, split_path),
             wanted=filter_words(split, views, found),
+            ignored=doubtful[row_of[row_of >= 0]],
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from vlmalign.config import FREE, Config
 from vlmalign.data.sources.films import Films
@@ -14,6 +14,15 @@ from vlmalign.data.sources.json_lines import read_texts
 from vlmalign.data.sources.schema import LABEL_MAPS, LabelMap, LabelSchema, renaming
 
 Positive = Annotated[int, Field(ge=1)]
+#: CheXpert's names (Irvin et al. 2019, arXiv 1901.07031) for what -1, uncertain, counts as
+POLICIES = {"positive-only": "negative", "u-zeros": "negative", "u-ones": "positive", "u-ignore": "ignore"}
+#: negative: absent, as blank; positive: present; ignore: a film with -1 for any label is left out and listed.
+#: Only positives are counted here, so that "positive-only" and "u-zeros" are the same. U-Ignore masks single labels in a
+#: loss; an answer that lists labels has no place for one that is neither present nor absent, so the film goes.
+Uncertain = Annotated[
+    Literal["negative", "positive", "ignore"],
+    BeforeValidator(lambda given: POLICIES.get(given, given) if isinstance(given, str) else given),
+]
 #: fills "{run}", the run folder, into a path of the config
 Place = Callable[[str], Path]
 

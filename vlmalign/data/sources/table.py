@@ -13,7 +13,7 @@ Splits and intervals are by patient, so say which column holds it where there is
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -22,8 +22,8 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from vlmalign.config import FREE, Config
 from vlmalign.data.sources.films import Films
 from vlmalign.data.sources.schema import LabelSchema, renaming, unknown_label
-from vlmalign.data.sources.settings import FilmSource, Place
-from vlmalign.data.sources.tables import LABEL_VALUES, label_values, positives
+from vlmalign.data.sources.settings import FilmSource, Place, Uncertain
+from vlmalign.data.sources.tables import LABEL_VALUES, ignored, label_values, positives
 from vlmalign.data.sources.text_table import check_ending, read_text_table
 
 #: texts that a label's column may hold, and their value; blank means not mentioned
@@ -42,7 +42,7 @@ class Labels(Config):
     values: dict[str, Literal[1, 0, -1]] = Field(
         default_factory=dict
     )  #: further texts in `columns`: {"yes": 1, "no": 0}
-    uncertain: Literal["negative", "positive"] = "negative"  #: what -1 counts as
+    uncertain: Uncertain = "negative"  #: what -1 counts as; also "positive-only", "u-zeros", "u-ones", "u-ignore"
     column: str | None = None  #: holds names, joined by the separator; blank: none
     separator: Annotated[str, Field(min_length=1)] | None = None  #: None: one name a film
     names: Names | None = None  #: the names that `column` may hold, in their order; None: those found, sorted
@@ -127,11 +127,11 @@ class TableFilms(FilmSource):
         ]
         frame, rows = read_text_table(path, list(dict.fromkeys(name for name in named if name is not None)))
         for column, taken in ((self.view, self.views), (self.split, self.splits)):
-            keep = _chosen(frame, column, taken, path)
+            keep = chosen(frame, column, taken, path)
             frame, rows = frame[keep], rows[keep]
-        matrix, schema = _read_labels(self.labels, frame, rows, path)
-        paths = _filled(frame, self.image, rows, path) + self.suffix
-        ids = paths if self.id is None else _filled(frame, self.id, rows, path)
+        labels = read_labels(self.labels, frame, rows, path)
+        paths = filled(frame, self.image, rows, path) + self.suffix
+        ids = paths if self.id is None else filled(frame, self.id, rows, path)
         notes = (
             []
             if self.patient is not None
@@ -141,13 +141,13 @@ class TableFilms(FilmSource):
         used = {*named, *renamed}
         films = Films(
             "table",
-            schema,
+            labels.schema,
             root,
             table=path,
             ids=ids,
-            patients=ids if self.patient is None else _filled(frame, self.patient, rows, path),
+            patients=ids if self.patient is None else filled(frame, self.patient, rows, path),
             paths=paths,
-            labels=matrix,
+            labels=labels.positive,
             rows=rows,
             meta={
                 **{name: frame[name] for name in frame if name not in used},
@@ -155,11 +155,12 @@ class TableFilms(FilmSource):
             },
             on_bad=self.on_bad,
             notes=notes,
+            ignored=labels.ignored,
         )
         return self.finished(films, place)
 
 
-def _chosen(frame: pd.DataFrame, column: str | None, taken: tuple[str, ...] | None, path: Path) -> np.ndarray:
+def chosen(frame: pd.DataFrame, column: str | None, taken: tuple[str, ...] | None, path: Path) -> np.ndarray:
     """Which rows are taken; ValueError for a value that no row has."""
     if column is None or taken is None:
         return np.ones(len(frame), bool)
@@ -170,7 +171,7 @@ def _chosen(frame: pd.DataFrame, column: str | None, taken: tuple[str, ...] | No
     return frame[column].isin(taken).to_numpy()
 
 
-def _filled(frame: pd.DataFrame, column: str, rows: np.ndarray, path: Path) -> pd.Series:
+def filled(frame: pd.DataFrame, column: str, rows: np.ndarray, path: Path) -> pd.Series:
     """The texts of a column in which no cell may be blank."""
     texts = frame[column].map(lambda cell: cell.strip() if isinstance(cell, str) else "")
     if (blank := (texts == "").to_numpy()).any():
@@ -178,12 +179,21 @@ def _filled(frame: pd.DataFrame, column: str, rows: np.ndarray, path: Path) -> p
     return texts
 
 
-def _read_labels(labels: Labels, frame: pd.DataFrame, rows: np.ndarray, path: Path) -> tuple[np.ndarray, LabelSchema]:
-    """bool [rows, labels] and their schema."""
+class TableLabels(NamedTuple):
+    """The labels of a table's rows."""
+
+    positive: np.ndarray  #: bool [rows, labels]
+    ignored: np.ndarray  #: bool [rows, labels]: uncertain values for which a row is left out
+    schema: LabelSchema
+
+
+def read_labels(labels: Labels, frame: pd.DataFrame, rows: np.ndarray, path: Path) -> TableLabels:
+    """What `labels` says of a table as text, whose rows have these numbers in the file; ValueError names row and column."""
     if labels.columns is not None:
         known = {**VALUES, **{text: float(value) for text, value in labels.values.items()}}
         values = label_values(frame, path, labels.columns, known=known, rows=rows)
-        return positives(values, labels.uncertain), LabelSchema(path.name, labels.columns, labels.normal)
+        schema = LabelSchema(path.name, labels.columns, labels.normal)
+        return TableLabels(positives(values, labels.uncertain), ignored(values, labels.uncertain), schema)
     cells = [_names_of(cell, labels.separator) for cell in frame[labels.column]]
     found = sorted({name for cell in cells for name in cell})
     names = labels.names or tuple(found)
@@ -198,7 +208,7 @@ def _read_labels(labels: Labels, frame: pd.DataFrame, rows: np.ndarray, path: Pa
             if name not in names:
                 raise ValueError(unknown_label(name, names, f"{path}, row {rows[row]}, column {labels.column!r}"))
             matrix[row, names.index(name)] = True
-    return matrix, LabelSchema(path.name, names, labels.normal)
+    return TableLabels(matrix, np.zeros_like(matrix), LabelSchema(path.name, names, labels.normal))
 
 
 def _names_of(cell: Any, separator: str | None) -> list[str]:

@@ -123,9 +123,14 @@ def _listed(known: Mapping[str, float]) -> str:
 
 def positives(values: np.ndarray, uncertain: str = "negative") -> np.ndarray:
     """bool [rows, labels]: only 1 is positive; -1 counts as `uncertain` says; 0 and blank are absent."""
-    if uncertain not in ("negative", "positive"):
-        raise ValueError(f"uncertain must be 'negative' or 'positive', found {uncertain!r}")
+    if uncertain not in ("negative", "positive", "ignore"):
+        raise ValueError(f"uncertain must be 'negative', 'positive' or 'ignore', found {uncertain!r}")
     return (values == 1) | (values == -1) if uncertain == "positive" else values == 1
+
+
+def ignored(values: np.ndarray, uncertain: str) -> np.ndarray:
+    """bool [rows, labels]: the values -1 for which a film is left out; none unless `uncertain` is 'ignore'."""
+    return (values == -1) & (uncertain == "ignore")
 
 
 def filter_words(split: str | None, views: Sequence[str] | None, found: pd.Series | None) -> str:

@@ -13,7 +13,7 @@ from vlmalign.data.phantoms.traces import write_traces
 from vlmalign.data.sources import chexpert, mimic, nih
 from vlmalign.data.sources.films import Films
 from vlmalign.data.sources.schema import CHEXPERT, NIH14, LabelSchema
-from vlmalign.data.sources.settings import FilmSource, Place, Positive, label_map_of
+from vlmalign.data.sources.settings import FilmSource, Place, Positive, Uncertain, label_map_of
 
 #: beside an invented archive: the reasoning that leads to its labels, told in several ways
 TRACES = {"narrative": "traces.jsonl", "steps": "traces-steps.jsonl", "short": "traces-short.jsonl"}
@@ -100,7 +100,7 @@ class MimicFilms(Archive):
     split: Literal["train", "validate", "test"] | None = "train"  #: None: all
     views: tuple[str, ...] = ("AP", "PA")
     labeler: Literal["chexpert", "negbio"] = "chexpert"
-    uncertain: Literal["negative", "positive"] = "negative"  #: what -1 counts as
+    uncertain: Uncertain = "negative"  #: what -1 counts as; also "positive-only", "u-zeros", "u-ones", "u-ignore"
     version: Literal["2.0.0", "2.1.0"] | None = None  #: None: the newest that is there
 
     def read(self, root: Path) -> Films:
@@ -125,11 +125,17 @@ class CheXpertFilms(Archive):
     kind: Literal["chexpert"]
     split: Literal["train", "valid", "test"] = "train"
     frontal_only: bool = True
-    uncertain: Literal["negative", "positive"] = "negative"  #: what -1 counts as
+    views: tuple[str, ...] | None = None  #: values of `AP/PA` that are taken, such as AP, PA; None: all
+    uncertain: Uncertain = "negative"  #: what -1 counts as; also "positive-only", "u-zeros", "u-ones", "u-ignore"
 
     def read(self, root: Path) -> Films:
         return chexpert.CheXpert(
-            root, self.split, frontal_only=self.frontal_only, uncertain=self.uncertain, on_bad=self.on_bad
+            root,
+            self.split,
+            frontal_only=self.frontal_only,
+            views=self.views,
+            uncertain=self.uncertain,
+            on_bad=self.on_bad,
         )
 
 
