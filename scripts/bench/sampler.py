@@ -10,8 +10,8 @@ Prints a table and one JSON object. Three questions:
               MIMIC-CXR-JPG, arXiv 1901.07042); the labels are drawn at random, with prevalences from .5 to 30 %.
     gap       60 films, 14 labels, 12 picks, 200 tables: the objective beside its minimum, which
               `scipy.optimize.milp` proves; as a share of max(minimum, 1), since the minimum may be 0.
-    balance   of 2,000 films: beside a random draw and iterative stratification (Sechidis et al. 2011, from the package
-              iterative-stratification, where it is installed), which both keep the source's prevalences on purpose.
+    balance   of 2,000 films: beside a random draw and iterative stratification (Sechidis et al. 2011), which both keep the source's
+              prevalences on purpose.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from vlmalign.data.sampling.sampler import balanced_sample, random_sample
 from vlmalign.data.sampling.search import Goal
+from vlmalign.data.sampling.stratification import stratify
 
 FILMS, PATIENTS, LABELS, DRAWN = 377_110, 65_379, 14, 2000
 #: the stratifier's time grows with films x labels
@@ -158,20 +159,8 @@ def balance(labels: np.ndarray, patients: np.ndarray) -> dict[str, dict]:
     drawn = balanced_sample(labels, patients, names(labels), sizes={"s": DRAWN}, seed=0).sets["s"]
     some = np.sort(np.random.default_rng(0).choice(len(labels), min(STRATIFIED_FROM, len(labels)), replace=False))
     ways = {"balanced": drawn.indices, "random": random_sample(patients, DRAWN, seed=0)}
-    stratified = stratify(labels[some])
-    if stratified is not None:
-        ways["iterative stratification"] = some[stratified]
+    ways["iterative stratification"] = some[stratify(labels[some], [DRAWN], seed=0)[0]]
     return {way: measured(labels[rows], drawn.goal) for way, rows in ways.items()}
-
-
-def stratify(labels: np.ndarray) -> np.ndarray | None:
-    """2,000 rows that keep every label's share; None where the package is not installed."""
-    try:
-        from iterstrat.ml_stratifiers import MultilabelStratifiedShuffleSplit
-    except ImportError:
-        return None
-    split = MultilabelStratifiedShuffleSplit(n_splits=1, test_size=DRAWN, random_state=0)
-    return next(split.split(np.zeros(len(labels)), labels.astype(int)))[1]
 
 
 def measured(labels: np.ndarray, goal: Goal) -> dict:

@@ -6,7 +6,8 @@ import pytest
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from vlmalign.data.sampling.pool import label_patterns
-from vlmalign.data.sampling.sampler import ShortfallError, balanced_sample, coverage, random_sample
+from vlmalign.data.sampling.refusals import ShortfallError
+from vlmalign.data.sampling.sampler import balanced_sample, coverage, random_sample
 from vlmalign.data.sampling.search import Goal
 
 
@@ -53,18 +54,20 @@ def test_floor_comes_before_balance():
 
 
 def test_objective_by_hand():
-    goal = Goal(size=4, floor=1, target=np.array([2, 2, 2]), over_weight=4, missing=1000)
-    # counts 4, 0, 1: two over 4 x 2^2, none 1000 + 2^2, one under 1^2
-    assert goal.objective(np.array([4, 0, 1])) == 16 + 1004 + 1
+    one, two = np.array([1, 1, 1]), np.array([2, 2, 2])
+    goal = Goal(size=4, floor=one, cap=np.array([3, 4, 4]), target=two, over_weight=4, missing=1000)
+    # counts 4, 0, 1: two over 4 x 2^2 and one above the cap 1000, none 1000 + 2^2, one under 1^2
+    assert goal.objective(np.array([4, 0, 1])) == 1016 + 1004 + 1
+    assert goal.keeps(np.array([4, 0, 1])).tolist() == [False, False, True]
 
 
 def test_marginal_is_the_difference_of_the_objective():
-    goal = Goal(size=5, floor=2, target=np.array([3]), over_weight=4, missing=1000)
+    goal = Goal(size=5, floor=np.array([2]), cap=np.array([4]), target=np.array([3]), over_weight=4, missing=1000)
     for count in range(6):
         step = goal.objective(np.array([count + 1])) - goal.objective(np.array([count]))
         assert goal.marginal()[count, 0] == step
-        # at the last pick the pace is J without its floor, in units of 1 / n^2
-        unmet = 1000 * (count < 2)
+        # at the last pick the pace is J without its floor and cap, in units of 1 / n^2
+        unmet = 1000 * ((count < 2) - (count >= 4))
         assert goal.pace(np.array([count]), 5)[0] == 25 * (step + unmet)
 
 
@@ -237,7 +240,7 @@ def test_refusal_when_labels_do_not_fit_together():
         ({"sizes": {"s": 0}}, "sizes"),
         ({"sizes": {"s": 7}}, "expected 7 labelled films"),
         ({"exclude_patients": range(4)}, "found 2"),
-        ({"floor": 5.0}, "floor must be a share"),
+        ({"floor": 5.0}, "floor of a must be a share"),
         ({"target": -0.1}, "target must be a share"),
         ({"over_weight": 0}, "over_weight"),
         ({"films_per_patient": 0}, "films_per_patient"),

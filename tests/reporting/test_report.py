@@ -226,7 +226,20 @@ def test_sets_of_one_source_stand_beside_its_pool_and_one_without_films_is_no_co
     assert (source, others) == ("films", [])
     assert list(coverage["sets"]) == ["pool", "train.sft", "train.rl", "home"]
     assert "test" in json.loads((run / "sets" / "train" / "coverage.json").read_text())["sets"]
-    assert coverage["floor"] == 0.05
+    assert set(coverage["floors"].values()) == {0.05}
+    assert set(coverage["caps"].values()) == {1}
+
+
+def test_labels_have_floors_and_caps_of_their_own(run, tmp_path):
+    own = tmp_path / "own"
+    shutil.copytree(run, own)
+    path = own / "sets" / "train" / "coverage.json"
+    first, second, *_ = (record := json.loads(path.read_text()))["labels"]
+    path.write_text(json.dumps(record | {"floors": {first: 0.9}, "caps": {second: 0.4}}))
+    (coverage,) = read_run(own).coverage.values()
+    assert (coverage["floors"][first], coverage["floors"][second], coverage["caps"][second]) == (0.9, 0.05, 0.4)
+    page = write_report(own).read_text()
+    assert "below the floor</caption>" in page
 
 
 def test_every_stage_has_its_curves(text):

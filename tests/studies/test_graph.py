@@ -7,12 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vlmalign.config import ConfigError, load_config
+from vlmalign.config import ConfigError, dump_config, load_config
 from vlmalign.config_yaml import write_yaml
 from vlmalign.studies.engine.chain import load_study
 from vlmalign.studies.engine.config import StudyConfig
 from vlmalign.studies.engine.graph import Edge, ancestors, build_graph, descendants, find_nodes
+from vlmalign.studies.engine.identity import BEFORE, _own
 from vlmalign.studies.engine.opened import _extreme
+from vlmalign.studies.engine.record import Record, differences
+from vlmalign.studies.engine.sets import _bounds
 from vlmalign.studies.engine.texts import Texts
 from vlmalign.types import Example, Group, Segment
 
@@ -214,3 +217,39 @@ def test_a_row_that_widens_every_batch_is_told_of():
     said = _extreme("sft", texts(10, 20, 20, 30, 200))
     assert "stage sft: the longest row has 200 tokens, the median one 20," in said
     assert "the longest prompt is that of rows:5." in said
+
+
+def test_floors_and_caps_are_shares_or_cases(tmp_path):
+    bounds = {"floor": 2, "floors": {"Fracture": 0.1}, "cap": 0.5, "caps": {"Edema": 3}}
+    data = fork()
+    data["sets"]["train"] |= bounds
+    study = load(tmp_path, data)
+    found = study.sets["train"]
+    assert (found.floor, found.floors, found.cap, found.caps) == tuple(bounds.values())
+    assert [type(value) for value in (found.floor, found.cap)] == [int, float]
+    assert study == load_config(StudyConfig, Path(_written(tmp_path, study)))
+    assert _bounds(found, ["Edema", "Fracture"]) == {
+        "floor": 2 / 8,
+        "floors": {"Fracture": 0.1},
+        "caps": {"Edema": 3 / 8, "Fracture": 0.5},
+    }
+    with pytest.raises(ConfigError, match=r"sets\.train\.floor"):
+        load(tmp_path, fork(), "sets.train.floor=1.5")
+    with pytest.raises(ConfigError, match=r"caps belong to a balanced draw, found draw: random"):
+        load(tmp_path, fork(), "sets.far.caps={Edema: 3}")
+
+
+def test_a_set_drawn_before_there_were_bounds_of_labels_is_the_same(config):
+    settings = _own(config.sets["train"])
+    then = {key: value for key, value in settings.items() if key not in ("floors", "cap", "caps")}
+    record = Record("sets/train", "set", settings)
+    earlier = Record("sets/train", "set", then).as_json()
+    assert differences(record, earlier, under_way=False, before=BEFORE["set"]) == []
+    other = Record("sets/train", "set", settings | {"caps": {"Edema": 0.5}})
+    assert differences(other, earlier, under_way=False, before=BEFORE["set"]) != []
+
+
+def _written(folder: Path, study: StudyConfig) -> str:
+    path = folder / "again.yaml"
+    path.write_text(dump_config(study))
+    return str(path)

@@ -5,16 +5,18 @@ Each takes plain records and returns an `<svg>` element with its own description
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from markupsafe import Markup
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.transforms import blended_transform_factory
 
 from vlmalign.reporting.boards import Board, Line
 from vlmalign.reporting.styles import Style, set_styles
-from vlmalign.reporting.svg import BAND, BASE, FAINT, FONT, INK, canvas, inline_svg
+from vlmalign.reporting.svg import BAND, BASE, FAINT, FONT, INK, canvas, inline_svg, svg_file
 from vlmalign.reporting.words import UNDEFINED, number, shorten
 
 LANE = 10  # between the stages of one label
@@ -31,33 +33,70 @@ def coverage_styles(coverage: Mapping[str, Any]) -> dict[str, Style]:
 
 
 def coverage_figure(coverage: Mapping[str, Any], name: str) -> Markup:
-    """Share of films with each label: the pool as bars, every set drawn from it as a marker, the floor as a line."""
+    """Share of films with each label: the pool as bars, every set drawn from it as a marker, floors and caps as lines."""
+    with _coverage(coverage, legend=False) as (figure, alt):
+        return inline_svg(figure, name, alt)
+
+
+def coverage_file(coverage: Mapping[str, Any]) -> str:
+    """The same figure as the text of an SVG file, with its legend."""
+    with _coverage(coverage, legend=True) as (figure, alt):
+        return svg_file(figure, alt)
+
+
+@contextmanager
+def _coverage(coverage: Mapping[str, Any], *, legend: bool) -> Iterator[tuple[Figure, str]]:
+    """The figure, and its description for a screen reader. `coverage` has labels, floors, caps and sets."""
     labels, sets, styles = coverage["labels"], coverage["sets"], coverage_styles(coverage)
     shares = {name: [100 * films["counts"][label] / films["films"] for label in labels] for name, films in sets.items()}
-    with canvas(430, 26 * len(labels) + 62, left=_margin(labels), right=14, top=24, bottom=38) as (figure, axes, *_):
+    floors = [100 * coverage["floors"].get(label, 0) for label in labels]
+    caps = [100 * coverage["caps"].get(label, 1) for label in labels]
+    top = 24 + 18 * -(-len(sets) // 3) * legend
+    with canvas(430, 26 * len(labels) + 38 + top, left=_margin(labels), right=14, top=top, bottom=38) as canvas_:
+        figure, axes, *_ = canvas_
         rows = range(len(labels))
         if POOL in sets:
-            axes.barh(rows, shares[POOL], height=0.62, color=BASE, alpha=0.32, linewidth=0)
+            axes.barh(rows, shares[POOL], height=0.62, color=BASE, alpha=0.32, linewidth=0, label=POOL)
         for place, (set_name, style) in enumerate(styles.items()):
             # side by side, or sets that were balanced alike would hide one another
             offset = 0.2 * (place - (len(styles) - 1) / 2)
-            style.draw(axes, shares[set_name], [row + offset for row in rows], 5)
-        floor = 100 * coverage["floor"]
-        if floor:
-            axes.axvline(floor, color=INK, linewidth=1.1, linestyle=(0, (4, 2.5)))
-            above = axes.get_xaxis_transform()
-            axes.text(floor, 1.0, f" floor {floor:g} %", transform=above, va="bottom", fontsize=FONT - 1)
+            style.draw(axes, shares[set_name], [row + offset for row in rows], 5, label=set_name)
+        highest = max([*floors, *(value for column in shares.values() for value in column)], default=0)
+        capped = [row for row in rows if caps[row] < 100]
+        _bounds(axes, "floor", [row for row in rows if floors[row]], floors)
+        _bounds(axes, "cap", capped, caps)
         _rows(axes, labels)
-        axes.set_xlim(0, 1.06 * max([floor, *(value for column in shares.values() for value in column)]) or 1)
+        axes.set_xlim(0, 1.06 * max([highest, *(caps[row] for row in capped)]) or 1)
         axes.set_xlabel("share of films (%)")
         axes.grid(axis="x")
+        if legend:
+            box = (14 / canvas_.width, 1 - 4 / canvas_.height)
+            figure.legend(
+                loc="upper left", bbox_to_anchor=box, ncols=3, frameon=False, fontsize=FONT - 1, borderaxespad=0
+            )
         said = " ".join(
             f"{set_name}: lowest {labels[(low := min(rows, key=column.__getitem__))]} {column[low]:.1f} %, highest "
             f"{labels[(high := max(rows, key=column.__getitem__))]} {column[high]:.1f} %."
             for set_name, column in shares.items()
             if labels
         )
-        return inline_svg(figure, name, f"Share of films with each of {len(labels)} labels. {said}")
+        yield figure, f"Share of films with each of {len(labels)} labels. {said}"
+
+
+def _bounds(axes: Axes, name: str, rows: Sequence[int], shares: Sequence[float]) -> None:
+    """One line through all labels where all have the same bound, a short one for each label where they differ."""
+    dashes = {"color": INK, "linewidth": 1.1, "linestyle": (0, (4, 2.5) if name == "floor" else (1, 2))}
+    if not rows:
+        return
+    if len(rows) == len(shares) and len(set(shares)) == 1:
+        axes.axvline(shares[0], **dashes)
+        text, x = f" {name} {shares[0]:g} % ", shares[0]
+    else:
+        for row in rows:
+            axes.vlines(shares[row], row - 0.46, row + 0.46, **dashes)
+        text, x = f" {name} ", shares[rows[0]]
+    side = "left" if name == "floor" else "right"
+    axes.text(x, 1.0, text, transform=axes.get_xaxis_transform(), va="bottom", ha=side, fontsize=FONT - 1)
 
 
 def scores_figure(board: Board, styles: Mapping[str, Style], name: str) -> Markup:

@@ -64,7 +64,7 @@ class Run:
     config_name: str
     config: str  #: as written
     stages: list[Stage]  #: in graph order
-    coverage: dict[str, Row]  #: source -> labels, floor and the films of each set drawn from it
+    coverage: dict[str, Row]  #: source -> labels, their floors and caps as shares, and the films of each set drawn
     left_out: list[Row]  #: films and rows that could not be used: "where", "id", "reason"
     entries: list[Entry]
     peeked: list[str]  #: test sets that were used to choose or to watch

@@ -148,11 +148,16 @@ def _coverage(folders: Iterable[Path], sections: Mapping[str, Any]) -> dict[str,
         coverage = read_object(path, COVERAGE)
         if coverage is None:
             continue
+        for bounds in ("floors", "caps"):  # version 0.1 and runs without any have none
+            check_shape(coverage.setdefault(bounds, {}), Values(NUMBER), f"{path}, {bounds}")
         source = str(_section(sections.get(folder.name), "from") or folder.name)
         if source in found and found[source]["labels"] != coverage["labels"]:
             source = folder.name
-        joined = found.setdefault(source, {"labels": coverage["labels"], "floor": 0, "sets": {}})
-        joined["floor"] = max(joined["floor"], coverage["floor"] or 0)
+        joined = found.setdefault(source, {"labels": coverage["labels"], "floors": {}, "caps": {}, "sets": {}})
+        for label in coverage["labels"]:
+            floor = coverage["floors"].get(label, coverage["floor"] or 0)
+            joined["floors"][label] = max(joined["floors"].get(label, 0), floor)
+            joined["caps"][label] = min(joined["caps"].get(label, 1), coverage["caps"].get(label, 1))
         for part, drawn in coverage["sets"].items():
             if wrong := sorted(set(drawn["counts"]) ^ set(coverage["labels"])):
                 raise ValueError(

@@ -25,8 +25,15 @@ class Style(NamedTuple):
     marker: str
     filled: bool = True
 
-    def draw(self, axes: Axes, x: float | Iterable[float], y: float | Iterable[float], size: float = 5.5) -> None:
-        """The marker at one place or several."""
+    def draw(
+        self,
+        axes: Axes,
+        x: float | Iterable[float],
+        y: float | Iterable[float],
+        size: float = 5.5,
+        label: str | None = None,
+    ) -> None:
+        """The marker at one place or several; `label` is for a legend."""
         axes.plot(
             x,
             y,
@@ -37,6 +44,7 @@ class Style(NamedTuple):
             markeredgecolor=self.colour,
             markeredgewidth=1.4,
             clip_on=False,
+            label=label,
         )
 
     @property

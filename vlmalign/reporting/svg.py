@@ -1,4 +1,4 @@
-"""From a matplotlib figure to SVG that lives inside a page: its text, its theme, no identifiers that clash.
+"""From a matplotlib figure to SVG that lives inside a page, or in a file: its text, its theme, no identifiers that clash.
 
 Lengths are in SVG units; the page scales a figure to the width it has, about one unit to the CSS pixel.
 Text stays text (selectable, in the page's font). Colours are names of CSS variables, so that one figure serves the
@@ -75,6 +75,18 @@ def canvas(width: float, height: float, *, left: float, right: float, top: float
         figure = Figure(figsize=(width / POINTS, height / POINTS))
         box = (left / width, bottom / height, 1 - (left + right) / width, 1 - (top + bottom) / height)
         yield Canvas(figure, figure.add_axes(box), width, height)
+
+
+def svg_file(figure: Figure, alt: str) -> str:
+    """The figure as the text of an SVG file, in the colours of the light page on white; `alt` is its title."""
+    buffer = io.StringIO()
+    figure.savefig(
+        buffer,
+        format="svg",
+        facecolor="white",
+        metadata={"Date": None, "Creator": None, "Title": alt, "Description": alt},
+    )
+    return buffer.getvalue()
 
 
 def inline_svg(figure: Figure, name: str, alt: str) -> Markup:

@@ -6,43 +6,27 @@
     {'sft': [1, 1], 'rl': [1, 1]}
 
 `balanced_sample` draws sets that share no film and no patient, all at once, so that they divide the rare labels
-fairly; what it minimises, and how, is written in `sampler_search.py`. `random_sample` draws from what is left.
+fairly; what it minimises, and how, is written in `search.py`. `random_sample` draws from what is left.
 
 A film without any label is never in a balanced set: it has no answer to learn. To have such films, give them a label.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
 
 import numpy as np
 
+from vlmalign.data.sampling.bounds import Bound, bounds_of
+from vlmalign.data.sampling.exact import MOST_UNKNOWNS, Drawn, Programme
 from vlmalign.data.sampling.pool import Pool, encode
+from vlmalign.data.sampling.refusals import Asked, Shortfall
 from vlmalign.data.sampling.search import Goal, greedy, improve, label_counts
 
-
-@dataclass(frozen=True)
-class Shortfall:
-    """A label that cannot have, or did not get, what its floor asks for."""
-
-    label: str
-    where: str  #: the sets concerned
-    needed: int
-    available: int
-    unit: str  #: "films" or "patients"
-
-    def __str__(self) -> str:
-        return f"{self.label} needs {self.needed} {self.unit} ({self.where}), {self.available} available"
-
-
-class ShortfallError(ValueError):
-    """Some labels cannot reach their floor; `shortfalls` names each with what it needs and what there is."""
-
-    def __init__(self, shortfalls: Sequence[Shortfall], floor: float, remedy: str):
-        self.shortfalls = tuple(shortfalls)
-        named = "; ".join(str(shortfall) for shortfall in shortfalls)
-        super().__init__(f"too few films for a floor of {floor:.3g} of every set: {named}. {remedy}")
+NO_BOUNDS: Mapping[str, Bound] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -52,9 +36,9 @@ class SampleSet:
     indices: np.ndarray  #: [size] int64, rows of `labels`, ascending
     counts: np.ndarray  #: [labels] int64, films of the set with each label
     patients: int  #: distinct patients; smaller than the size where patients repeat
-    goal: Goal  #: floor and targets, films
+    goal: Goal  #: floors, caps and targets, films
     objective: int  #: J of the set, films squared
-    greedy_objective: int  #: J of the greedy picks, before any exchange
+    greedy_objective: int  #: J before any exchange: of the greedy picks, or of what integer programming drew
 
     @property
     def floor_met(self) -> np.ndarray:
@@ -70,6 +54,7 @@ class SampleResult:
     pool_counts: np.ndarray  #: [labels] int64, films with each label that could be drawn
     sets: Mapping[str, SampleSet]
     patients: frozenset  #: ids of the patients of all sets, to exclude from the next draw
+    exact: bool  #: whether the search failed and went on from sets that integer programming found
 
 
 def balanced_sample(
@@ -79,13 +64,16 @@ def balanced_sample(
     *,
     sizes: Mapping[str, int],
     seed: int,
-    floor: float = 0.05,
+    floor: Bound = 0.05,
+    floors: Mapping[str, Bound] = NO_BOUNDS,
+    cap: Bound | None = None,
+    caps: Mapping[str, Bound] = NO_BOUNDS,
     target: float | None = None,
     over_weight: int = 4,
     films_per_patient: int | None = None,
     exclude_patients: Collection = frozenset(),
 ) -> SampleResult:
-    """Sets of films with balanced labels, disjoint by film and by patient (equation: `sampler_search.py`).
+    """Sets of films with balanced labels, disjoint by film and by patient (equation: `search.py`).
 
     Args:
         labels: [films, labels] bool, True where positive (in the paper uncertain and blank count as absent).
@@ -93,7 +81,10 @@ def balanced_sample(
         label_names: the columns of `labels`.
         sizes: films per set, such as {"sft": 2000, "rl": 1000}.
         seed: settles ties between label patterns and between patients, whatever the order of the rows.
-        floor: share of each set that every label must reach, 0..1.
+        floor: what every label must reach in each set: a share of the set (a float, 0..1) or films (an int).
+        floors: floors of single labels, instead of `floor`.
+        cap: what no label may exceed in a set, likewise; None for no cap.
+        caps: caps of single labels, instead of `cap`.
         target: share of each set that every label should have, 0..1. None: mean labels per film / number of labels;
             equal counts then hold as many labels as the source's films do, so balance is not bought with unusually
             rich or poor films. Rare labels are used up on the way to it; `target=floor` spares them.
@@ -105,12 +96,14 @@ def balanced_sample(
         exclude_patients: ids that must not be drawn; ids that `patients` lacks are ignored.
 
     Raises:
-        ShortfallError: a label has too few films or patients to reach its floor in all sets together, or the search
-            ended below a floor (labels that are each frequent enough, but not together).
-        ValueError: arguments that do not fit together, or too few films for the sizes.
+        ShortfallError: a label has too few films or patients to reach its floor in all sets together, or no sets were
+            found that keep all floors and caps (labels that are each frequent enough, but not together). In small pools
+            integer programming has then proved that there are none, or the message says that it has not.
+        ValueError: arguments that do not fit together, or too few films or patients for the sizes.
     """
     labels, patients = np.asarray(labels), np.asarray(patients)
-    _check(labels, patients, label_names, sizes, floor, target, over_weight, films_per_patient)
+    _check(labels, patients, label_names, sizes, target, over_weight, films_per_patient)
+    bounds = bounds_of(label_names, sizes, floor=floor, floors=floors, cap=cap, caps=caps)
     per_patient = films_per_patient or max(sizes.values())
     patient, left = _films_left(patients, exclude_patients)
     rows = np.flatnonzero(left & labels.any(1))
@@ -122,33 +115,56 @@ def balanced_sample(
             f"expected {wanted} labelled films or more outside exclude_patients for sizes={dict(sizes)}, found "
             f"{len(rows)} ({found} at no more than {per_patient} per patient); reduce sizes"
         )
-    # the small allowance makes 5 % of 2,000 films 100, not 101
-    floors = {name: int(np.ceil(floor * size - 1e-9)) for name, size in sizes.items()}
-    available = _available(labels, patient, label_names, floors, floor, per_patient)
+    programme = Programme(labels, patient, sizes=[*sizes.values()], per_patient=per_patient)
+    asked = Asked(label_names, sizes, bounds, None if floors else floor, films_per_patient)
+    available = np.stack([np.minimum(np.bincount(patient[on]), per_patient).sum() for on in labels.T])
+    if missing := [*_shortfalls(labels, patient, available, asked)]:
+        raise asked.too_few(missing, programme)
     if target is None:
         target = float(labels.sum(1).mean()) / len(label_names)
     goals = []
-    for name, size in sizes.items():
-        targets = np.maximum(floors[name], np.minimum(round(target * size), available * size // wanted))
-        missing = 1 + over_weight * len(label_names) * len(sizes) * size**2
-        goals.append(Goal(size, floors[name], targets, over_weight, missing))
+    for i, size in enumerate(sizes.values()):
+        least, most = bounds.floor[:, i], bounds.cap[:, i]
+        targets = np.minimum(most, np.maximum(least, np.minimum(round(target * size), available * size // wanted)))
+        weight = 1 + over_weight * len(label_names) * len(sizes) * size**2
+        goals.append(Goal(size, least, most, targets, over_weight, weight))
 
     rng = np.random.default_rng(seed)
-    scarce = 2 * sum(floors.values()) >= available
+    scarce = 2 * bounds.floor.sum(1) >= available
     pool = Pool(labels, patient, scarce, sets=len(sizes), per_patient=per_patient, rng=rng)
-    greedy(pool, goals)
-    before = [goal.objective(label_counts(pool, i)) for i, goal in enumerate(goals)]
-    improve(pool, goals, rng)
+
+    @cache
+    def solved() -> Drawn | None:
+        small = programme.unknowns <= MOST_UNKNOWNS
+        return programme.draw(bounds.floor, bounds.cap, np.random.default_rng(seed)) if small else None
+
+    def hopeless() -> bool:
+        return (found := solved()) is not None and found.films is None and found.proved
+
+    start = pool.save()
+    if full := greedy(pool, goals):
+        before = _objectives(pool, goals)
+        improve(pool, goals, rng, hopeless)
+    searched = np.stack([label_counts(pool, i) for i in range(len(goals))])
+    if exact := not (full and all(goal.keeps(counts).all() for goal, counts in zip(goals, searched, strict=True))):
+        if (found := solved()) is None or found.films is None:
+            raise asked.none_found(searched.T if full else None, programme, found)
+        pool.restore(start)
+        for i, films in enumerate(found.films):
+            for film in films.tolist():
+                pool.take(film, i)
+        before = _objectives(pool, goals)
+        improve(pool, goals, rng)
 
     sets = {}
     for i, (name, goal) in enumerate(zip(sizes, goals, strict=True)):
         films = np.flatnonzero(pool.home == i)
         counts = labels[films].sum(0)
+        assert goal.keeps(counts).all()
         holders = len(np.unique(patient[films]))
         sets[name] = SampleSet(rows[films], counts, holders, goal, goal.objective(counts), before[i])
-    _refuse_missed(sets, label_names, floor)
     drawn = patients[rows[pool.home >= 0]]
-    return SampleResult(tuple(label_names), labels.sum(0), sets, frozenset(drawn.tolist()))
+    return SampleResult(tuple(label_names), labels.sum(0), sets, frozenset(drawn.tolist()), exact)
 
 
 def random_sample(
@@ -194,7 +210,6 @@ def _check(
     patients: np.ndarray,
     label_names: Sequence[str],
     sizes: Mapping[str, int],
-    floor: float,
     target: float | None,
     over_weight: int,
     films_per_patient: int | None,
@@ -207,47 +222,26 @@ def _check(
         raise ValueError(f"label_names must be {labels.shape[1]} distinct names, found {list(label_names)}")
     if not sizes or min(sizes.values()) < 1:
         raise ValueError(f"sizes must name one set or more, each of 1 film or more, found {dict(sizes)}")
-    for name, share in (("floor", floor), ("target", target)):
-        if share is not None and not 0 <= share <= 1:
-            raise ValueError(f"{name} must be a share of the set, 0..1, found {share}")
+    if target is not None and not 0 <= target <= 1:
+        raise ValueError(f"target must be a share of the set, 0..1, found {target}")
     if over_weight != int(over_weight) or over_weight < 1:
         raise ValueError(f"over_weight must be a whole number >= 1, found {over_weight}")
     if films_per_patient is not None and films_per_patient < 1:
         raise ValueError(f"films_per_patient must be >= 1, or None for no limit, found {films_per_patient}")
 
 
-def _available(
-    labels: np.ndarray,
-    patient: np.ndarray,
-    label_names: Sequence[str],
-    floors: Mapping[str, int],
-    floor: float,
-    per_patient: int,
-) -> np.ndarray:
-    """Films that the sets together can have of each label, [labels] int64; raises where a floor needs more."""
-    needed = sum(floors.values())
-    where = " + ".join(f"{name} {least}" for name, least in floors.items())
-    available = np.zeros(len(label_names), np.int64)
-    shortfalls = []
-    for i, label in enumerate(label_names):
-        films = np.bincount(patient[labels[:, i]])
-        holders = int(np.count_nonzero(films))
-        available[i] = np.minimum(films, per_patient).sum()
+def _shortfalls(labels: np.ndarray, patient: np.ndarray, available: np.ndarray, asked: Asked) -> Iterator[Shortfall]:
+    """Labels of which the sets together need more films, of the `available` [labels] int64, or patients, than there are."""
+    floors = asked.bounds.floor
+    for i, label in enumerate(asked.label_names):
+        needed, sets = int(floors[i].sum()), int(np.count_nonzero(floors[i]))
+        holders = int(np.count_nonzero(np.bincount(patient[labels[:, i]])))
         if available[i] < needed:
-            shortfalls.append(Shortfall(label, where, needed, int(available[i]), "films"))
-        elif needed and holders < len(floors):
-            shortfalls.append(Shortfall(label, "one per set", len(floors), holders, "patients"))
-    if shortfalls:
-        limit = f"A set takes at most {per_patient} films of a patient, and no patient is in two sets"
-        raise ShortfallError(shortfalls, floor, f"{limit}: lower floor or sizes, or leave the label out")
-    return available
+            where = " + ".join(f"{name} {least}" for name, least in zip(asked.sizes, floors[i].tolist(), strict=True))
+            yield Shortfall(label, where, needed, int(available[i]), "films")
+        elif holders < sets:
+            yield Shortfall(label, "one per set", sets, holders, "patients")
 
 
-def _refuse_missed(sets: Mapping[str, SampleSet], label_names: Sequence[str], floor: float) -> None:
-    missed = [
-        Shortfall(label_names[i], f"set {name}", drawn.goal.floor, int(drawn.counts[i]), "films")
-        for name, drawn in sets.items()
-        for i in np.flatnonzero(~drawn.floor_met)
-    ]
-    if missed:
-        raise ShortfallError(missed, floor, "The search found no better sets: lower floor or sizes")
+def _objectives(pool: Pool, goals: Sequence[Goal]) -> list[int]:
+    return [goal.objective(label_counts(pool, i)) for i, goal in enumerate(goals)]

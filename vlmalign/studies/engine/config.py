@@ -19,7 +19,7 @@ from vlmalign.config import FREE, Config
 from vlmalign.config_tree import nearest
 from vlmalign.data.sources.formats import AnySource
 from vlmalign.studies.engine.reward_config import FileReward
-from vlmalign.studies.engine.sections import Mesh, Positive, Reading, Share
+from vlmalign.studies.engine.sections import Bound, Mesh, Positive, Reading
 from vlmalign.studies.engine.stage_config import AdapterStage, AnyStage, ModelStage, Policy, Stage, Trains
 from vlmalign.tasks.tasks import AnyTask
 
@@ -35,7 +35,10 @@ class Set(Config):
     draw: Literal["whole", "random", "patients", "balanced"] = "whole"
     size: Positive | None = None  #: cases; of one set
     parts: dict[str, Positive] = Field(default_factory=dict)  #: of several balanced sets drawn at once: name -> cases
-    floor: Share = 0.05  #: balanced: every label's least share
+    floor: Bound = 0.05  #: balanced: what every label has at least, a share of the set (0.05) or cases (100)
+    floors: dict[str, Bound] = Field(default_factory=dict)  #: balanced: of single labels, instead of `floor`
+    cap: Bound | None = None  #: balanced: what every label has at most, likewise
+    caps: dict[str, Bound] = Field(default_factory=dict)  #: balanced: of single labels, instead of `cap`
     films_per_patient: Positive | None = None  #: balanced: most cases of one patient
     apart: tuple[str, ...] = ()  #: sets of the same source whose patients are left out
     seed: int | None = None  #: null: the study's
@@ -51,8 +54,10 @@ class Set(Config):
         if self.draw == "balanced":
             if (self.size is None) == (not self.parts):
                 raise ValueError("a balanced draw needs either size (one set) or parts (several: name -> cases)")
-        elif self.parts:
-            raise ValueError(f"parts belong to a balanced draw, found draw: {self.draw}")
+        elif given := [name for name in ("parts", "floors", "cap", "caps") if getattr(self, name)]:
+            raise ValueError(
+                f"{given[0]} belong{'s' * (given[0] == 'cap')} to a balanced draw, found draw: {self.draw}"
+            )
         elif (self.size is None) != (self.draw == "whole"):
             raise ValueError(f"draw: {self.draw} {'takes no size' if self.draw == 'whole' else 'needs a size'}")
         return self

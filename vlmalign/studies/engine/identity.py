@@ -14,7 +14,7 @@ from vlmalign.studies.engine.sections import split_free
 from vlmalign.studies.engine.stage_config import Stage
 
 #: settings younger than a kind's first records: kind -> the values that they had when nobody could set them
-BEFORE: Mapping[str, Mapping[str, Any]] = {}
+BEFORE: Mapping[str, Mapping[str, Any]] = {"set": {"floors": {}, "cap": None, "caps": {}}}
 
 #: what of a section is said by parents or inputs, and may be called something else
 NAMES = {"from", "reference", "apart", "role", "peek", "may_overlap"}

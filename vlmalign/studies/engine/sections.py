@@ -18,6 +18,7 @@ from vlmalign.training.optimiser import OptimiserSettings
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Bound = Annotated[int, Field(ge=0)] | Share  #: films, or a share of the set (`data.sampling.bounds`)
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 

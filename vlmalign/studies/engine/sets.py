@@ -18,6 +18,7 @@ import numpy as np
 from vlmalign.data.films.depth import check_depth
 from vlmalign.data.films.images import BadImage, read_film
 from vlmalign.data.overlap.films import marks_of_film
+from vlmalign.data.sampling.bounds import share_of
 from vlmalign.data.sampling.sampler import balanced_sample, random_sample
 from vlmalign.data.sources.films import Films
 from vlmalign.progress import Progress
@@ -172,6 +173,9 @@ def _drawn(
         sizes=sizes,
         seed=seed,
         floor=section.floor,
+        floors=section.floors,
+        cap=section.cap,
+        caps=section.caps,
         films_per_patient=section.films_per_patient,
         exclude_patients=left_out,
     )
@@ -212,12 +216,23 @@ def _row(example: Example, mark: Mapping[str, Any]) -> dict[str, Any]:
     return {"id": example.id, "patient": example.patient, **labels, **mark}
 
 
+def _bounds(section: Set, labels: Sequence[str]) -> dict[str, Any]:
+    """The common floor, and the floors and caps of single labels, as shares."""
+    sizes = section.parts or {CASES: section.size}
+    capped = {label: cap for label in labels if (cap := section.caps.get(label, section.cap)) is not None}
+    return {
+        "floor": share_of(section.floor, sizes),
+        "floors": {label: share_of(floor, sizes) for label, floor in section.floors.items()},
+        "caps": {label: share_of(cap, sizes) for label, cap in capped.items()},
+    }
+
+
 def _coverage(section: Set, source: Films, drawn: Mapping[str, np.ndarray]) -> dict[str, Any]:
     labels, matrix, patients = source.schema.labels, source.label_matrix(), source.patients()
     everything = {"pool": np.arange(len(source)), **drawn}
     return {
         "labels": list(labels),
-        "floor": section.floor if section.draw == "balanced" else 0.0,
+        **(_bounds(section, labels) if section.draw == "balanced" else {"floor": 0.0}),
         "sets": {
             name: {
                 "films": len(part),
