@@ -1,5 +1,6 @@
 """The documentation says what is so: its links lead somewhere, its studies load, its commands are understood."""
 
+import doctest
 import importlib
 import re
 import shlex
@@ -73,6 +74,13 @@ def test_the_page_of_rewards_shows_what_they_give(monkeypatch):
     table = importlib.import_module("reward_table")
     page = text_of(table.PAGE)
     assert table.page_with(page) == page, "run: python scripts/reward_table.py"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "\n>>> " in text_of(page)], ids=lambda page: page.name)
+def test_examples_on_the_pages_give_what_they_show(page):
+    failed, tried = doctest.testfile(str(page), module_relative=False, encoding="utf-8")
+    assert tried > 0
+    assert not failed
 
 
 def test_the_page_shows_the_study_of_own_films_as_it_is():

@@ -59,6 +59,7 @@ ALLOWED: dict[str, set[str]] = {
     | MODELS
     | NUMERICS,
     "api": BELOW_TRAINING | {"training", "evaluation", "exporting"},
+    "sampling": {"data", "studies", "reporting"},
     "answering": {"types", "api", "data", "weights", "progress", "reporting"},
     "doctor": {"studies", "inspection", "reporting"},
     "cli": RECORDING
@@ -77,6 +78,7 @@ ALLOWED: dict[str, set[str]] = {
         "inspection",
         "reporting",
         "preview",
+        "sampling",
     },
 }
 NO_JAX = NUMPY_SIDE | {"reporting", "cli", "log", "progress"}

@@ -1,0 +1,1 @@
+"""`vlmalign sample`: balanced sets of any table of labels, beside what other ways of drawing give."""
