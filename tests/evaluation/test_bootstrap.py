@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vlmalign.evaluation.bootstrap import bootstrap_f1, paired_difference, resample_weights
+from vlmalign.evaluation.bootstrap import bootstrap_f1, holm, paired_difference, resample_weights
 from vlmalign.evaluation.f1 import evaluate
 
 TRUE_F1 = 2 * 0.21 / (2 * 0.21 + 0.07 + 0.09)
@@ -185,3 +185,48 @@ def test_settings_out_of_range_are_refused():
         bootstrap_f1(truth, predicted, owner[1:])
     with pytest.raises(ValueError, match="at least one film"):
         bootstrap_f1(truth[:0], predicted[:0], [])
+
+
+def test_p_values_equal_a_plain_count_over_draws_and_agree_with_the_interval():
+    truth, first, owner = ragged(0)
+    second = truth & first
+    drawn = plain_loop(truth, [first, second], owner, draws=199, seed=5)
+    gaps = drawn[:, 1] - drawn[:, 0]
+    ours = every(paired_difference(truth, first, second, owner, draws=199, seed=5))
+    for difference, own in zip(ours, gaps.T, strict=True):
+        known = own[~np.isnan(own)]
+        tail = min((known <= 0).sum(), (known >= 0).sum())
+        assert difference.p == min(1, 2 * (tail + 1) / (len(known) + 1))
+        assert (difference.p < 0.05) == (difference.low > 0 or difference.high < 0)
+    assert any(difference.p == 2 / 200 for difference in ours)
+    assert all(each.p == 1 for each in every(paired_difference(truth, first, first, owner, draws=50)))
+    assert paired_difference(truth, first, second, ["p"] * 30).micro.p is None
+
+
+@pytest.mark.full
+def test_a_p_value_below_five_per_cent_is_rare_where_nothing_differs():
+    rng = np.random.default_rng(7)
+    small = 0
+    for _ in range(300):
+        truth = rng.random((120, 1)) < 0.4
+        first, second = (rng.random((120, 1)) < np.where(truth, 0.7, 0.2) for _ in range(2))
+        small += paired_difference(truth, first, second, [str(i) for i in range(120)], draws=199).micro.p < 0.05
+    assert 0.02 <= small / 300 <= 0.09
+
+
+def test_holm_by_hand():
+    # The worked example of R's p.adjust(c(.01, .02, .03, .04), "holm"), in another order, and caps at 1.
+    assert holm([0.03, 0.01, 0.04, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.9, 0.6]) == [1.0, 1.0]
+    assert holm([]) == []
+    rng = np.random.default_rng(0)
+    for p in rng.random((50, 6)):
+        adjusted = np.array(holm(list(p)))
+        # Step-down by its definition: reject in order of p until one exceeds alpha / (number left).
+        for alpha in (0.05, 0.2, 0.5):
+            rejected, order = set(), np.argsort(p)
+            for rank, place in enumerate(order):
+                if p[place] > alpha / (6 - rank):
+                    break
+                rejected.add(place)
+            assert rejected == set(np.flatnonzero(adjusted <= alpha))

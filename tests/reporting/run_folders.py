@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlmalign.evaluation.bootstrap import paired_difference
-from vlmalign.evaluation.f1 import label_matrix
+from vlmalign.evaluation.comparison import adjust, compare
 from vlmalign.evaluation.results import evaluate_predictions
 
 LABELS = ("No Finding", "Cardiomegaly", "Edema", "Pneumonia", "Hernia & Co")
@@ -84,7 +83,11 @@ def write_chexreason(run: Path, *, films: int = 40, steps: int = 30) -> Path:
     for kind in ("sft", "grpo"):
         write_lines(run / kind / "metrics.jsonl", metrics(kind, rng, steps))
     predictions, results = _scored(run, OLD, rng, films)
-    del results["stages"]
+    del results["stages"], results["tests"]
+    for row in results["differences"]:  # version 0.1 knew no p-values
+        del row["labels"]
+        for name in ("macro", "micro"):
+            row[name] = {key: value for key, value in row[name].items() if key not in ("p", "p_holm")}
     write_lines(run / "evaluation" / "predictions.jsonl", predictions)
     write_json(run / "evaluation" / "results.json", results)
     return run
@@ -191,16 +194,13 @@ def _scored(run: Path, stages: Stages, rng: np.random.Generator, films: int) -> 
             baselines.append({"name": trivial, "dataset": name, "results": scores})
         for stage, (_, parent, _) in stages.items():
             if parent is not None:
-                each = [label_matrix([row["predicted"] for row in told[one]], labels) for one in (parent, stage)]
-                patients = [row["patient"] for row in told[stage]]
-                paired = paired_difference(label_matrix(truths, labels), *each, patients, draws=50)
-                scores = {"macro": paired.macro._asdict(), "micro": paired.micro._asdict()}
-                differences.append({"dataset": name, "from": parent, "to": stage, "subset": "all"} | scores)
+                gaps = compare(told[parent], told[stage], {"all": labels}, draws=1000)
+                differences += [{"dataset": name, "from": parent, "to": stage, **gap} for gap in gaps]
     datasets = [
         {"name": name, "role": role, "labels": list(labels), "n": films, "patients": -(-films // 2)}
         for name, (role, labels) in DATASETS.items()
     ]
-    found = {"datasets": datasets, "stages": list(stages), "results": results}
+    found = {"datasets": datasets, "stages": list(stages), "results": results, "tests": adjust(differences, draws=1000)}
     return predictions, found | {"baselines": baselines, "differences": differences}
 
 

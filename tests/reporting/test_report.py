@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 from run_folders import FORK, metrics, write_align, write_chexreason, write_json, write_lines, write_stage, write_study
 
+from vlmalign.evaluation import comparison
 from vlmalign.reporting import curves, training
-from vlmalign.reporting.boards import boards
+from vlmalign.reporting.boards import FEWEST, boards, verdict
 from vlmalign.reporting.examples import choose_examples
 from vlmalign.reporting.html import write_report
 from vlmalign.reporting.record import Stage
 from vlmalign.reporting.run_folder import read_run
 from vlmalign.reporting.score_file import numbers
 from vlmalign.reporting.styles import set_styles, stage_styles
+from vlmalign.reporting.words import number, p_value
 
 SCORES = "scores/findings/results.json"
 ANSWERS = "answers/findings/grpo-hard/home/predictions.jsonl"
@@ -142,7 +144,7 @@ def test_the_headline_says_what_happened_good_or_bad(run, text):
     fell = [
         f"{row['dataset']}: macro-F1 fell by {-row['macro']['value']:.3f} against {row['from']}"
         for row in results["differences"]
-        if row["macro"]["high"] < 0
+        if row["macro"]["value"] < 0 and row["macro"]["p_holm"] <= 0.05
     ]
     assert fell, "a stage of the fork makes the scores worse"
     headline = text[text.index('id="headline"') : text.index("<details")]
@@ -154,6 +156,49 @@ def test_the_headline_says_what_happened_good_or_bad(run, text):
     assert f"over 30 updates (+{gain:.1f} standard errors)." in headline
     assert re.search(r"grpo-nuanced</strong>.*?over 30 updates: no clear change \(", headline, re.S)
     assert "The chosen answer had the higher reward in 53 % of pairs at first, in 77 % in the end" in headline
+
+
+def test_differences_have_adjusted_p_values_and_name_their_families(run, page):
+    results = json.loads((run / SCORES).read_text())
+    assert "adjusted by Holm's method" in page.text
+    assert "(findings: 16 tests)" in page.text  # four steps, two data sets, macro and micro
+    for row in results["differences"]:
+        for gap in (row["macro"], row["micro"]):
+            assert f"p {p_value(gap['p'])}, adjusted {p_value(gap['p_holm'])}" in page.text
+    labels = [label for row in results["differences"] for label in row["labels"]]
+    tested = sum(label["f1"]["p"] is not None for label in labels)
+    assert 0 < tested < len(labels)
+    assert f"(findings: {tested} tests). Grey: fewer than 10 cases, never tested" in page.text
+    assert FEWEST == comparison.FEWEST
+
+
+def test_an_interval_without_0_is_no_difference_once_the_family_is_too_large():
+    gap = {"value": 0.2, "low": 0.1, "high": 0.3}
+    assert verdict(gap) == "higher"
+    assert verdict({**gap, "p": 0.01, "p_holm": 0.04}) == "higher"
+    assert verdict({**gap, "p": 0.02, "p_holm": 0.08}) == "no difference shown"
+    assert verdict({"value": -0.2, "low": -0.3, "high": -0.1, "p_holm": 0.01}) == "lower"
+    assert verdict({"value": 0.2, "low": None, "high": None, "p": None}) == "not determined"
+
+
+def test_too_few_draws_for_the_family_are_said(own):
+    results = json.loads((own / SCORES).read_text())
+    results["tests"]["smallest_p"] = 0.02
+    write_json(own / SCORES, results)
+    assert (
+        "In findings no test can reach that: 16 tests of p >= 0.020 are 0.320 at best; raise draws"
+        in Page(read(own)).text
+    )
+
+
+def test_precision_recall_and_rare_labels_stand_in_the_table_of_labels(run, page, text):
+    block = json.loads((run / SCORES).read_text())["results"][0]["results"]["blocks"]["all"]
+    for label in block["per_label"][:-1]:  # the last one's F1 is undefined
+        assert f"P {number(label['precision'])}, R {number(label['recall'])}" in page.text
+        row = re.search(
+            rf'<tr(.*?)><th scope="row">{re.escape(label["label"].replace("&", "&amp;"))}</th><td class="num">', text
+        )
+        assert (row[1] == ' class="few"') == (label["support"] < 10)
 
 
 def test_updates_with_nothing_to_compare_are_said():
@@ -293,7 +338,9 @@ def test_undefined_is_a_word_and_never_zero(run, text):
     never = results[0]["results"]["blocks"]["all"]["per_label"][-1]
     assert never["support"] == 0
     assert never["f1"]["value"] is None
-    row = re.search(r"<tr><th scope=\"row\">Hernia &amp; Co</th><td class=\"num\">0</td>(.*?)</tr>", text, re.S)
+    row = re.search(
+        r"<tr class=\"few\"><th scope=\"row\">Hernia &amp; Co</th><td class=\"num\">0</td>(.*?)</tr>", text, re.S
+    )
     assert row
     assert row[1].count("undefined</span>") == len(FORK)
     assert "0.0" not in row[1]

@@ -35,6 +35,18 @@ class Interval(NamedTuple):
     undefined: int  #: draws left out, because the score was undefined in them
 
 
+class Difference(NamedTuple):
+    """A score of one system minus that of another, with its percentile interval and p-value; None as in `Interval`."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int  #: films
+    patients: int
+    undefined: int  #: draws left out, because either score was undefined in them
+    p: float | None  #: two-sided, of no difference; never below 2 / (draws + 1)
+
+
 class F1Intervals(NamedTuple):
     """Every F1 with its interval; averages as in `F1Report`."""
 
@@ -42,6 +54,15 @@ class F1Intervals(NamedTuple):
     micro: Interval
     macro: Interval
     macro_all: Interval
+
+
+class F1Differences(NamedTuple):
+    """Every difference of two systems' F1; averages as in `F1Report`."""
+
+    label: tuple[Difference, ...]
+    micro: Difference
+    macro: Difference
+    macro_all: Difference
 
 
 def bootstrap_f1(
@@ -104,18 +125,52 @@ def paired_difference(
     draws: int = 1000,
     level: float = 0.95,
     seed: int = 0,
-) -> F1Intervals:
-    """F1 of `second` minus F1 of `first` on the same films, each with its interval.
+) -> F1Differences:
+    """F1 of `second` minus F1 of `first` on the same films, each with its interval and p-value.
 
     Both systems are scored on the same resamples, so what makes a film hard for both cancels: an interval that leaves
     out 0 speaks for a difference even where the two systems' own intervals overlap. A difference is undefined where
-    either score is. Raises as `bootstrap_f1`.
+    either score is. With d* the difference in each of B draws (Davison & Hinkley, Bootstrap Methods, 1997, sec. 4.4)
+
+        p = min(1, 2 (1 + min(#{d* <= 0}, #{d* >= 0})) / (1 + B))
+
+    Raises as `bootstrap_f1`.
     """
     before = _patient_counts(truth, first, patients)
     after = _patient_counts(truth, second, patients)
     point = _scores(after.sum(axis=0)) - _scores(before.sum(axis=0))
     drawn_before, drawn_after = _drawn_scores([before, after], draws, level, seed)
-    return _intervals(point, drawn_after - drawn_before, level, n=len(truth), patients=len(before))
+    drawn = drawn_after - drawn_before
+    found = _intervals(point, drawn, level, n=len(truth), patients=len(before))
+    *label, micro, macro, macro_all = (
+        Difference(*interval, None if interval.low is None else _p_value(gaps))
+        for interval, gaps in zip([*found.label, *found[1:]], drawn.T, strict=True)
+    )
+    return F1Differences(tuple(label), micro, macro, macro_all)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p-values adjusted for the whole family by Holm's step-down method, in their order.
+
+    With p_(1) <= ... <= p_(m): adjusted p_(i) = max over j <= i of min(1, (m - j + 1) p_(j)). Rejecting those at or below
+    alpha keeps the chance of any false rejection at or below alpha, however the tests depend on each other (Holm,
+    Scandinavian Journal of Statistics 6, 1979).
+
+    >>> holm([0.25, 0.125, 0.5])
+    [0.5, 0.375, 0.5]
+    """
+    found = [0.0] * len(p)
+    largest = 0.0
+    for rank, place in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[place]))
+        found[place] = largest
+    return found
+
+
+def _p_value(drawn: Float[np.ndarray, "draw"]) -> float:
+    defined = drawn[~np.isnan(drawn)]
+    side = min((defined <= 0).sum(), (defined >= 0).sum())
+    return min(1.0, 2 * (1 + int(side)) / (1 + len(defined)))
 
 
 def resample_weights(patients: int, *, draws: int, seed: int) -> Iterator[Float[np.ndarray, "draw patient"]]:

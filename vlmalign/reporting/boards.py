@@ -11,9 +11,12 @@ from typing import Any, NamedTuple
 
 from vlmalign.reporting.record import Entry, Row, Run, Scores
 from vlmalign.reporting.score_file import numbers
-from vlmalign.reporting.words import listed
+from vlmalign.reporting.words import listed, p_value
 
 Interval = Mapping[str, Any]
+
+ALPHA = 0.05  #: of a family of tests: the chance of any false "higher" or "lower" in it
+FEWEST = 10  #: positive cases below which a label is grey
 
 
 class Trivial(NamedTuple):
@@ -54,6 +57,8 @@ class Board:
     """One data set as one answers entry scored it."""
 
     title: str  #: the data set, and the entry where a run has several
+    entry: str
+    first: bool  #: of the data sets of its entry
     dataset: str
     role: str | None
     n: int
@@ -62,20 +67,35 @@ class Board:
     lines: list[Line]  #: of label lists, most labels first; of other kinds empty
     numbers: dict[str, dict[str, Interval]]  #: of other kinds: state -> name -> score
     differences: list[Row]
+    tests: Row  #: how the p-values of the differences were adjusted; empty where they have none
 
     @property
     def names(self) -> list[str]:
         """Of `numbers`, in the order of the task."""
         return list(dict.fromkeys(name for found in self.numbers.values() for name in found))
 
+    @property
+    def by_label(self) -> list[Row]:
+        """The differences that have their labels."""
+        return [row for row in self.differences if row.get("labels")]
+
+    @property
+    def out_of_reach(self) -> str:
+        """Why no average can be told apart, however large its difference; empty where it can."""
+        tests = self.tests["families"]["averages"] if self.tests else 0
+        least = self.tests["smallest_p"] * tests if tests else 0.0
+        if least <= ALPHA:
+            return ""
+        return f"{tests} tests of p >= {p_value(self.tests['smallest_p'])} are {p_value(least)} at best; raise draws"
+
 
 def boards(run: Run) -> list[Board]:
     """Every data set on which some state has been scored."""
     return [
-        _board(title(run, entry, dataset["name"]), entry.scores, dataset, results)
+        _board(title(run, entry, dataset["name"]), entry.name, place == 0, entry.scores, dataset, results)
         for entry in run.entries
         if entry.scores is not None
-        for dataset in entry.scores.datasets
+        for place, dataset in enumerate(entry.scores.datasets)
         if (results := entry.scores.results[dataset["name"]])
     ]
 
@@ -86,7 +106,7 @@ def title(run: Run, entry: Entry, dataset: str) -> str:
     return f"{dataset}, {entry.name}" if len(answered) > 1 else dataset
 
 
-def _board(title: str, scores: Scores, dataset: Row, results: dict[str, Row]) -> Board:
+def _board(title: str, entry: str, first: bool, scores: Scores, dataset: Row, results: dict[str, Row]) -> Board:
     name = dataset["name"]
     blocks = {state: each["blocks"] for state, each in results.items() if "blocks" in each}
     trivial = {name: each["blocks"] for name, each in scores.baselines[name].items() if "blocks" in each}
@@ -95,6 +115,8 @@ def _board(title: str, scores: Scores, dataset: Row, results: dict[str, Row]) ->
     ]
     return Board(
         title=title,
+        entry=entry,
+        first=first,
         dataset=name,
         role=dataset["role"],
         n=dataset["n"],
@@ -103,6 +125,7 @@ def _board(title: str, scores: Scores, dataset: Row, results: dict[str, Row]) ->
         lines=sorted(lines, key=lambda line: -len(line.labels)),
         numbers={state: found for state, each in results.items() if (found := numbers(each))},
         differences=[row for row in scores.differences if row["dataset"] == name],
+        tests=scores.tests,
     )
 
 
@@ -114,9 +137,15 @@ def _line(subset: str, blocks: Mapping[str, Mapping[str, Row]], trivial: Mapping
 
 
 def verdict(interval: Interval) -> str:
-    """What a paired difference shows: "higher", "lower", or that it shows neither."""
+    """What a paired difference shows: "higher", "lower", or that it shows neither.
+
+    By its adjusted p-value where it has one; files of before p-values have the interval alone.
+    """
     if interval["low"] is None or interval["high"] is None:
         return "not determined"
+    if interval.get("p_holm") is not None:
+        told = interval["p_holm"] <= ALPHA and interval["value"] != 0
+        return ("higher" if interval["value"] > 0 else "lower") if told else "no difference shown"
     return "higher" if interval["low"] > 0 else "lower" if interval["high"] < 0 else "no difference shown"
 
 

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import blended_transform_factory
 
-from vlmalign.reporting.boards import Board, Line
+from vlmalign.reporting.boards import FEWEST, Board, Line
 from vlmalign.reporting.styles import Style, set_styles
 from vlmalign.reporting.svg import BAND, BASE, FAINT, FONT, INK, canvas, inline_svg, svg_file
 from vlmalign.reporting.words import UNDEFINED, number, shorten
@@ -132,7 +132,7 @@ def scores_figure(board: Board, styles: Mapping[str, Style], name: str) -> Marku
 
 
 def label_figure(board: Board, styles: Mapping[str, Style], name: str) -> Markup:
-    """F1 of every label for each state, one lane a state; a tick for the best trivial baseline."""
+    """F1 of every label for each state, one lane a state; a tick for the best trivial baseline. Rare labels are grey."""
     line = board.lines[0]
     tables = {state: block["per_label"] for state, block in line.blocks.items()}
     labels = next(iter(tables.values()))
@@ -147,10 +147,12 @@ def label_figure(board: Board, styles: Mapping[str, Style], name: str) -> Markup
         }
         for place in sorted(nowhere):
             axes.text(0.02, place, UNDEFINED, va="center", fontsize=FONT - 1.5, style="italic")
+        rare = {place for place, label in enumerate(labels) if label["support"] < FEWEST}
         for lane, (state, table) in enumerate(tables.items()):
             for place in sorted(set(range(len(labels))) - nowhere):
                 y = place + (lane - (len(tables) - 1) / 2) * LANE / row
-                _interval(axes, table[place]["f1"], y, styles[state], 4.5)
+                style = styles[state]._replace(colour=FAINT) if place in rare else styles[state]
+                _interval(axes, table[place]["f1"], y, style, 4.5)
         for place, label in enumerate(line.baseline.block["per_label"] if line.baseline else ()):
             if label["f1"]["value"] is not None:
                 axes.vlines(label["f1"]["value"], place - 0.42, place + 0.42, color=INK, linewidth=1.4)
@@ -158,7 +160,12 @@ def label_figure(board: Board, styles: Mapping[str, Style], name: str) -> Markup
         beside = blended_transform_factory(figure.transFigure, axes.transData)
         axes.text(0.985, -0.6, "cases", transform=beside, ha="right", va="bottom", fontsize=FONT - 1.5)
         for place, label in enumerate(labels):
-            axes.text(0.985, place, str(label["support"]), transform=beside, ha="right", va="center", fontsize=FONT - 1)
+            colour = FAINT if place in rare else INK
+            axes.get_yticklabels()[place].set_color(colour)
+            axes.text(
+                0.985, place, str(label["support"]), transform=beside, ha="right", va="center", fontsize=FONT - 1,
+                color=colour,
+            )  # fmt: skip
         _f1_axis(axes, "F1")
         alt = (
             f"F1 per label on {board.title} for {', '.join(tables)}, with intervals, {len(labels)} labels. "

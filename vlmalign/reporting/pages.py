@@ -12,7 +12,7 @@ from markupsafe import Markup
 from vlmalign.reporting import visible_text, words
 
 HERE = Path(__file__).resolve().parent
-_WORDS = ("number", "signed", "bounds", "share", "count", "duration", "measured")
+_WORDS = ("number", "p_value", "signed", "bounds", "share", "count", "duration", "measured")
 
 
 @cache

@@ -38,6 +38,7 @@ class Scores:
     results: dict[str, dict[str, Row]]  #: data set -> stage -> results, stages in order
     baselines: dict[str, dict[str, Row]]  #: data set -> name -> results
     differences: list[Row]
+    tests: Row  #: how their p-values were adjusted; empty of version 0.1
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,9 @@ BLOCK = {
 LABELS = {"n": int, "patients": int, "fail_rate": NUMBER, "draws": int, "level": NUMBER, "blocks": Values(BLOCK)}
 #: of every kind of task; of other kinds than labels, every object with a "value" is a score
 RESULTS = {"n": int}
+#: of a label's difference, and of how p-values were adjusted; older files have neither
+LABEL_DIFFERENCE = {"label": str, "support": int, "f1": INTERVAL}
+TESTS = {"correction": str, "families": Values(int), "smallest_p": NUMBER, "fewest_positives": int}
 UNKNOWN = [{"name": str, "count": int}]
 DATASET = {"name": str, "role": Maybe(str), "n": int}
 DIFFERENCE = {"dataset": str, "from": str, "to": str, "subset": str, "macro": INTERVAL, "micro": INTERVAL}
@@ -33,7 +36,10 @@ def read_scores(path: Path) -> Scores | None:
         return None
     baselines, differences = found.get("baselines") or [], found.get("differences") or []
     check_shape(baselines, [{"name": str, "dataset": str, "results": dict}], f"{path}, baselines")
+    tests = found.get("tests") or {}
     check_shape(differences, [DIFFERENCE], f"{path}, differences")
+    check_shape([row.get("labels", []) for row in differences], [[LABEL_DIFFERENCE]], f"{path}, differences, labels")
+    check_shape(tests, TESTS if tests else {}, f"{path}, tests")
 
     names = [dataset["name"] for dataset in found["datasets"]]
     for row in [*found["results"], *baselines, *differences]:
@@ -46,6 +52,7 @@ def read_scores(path: Path) -> Scores | None:
         _table(names, rows, "stage", f"{path}, results"),
         _table(names, baselines, "name", f"{path}, baselines"),
         differences,
+        tests,
     )
 
 

@@ -9,7 +9,7 @@ from vlmalign.reporting import curves
 from vlmalign.reporting.boards import Board, verdict
 from vlmalign.reporting.record import Stage
 from vlmalign.reporting.styles import Style
-from vlmalign.reporting.words import bounds, count, measured, number, share, signed
+from vlmalign.reporting.words import bounds, count, measured, number, p_value, share, signed
 
 #: kind -> numbers told first, those that were measured
 HEADLINE = {
@@ -149,6 +149,8 @@ def _scored(stage: Stage, board: Board) -> Sentence | None:
                 text = f"macro-F1 {moved} {number(abs(gap['value']))} against {row['from']} ({bounds(gap, sign=True)})"
             else:
                 text = f"macro-F1: {said} against {row['from']} ({signed(gap['value'])}, {bounds(gap, sign=True)})"
+            if gap.get("p_holm") is not None:
+                text += f", adjusted p {p_value(gap['p_holm'])}"
             return Sentence(f"{board.title}: {text}.", {"higher": "good", "lower": "bad"}.get(said, ""))
     return None
 

@@ -46,6 +46,17 @@ def bounds(interval: Mapping[str, Any], *, sign: bool = False) -> str:
     return f"{write(interval['low'])} to {write(interval['high'])}"
 
 
+def p_value(p: float | None) -> str:
+    """A p-value with three decimals, or that it is smaller.
+
+    >>> p_value(0.0462), p_value(0.0004), p_value(None)
+    ('0.046', '< 0.001', '')
+    """
+    if p is None:
+        return ""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def share(value: float, digits: int = 1) -> str:
     """A share in [0, 1] as per cent.
 

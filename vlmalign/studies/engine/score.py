@@ -14,8 +14,7 @@ import numpy as np
 
 from vlmalign.data.sources.films import Films
 from vlmalign.evaluation.baselines import BASELINES
-from vlmalign.evaluation.bootstrap import paired_difference
-from vlmalign.evaluation.f1 import label_matrix
+from vlmalign.evaluation.comparison import adjust, compare
 from vlmalign.evaluation.metrics import score
 from vlmalign.studies.engine.config import Answers, StudyConfig, set_ref, stage_ref
 from vlmalign.studies.engine.files import read_rows
@@ -60,8 +59,14 @@ def score_answers(study: Opened, name: str) -> dict[str, Any]:
             )
         if isinstance(task, LabelsTask):
             found["baselines"] += _baselines(task, ref, cases, rows[entry.stages[0], ref], options)
-            for first, second in steps_of(config, entry):
-                found["differences"] += _differences(ref, first, second, rows, options)
+            found["differences"] += [
+                {"dataset": ref, "from": first, "to": second, **gap}
+                for first, second in steps_of(config, entry)
+                for gap in compare(
+                    rows[first, ref], rows[second, ref], options["subsets"], draws=entry.draws, seed=config.seed
+                )
+            ]
+    found["tests"] = adjust(found["differences"], draws=entry.draws)
     return found
 
 
@@ -123,31 +128,6 @@ def _baselines(task: LabelsTask, ref: str, cases: Cases, rows: Sequence[Row], op
             for row, hits in zip(rows, predicted, strict=True)
         ]
         found.append({"name": name, "dataset": ref, "results": score(task, answers, **options)})
-    return found
-
-
-def _differences(
-    ref: str, first: str, second: str, rows: Mapping[tuple[str, str], Sequence[Row]], options: Mapping[str, Any]
-) -> list[Row]:
-    before, after = rows[first, ref], rows[second, ref]
-    patients = [row["patient"] for row in before]
-    found = []
-    for subset, labels in options["subsets"].items():
-        truth, one, two = (
-            label_matrix([[label for label in row[key] if label in labels] for row in part], labels)
-            for part, key in ((before, "truth"), (before, "predicted"), (after, "predicted"))
-        )
-        gap = paired_difference(truth, one, two, patients, draws=options["draws"], seed=options["seed"])
-        found.append(
-            {
-                "dataset": ref,
-                "from": first,
-                "to": second,
-                "subset": subset,
-                "macro": gap.macro._asdict(),
-                "micro": gap.micro._asdict(),
-            }
-        )
     return found
 
 
