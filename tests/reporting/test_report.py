@@ -9,9 +9,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from run_folders import FORK, metrics, write_align, write_chexreason, write_json, write_lines, write_stage, write_study
+from run_folders import (
+    FORK,
+    LABELS,
+    metrics,
+    write_align,
+    write_chexreason,
+    write_json,
+    write_lines,
+    write_stage,
+    write_study,
+)
 
 from vlmalign.evaluation import comparison
+from vlmalign.evaluation.results import evaluate_predictions
+from vlmalign.evaluation.samples import score_samples
 from vlmalign.reporting import curves, training
 from vlmalign.reporting.boards import FEWEST, boards, verdict
 from vlmalign.reporting.examples import choose_examples
@@ -199,6 +211,64 @@ def test_precision_recall_and_rare_labels_stand_in_the_table_of_labels(run, page
             rf'<tr(.*?)><th scope="row">{re.escape(label["label"].replace("&", "&amp;"))}</th><td class="num">', text
         )
         assert (row[1] == ' class="few"') == (label["support"] < 10)
+
+
+def test_subgroups_stand_with_their_cases_and_how_many_labels_they_have(own):
+    results = json.loads((own / SCORES).read_text())
+    rows = [row for row in read_run(own).entries[0].predictions if row["dataset"] == "home"]
+    expected = []
+    for stage in ("base", "sft"):
+        for group, places in (("below 60", range(12)), ("60 and above", range(12, 40))):
+            part = [row for row in rows if row["stage"] == stage and int(row["id"][5:]) in places]
+            scores = evaluate_predictions(part, LABELS, subsets={"all": LABELS}, draws=20)
+            place = {"stage": stage, "dataset": "home", "column": "age", "group": group}
+            results.setdefault("subgroups", []).append({**place, "results": scores})
+            macro = scores["blocks"]["all"]["macro"]
+            expected.append(f"{macro['value']:.3f} {macro['low']:.3f} to {macro['high']:.3f}")
+    write_json(own / SCORES, results)
+    page = Page(read(own))
+    assert "subgroups" in sections(page)
+    assert all(text in page.text for text in expected)
+    assert re.search(r"age: below 60 12 6 patients 0\.\d+ .* age: 60 and above 28 14 patients", page.text)
+    assert "labels; micro" in page.text
+    results["subgroups"][0]["results"]["blocks"]["all"]["macro"] = 0.5
+    write_json(own / SCORES, results)
+    with pytest.raises(ValueError, match="subgroups, age below 60, blocks, all, macro: expected an object"):
+        read_run(own)
+
+
+def test_several_samples_have_their_own_section_with_a_reliability_plot(own):
+    results = json.loads((own / SCORES).read_text())
+    rng = np.random.default_rng(0)
+    for row in results["results"]:
+        labels = tuple(row["results"]["blocks"]["all"]["labels"])
+        answers = [
+            {
+                "id": str(film), "patient": str(film // 2), "truth": [labels[film % 2]], "valid": True, "sample": k,
+                "predicted": [label for label in labels if rng.random() < (0.7 if label == labels[film % 2] else 0.2)],
+            }
+            for film in range(24)
+            for k in range(4)
+        ]  # fmt: skip
+        subsets = {name: tuple(block["labels"]) for name, block in row["results"]["blocks"].items()}
+        row["results"]["samples"] = score_samples(answers, labels, subsets=subsets, draws=20)
+    write_json(own / SCORES, results)
+    path = own / ANSWERS
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    write_lines(path, [{**line, "sample": k} for line in lines for k in range(2)])
+    page = Page(read(own))
+    assert "samples" in sections(page)
+    found = results["results"][0]["results"]["samples"]
+    assert [each["k"] for each in found["pass_at_k"]] == [1, 2, 4]
+    for score in (*found["pass_at_k"], found["blocks"]["all"]["macro_auroc"], found["blocks"]["shared"]["macro_auroc"]):
+        assert f"{score['value']:.3f} {score['low']:.3f} to {score['high']:.3f}" in page.text
+    assert f"ECE {found['blocks']['all']['per_label'][0]['ece']:.3f}" in page.text
+    assert "share of the samples that name the label" in page.text
+    assert re.search(
+        r"Reliability on home, probability and share by bin\. base: 0\.", (own / "report.html").read_text()
+    )
+    (home,) = [board for board in boards(read_run(own)) if board.dataset == "home"]
+    assert len(home.samples) == len(FORK)
 
 
 def test_updates_with_nothing_to_compare_are_said():

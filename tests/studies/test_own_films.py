@@ -12,9 +12,10 @@ from tiny_models import checkpoint, gemma3_vision
 from tiny_tokenizer import chat_folder
 
 from vlmalign.data.sources.examples import write_table
+from vlmalign.evaluation.samples import majority_vote, score_samples
 from vlmalign.reporting.image_places import image_places
 from vlmalign.studies.engine.chain import load_study
-from vlmalign.studies.engine.run import run
+from vlmalign.studies.engine.run import Asked, run
 
 #: the config at a thousandth of its size, in the shapes of test_fork.py, whose compiled programs serve again
 SMALL = (
@@ -43,9 +44,21 @@ def study(tmp_path_factory, repository) -> tuple[Path, list[str]]:
     return repository / "configs" / "own_films.yaml", [*places, *SMALL]
 
 
-def test_from_a_csv_to_scores_with_intervals_and_a_report(study):
+@pytest.fixture(scope="module")
+def finished(study) -> Path:
     path, overrides = study
-    folder = run(load_study(path, overrides), path)
+    return run(load_study(path, overrides), path)
+
+
+#: a further entry: two samples of each film, in the shapes of the rollouts, and subgroups by sex and age
+SAMPLED = (
+    "answers.sampled={stages: [base, sft], sets: [held-out], completion: 16, rows: 2, prompt_multiple: 64, samples: 2, "
+    "temperature: 0.9, top_p: 0.95, draws: 20, subgroups: {sex: values, age: [40, 60]}}",
+)
+
+
+def test_from_a_csv_to_scores_with_intervals_and_a_report(finished):
+    folder = finished
     results = json.loads((folder / "scores" / "test" / "results.json").read_text())
     assert [row["stage"] for row in results["results"]] == ["base", "sft", "grpo"]
     (dataset,) = results["datasets"]
@@ -67,11 +80,65 @@ def test_from_a_csv_to_scores_with_intervals_and_a_report(study):
         assert str(folder.parent) not in path.read_text(), f"{path.name} names a path of the machine"
 
 
+def test_several_samples_are_scored_by_their_vote_and_by_themselves(study, finished):
+    path, overrides = study
+    before = (finished / "scores" / "test" / "results.json").read_bytes()
+    run(load_study(path, [*overrides, *SAMPLED]), path)  # only the new entry is made
+    assert (finished / "scores" / "test" / "results.json").read_bytes() == before
+    answers = rows(finished / "answers" / "sampled" / "sft" / "held-out" / "predictions.jsonl")
+    assert [row["sample"] for row in answers] == [0, 1] * 20
+    assert len({row["completion"] for row in answers}) > 20  # samples of a film differ
+    found = json.loads((finished / "scores" / "sampled" / "results.json").read_text())
+    assert [row["stage"] for row in found["results"]] == ["base", "sft"]
+    results = found["results"][1]["results"]
+    assert results["n"] == 20
+    assert results["samples"] == score_samples(
+        answers, results["blocks"]["all 5"]["labels"], subsets=_subsets(results), draws=20
+    )
+    votes = majority_vote(answers)
+    assert results["fail_rate"] == sum(not vote["valid"] for vote in votes) / 20
+    (step,) = found["differences"]
+    assert (step["from"], step["to"]) == ("base", "sft")
+    # Every film is in one group of each column.
+    cases = rows(finished / "sets" / "held-out" / "cases.jsonl")
+    for column, names in (("sex", {"F", "M"}), ("age", {"below 40", "40 to below 60", "60 and above"})):
+        groups = [row for row in found["subgroups"] if (row["stage"], row["column"]) == ("sft", column)]
+        assert {row["group"] for row in groups} <= names
+        assert sum(row["results"]["n"] for row in groups) == len(cases)
+    page = (finished / "report.html").read_text()
+    assert 'id="samples"' in page
+    assert "age: 60 and above" in page
+
+
+def _subsets(results: dict) -> dict:
+    return {name: tuple(block["labels"]) for name, block in results["blocks"].items()}
+
+
+def test_new_settings_of_scores_leave_older_scores_as_they_are(study, finished):
+    """A record of before subgroups counts as one without; with subgroups, scores alone are made again."""
+    path, overrides = study
+    record = finished / "scores" / "test" / "made.json"
+    made = json.loads(record.read_text())
+    del made["settings"]["subgroups"]
+    record.write_text(json.dumps(made))
+    written = record.stat().st_mtime_ns
+    run(load_study(path, overrides), path, Asked(only=("scores/test",)))
+    assert record.stat().st_mtime_ns == written
+    run(load_study(path, [*overrides, "answers.test.subgroups={sex: values}"]), path, Asked(only=("scores/test",)))
+    again = json.loads((finished / "scores" / "test" / "results.json").read_text())
+    assert {row["column"] for row in again["subgroups"]} == {"sex"}
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
         ("sources.mine.image=flie", r"sources.mine: .*'flie'.*file"),
         ("sources.mine.labels.column=finding", r"sources.mine: .*'finding'.*findings"),
+        (
+            "answers.test.subgroups={race: values}",
+            r"answers.test.subgroups: no film of its sets has 'race'; known of them: age, direction, part, sex",
+        ),
+        ("answers.test.subgroups={age: [60, 40]}", "bounds of bands ascend"),
         (
             "tasks.findings.labels=[plain, soft cloud]",
             r"stages.sft.task: set train has labels that task findings does not",

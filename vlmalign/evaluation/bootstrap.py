@@ -104,7 +104,7 @@ def bootstrap_ratio(
             f"expected one patient per answer and at least one answer, found {len(patients)} for {len(hits)} answers"
             "; pass the patient column of the same rows"
         )
-    _check_settings(draws, level)
+    check_settings(draws, level)
     names, owner = np.unique(np.asarray(patients), return_inverse=True)  # sorted: order of answers cannot matter
     sums = np.zeros((len(names), 2))
     np.add.at(sums, owner, np.stack([np.asarray(hits, float), np.asarray(of, float)], axis=1))
@@ -113,7 +113,7 @@ def bootstrap_ratio(
         ratios = np.where(drawn[:, 1] > 0, drawn[:, 0] / drawn[:, 1], np.nan)
         total = sums.sum(axis=0)
         value = total[0] / total[1] if total[1] > 0 else float("nan")
-    return _interval(value, ratios, level, n=int(np.count_nonzero(of)), patients=len(names))
+    return percentile_interval(value, ratios, level, n=int(np.count_nonzero(of)), patients=len(names))
 
 
 def paired_difference(
@@ -210,7 +210,7 @@ def _drawn_scores(
     systems: list[Int[np.ndarray, "patient 3 label"]], draws: int, level: float, seed: int
 ) -> list[Float[np.ndarray, "draw score"]]:
     """Scores of each system in each draw, all systems on the same draws."""
-    _check_settings(draws, level)
+    check_settings(draws, level)
     patients, _, labels = systems[0].shape
     blocks: list[list[np.ndarray]] = [[] for _ in systems]
     for weights in resample_weights(patients, draws=draws, seed=seed):
@@ -229,13 +229,16 @@ def _intervals(
     patients: int,
 ) -> F1Intervals:
     def interval(value: float, draws: Float[np.ndarray, "draw"]) -> Interval:
-        return _interval(value, draws, level, n=n, patients=patients)
+        return percentile_interval(value, draws, level, n=n, patients=patients)
 
     *label, micro, macro, macro_all = map(interval, point, drawn.T)
     return F1Intervals(tuple(label), micro, macro, macro_all)
 
 
-def _interval(value: float, drawn: Float[np.ndarray, "draw"], level: float, *, n: int, patients: int) -> Interval:
+def percentile_interval(
+    value: float, drawn: Float[np.ndarray, "draw"], level: float, *, n: int, patients: int
+) -> Interval:
+    """A score with its interval from the scores of the draws, NaN where undefined."""
     defined = drawn[~np.isnan(drawn)]
     undefined = len(drawn) - len(defined)
     if np.isnan(value) or len(defined) == 0 or patients == 1:
@@ -244,7 +247,8 @@ def _interval(value: float, drawn: Float[np.ndarray, "draw"], level: float, *, n
     return Interval(float(value), float(low), float(high), n, patients, undefined)
 
 
-def _check_settings(draws: int, level: float) -> None:
+def check_settings(draws: int, level: float) -> None:
+    """Raises ValueError for settings out of range."""
     if draws < 1:
         raise ValueError(f"draws must be >= 1, found {draws}; set e.g. 1000")
     if not 0 < level < 1:

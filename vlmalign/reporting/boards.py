@@ -52,6 +52,14 @@ class Line:
         return None if value is None or self.baseline is None else value - self.baseline.macro["value"]
 
 
+class Group(NamedTuple):
+    """The cases that one value, or band, of a column has; each state's results on them."""
+
+    column: str
+    name: str
+    results: dict[str, Row]  #: state -> results
+
+
 @dataclass(frozen=True)
 class Board:
     """One data set as one answers entry scored it."""
@@ -68,11 +76,17 @@ class Board:
     numbers: dict[str, dict[str, Interval]]  #: of other kinds: state -> name -> score
     differences: list[Row]
     tests: Row  #: how the p-values of the differences were adjusted; empty where they have none
+    groups: list[Group]
 
     @property
     def names(self) -> list[str]:
         """Of `numbers`, in the order of the task."""
         return list(dict.fromkeys(name for found in self.numbers.values() for name in found))
+
+    @property
+    def samples(self) -> dict[str, Row]:
+        """State -> what several samples of each case tell; empty where there is one."""
+        return {state: found["samples"] for state, found in self.results.items() if found.get("samples")}
 
     @property
     def by_label(self) -> list[Row]:
@@ -126,6 +140,7 @@ def _board(title: str, entry: str, first: bool, scores: Scores, dataset: Row, re
         numbers={state: found for state, each in results.items() if (found := numbers(each))},
         differences=[row for row in scores.differences if row["dataset"] == name],
         tests=scores.tests,
+        groups=_groups([row for row in scores.subgroups if row["dataset"] == name]),
     )
 
 
@@ -134,6 +149,14 @@ def _line(subset: str, blocks: Mapping[str, Mapping[str, Row]], trivial: Mapping
     first = next(iter(own.values()))
     baselines = [Trivial(name, each[subset]) for name, each in trivial.items() if subset in each]
     return Line(subset, first["labels"], first["macro_labels"], own, baselines)
+
+
+def _groups(rows: list[Row]) -> list[Group]:
+    """In the order of the file."""
+    found: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault((row["column"], row["group"]), {})[row["stage"]] = row["results"]
+    return [Group(column, name, results) for (column, name), results in found.items()]
 
 
 def verdict(interval: Interval) -> str:

@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmalign.reporting import boards, figures, training, words
+from vlmalign.reporting import boards, figures, score_file, training, words
 from vlmalign.reporting.completions import StagePages, write_completions
 from vlmalign.reporting.examples import PER_KIND, choose_examples
 from vlmalign.reporting.pages import environment, stylesheet, write_page
 from vlmalign.reporting.record import KIND_NAMES, Run, Stage
+from vlmalign.reporting.reliability import reliability_figure
 from vlmalign.reporting.run_folder import read_run
 from vlmalign.reporting.styles import BASELINE, Style, stage_styles
 
@@ -56,6 +57,7 @@ def render(run: Run, completions: Sequence[StagePages] = ()) -> str:
             legend=[state for state in styles if any(board.lines and state in board.results for board in scored)],
             reading=boards.reading(scored),
             verdict=boards.verdict,
+            numbers=score_file.numbers,
             alpha=boards.ALPHA,
             fewest=boards.FEWEST,
             coverage=_coverage(run),
@@ -128,6 +130,7 @@ def _scored(found: Sequence[boards.Board], styles: Mapping[str, Style]) -> list[
             "board": board,
             "figure": figures.scores_figure(board, styles, f"scores-{place}") if board.lines else None,
             "labels": figures.label_figure(board, styles, f"labels-{place}") if board.lines else None,
+            "reliability": reliability_figure(board, styles, f"reliability-{place}") if board.samples else None,
         }
         for place, board in enumerate(found)
     ]
@@ -154,7 +157,8 @@ def _examples(run: Run, styles: Mapping[str, Style]) -> dict[str, Any]:
         boards.title(run, entry, name): choose_examples(rows, order, run.path)
         for entry in run.entries
         for name in entry.datasets
-        if (rows := [row for row in entry.predictions if row["dataset"] == name])
+        # Of several samples of a case the first is shown.
+        if (rows := [row for row in entry.predictions if row["dataset"] == name and not row.get("sample")])
     }
 
 

@@ -38,7 +38,8 @@ class Scores:
     results: dict[str, dict[str, Row]]  #: data set -> stage -> results, stages in order
     baselines: dict[str, dict[str, Row]]  #: data set -> name -> results
     differences: list[Row]
-    tests: Row  #: how their p-values were adjusted; empty of version 0.1
+    tests: Row  #: how their p-values were adjusted; empty in older files
+    subgroups: list[Row]  #: scores of the cases of a group: "stage", "dataset", "column", "group", "results"
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,23 @@ RESULTS = {"n": int}
 #: of a label's difference, and of how p-values were adjusted; older files have neither
 LABEL_DIFFERENCE = {"label": str, "support": int, "f1": INTERVAL}
 TESTS = {"correction": str, "families": Values(int), "smallest_p": NUMBER, "fewest_positives": int}
+SUBGROUP = {"stage": str, "dataset": str, "column": str, "group": str, "results": dict}
+#: of several samples of each case
+SAMPLES = {
+    "n": int,
+    "fail_rate": NUMBER,
+    "pass_at_k": [{"k": int, **INTERVAL}],
+    "probability": str,
+    "blocks": Values(
+        {
+            "macro_auroc": INTERVAL,
+            "macro_labels": int,
+            "ece": Maybe(NUMBER),
+            "bins": [{"n": int, "mean": NUMBER, "share": INTERVAL}],
+            "per_label": [{"label": str, "support": int, "auroc": INTERVAL, "ece": Maybe(NUMBER)}],
+        }
+    ),
+}
 UNKNOWN = [{"name": str, "count": int}]
 DATASET = {"name": str, "role": Maybe(str), "n": int}
 DIFFERENCE = {"dataset": str, "from": str, "to": str, "subset": str, "macro": INTERVAL, "micro": INTERVAL}
@@ -36,13 +53,16 @@ def read_scores(path: Path) -> Scores | None:
         return None
     baselines, differences = found.get("baselines") or [], found.get("differences") or []
     check_shape(baselines, [{"name": str, "dataset": str, "results": dict}], f"{path}, baselines")
-    tests = found.get("tests") or {}
+    tests, subgroups = found.get("tests") or {}, found.get("subgroups") or []
     check_shape(differences, [DIFFERENCE], f"{path}, differences")
     check_shape([row.get("labels", []) for row in differences], [[LABEL_DIFFERENCE]], f"{path}, differences, labels")
+    check_shape(subgroups, [SUBGROUP], f"{path}, subgroups")
+    for row in subgroups:
+        _check_results(row["results"], f"{path}, subgroups, {row['column']} {row['group']}")
     check_shape(tests, TESTS if tests else {}, f"{path}, tests")
 
     names = [dataset["name"] for dataset in found["datasets"]]
-    for row in [*found["results"], *baselines, *differences]:
+    for row in [*found["results"], *baselines, *differences, *subgroups]:
         if row["dataset"] not in names:
             raise ValueError(f"{path}: expected data sets of {names}, found {row['dataset']!r}; list it under datasets")
     order = found.get("stages") or ["base", "sft", "grpo"]
@@ -53,6 +73,7 @@ def read_scores(path: Path) -> Scores | None:
         _table(names, baselines, "name", f"{path}, baselines"),
         differences,
         tests,
+        subgroups,
     )
 
 
@@ -80,10 +101,14 @@ def _table(names: list[str], rows: list[Row], key: str, where: str) -> dict[str,
         name, results = row[key], row["results"]
         if name in table[row["dataset"]]:
             raise ValueError(f"{where}: expected {name!r} once per data set, found it twice; drop one")
-        place = f"{where}, {name} on {row['dataset']}"
-        check_shape(results, LABELS if "blocks" in results else RESULTS, place)
-        check_shape(results.get("unknown_names"), Maybe(UNKNOWN), f"{place}, unknown_names")
-        for kind, score in numbers(results).items():
-            check_shape(score, INTERVAL, f"{place}, {kind}")
+        _check_results(results, f"{where}, {name} on {row['dataset']}")
         table[row["dataset"]][name] = results
     return table
+
+
+def _check_results(results: Row, where: str) -> None:
+    check_shape(results, LABELS if "blocks" in results else RESULTS, where)
+    check_shape(results.get("unknown_names"), Maybe(UNKNOWN), f"{where}, unknown_names")
+    check_shape(results.get("samples"), Maybe(SAMPLES), f"{where}, samples")
+    for kind, score in numbers(results).items():
+        check_shape(score, INTERVAL, f"{where}, {kind}")

@@ -30,7 +30,8 @@ def write_table(
 ) -> Path:
     """Writes `films.csv` (or .parquet) and `scans/*.png`; returns the table's path.
 
-    Columns: file, person, direction (AP, PA), findings (names joined by ";"), and part (train or test, by person).
+    Columns: file, person, direction (AP, PA), sex, age, findings (names joined by ";"), and part (train or test, by
+    person).
     """
     studies = _studies(folder, films, seed, size)
     rows = [
@@ -38,12 +39,14 @@ def write_table(
             name,
             f"P{study.patient:03d}",
             study.views[0],
+            study.sex,
+            study.age,
             "; ".join(_names(study)),
             "test" if study.patient % 4 == 3 else "train",
         )
         for name, study in studies.items()
     ]
-    table = pd.DataFrame(rows, columns=["file", "person", "direction", "findings", "part"])
+    table = pd.DataFrame(rows, columns=["file", "person", "direction", "sex", "age", "findings", "part"])
     path = folder / f"films.{form}"
     if form == "csv":
         table.to_csv(path, index=False)

@@ -135,6 +135,15 @@ class Films:
         """Id of each film: object array of str [films]."""
         return self._ids.copy()
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What is known of films beside their labels: the keys of `meta`."""
+        return tuple(self._meta)
+
+    def column(self, name: str) -> np.ndarray:
+        """`meta[name]` of each film: object array [films], None where a film has none. No file is looked at."""
+        return self._meta[name].copy() if name in self._meta else np.full(len(self), None, object)
+
     def _where(self, i: int) -> str:
         return f"{self.table}, row {self._rows[i]} (film {self._ids[i]})"
 

@@ -77,6 +77,8 @@ class TableFilms(FilmSource):
     patient: str | None = None  #: column; None: the id, so every film is a patient of its own
     view: str | None = None  #: column
     views: Names | None = None  #: which values of `view` are taken; None: all
+    sex: str | None = None  #: column, as is `age`: what subgroups of scores are made of
+    age: str | None = None
     split: str | None = None  #: column
     splits: Names | None = None  #: which values of `split` are taken; None: all
 
@@ -122,6 +124,8 @@ class TableFilms(FilmSource):
             self.id,
             self.patient,
             self.view,
+            self.sex,
+            self.age,
             self.split,
             *(self.labels.columns or [self.labels.column]),
         ]
@@ -137,7 +141,8 @@ class TableFilms(FilmSource):
             if self.patient is not None
             else [f"{path}: no patient column is named; every film is a patient's only one"]
         )
-        renamed = {"view": self.view, "split": self.split}
+        known = {"view": self.view, "sex": self.sex, "age": self.age, "split": self.split}
+        renamed = {name: column for name, column in known.items() if column is not None}
         used = {*named, *renamed}
         films = Films(
             "table",
@@ -151,7 +156,7 @@ class TableFilms(FilmSource):
             rows=rows,
             meta={
                 **{name: frame[name] for name in frame if name not in used},
-                **{name: frame[column] for name, column in renamed.items() if column is not None},
+                **{name: frame[column] for name, column in renamed.items()},
             },
             on_bad=self.on_bad,
             notes=notes,

@@ -18,9 +18,11 @@ from pydantic import Field, model_validator
 from vlmalign.config import FREE, Config
 from vlmalign.config_tree import nearest
 from vlmalign.data.sources.formats import AnySource
+from vlmalign.evaluation.subgroups import Grouping
 from vlmalign.studies.engine.reward_config import FileReward
 from vlmalign.studies.engine.sections import Bound, Mesh, Positive, Reading
 from vlmalign.studies.engine.stage_config import AdapterStage, AnyStage, ModelStage, Policy, Stage, Trains
+from vlmalign.tasks.labels import LabelsTask
 from vlmalign.tasks.tasks import AnyTask
 
 #: names become folders
@@ -70,10 +72,12 @@ class Answers(Config):
     sets: Annotated[tuple[str, ...], Field(min_length=1)]
     task: str | None = None  #: null: the study's only task
     completion: Positive  #: longest answer, tokens
-    samples: Positive = 1  #: answers to each case; scores need 1
+    samples: Positive = 1  #: answers to each case; several are scored where they are label lists
     temperature: Annotated[float, Field(ge=0)] = 0.0  #: 0: greedy
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     draws: Positive = 1000  #: of the bootstrap
+    #: column of what is known of the cases -> "values" (scores for each), or the bounds of bands: {age: [40, 60, 80]}
+    subgroups: dict[str, Grouping] = Field(default_factory=dict)
     rows: Annotated[Positive, FREE] = 32  #: prompts at once
     prompt_multiple: Annotated[Positive, FREE] = 32
     tensor: Annotated[Positive, FREE] = 1  #: devices that share the weights out among them
@@ -82,6 +86,15 @@ class Answers(Config):
     def _several_differ(self) -> Answers:
         if self.samples > 1 and self.temperature == 0:
             raise ValueError(f"samples: {self.samples} greedy answers are all the same; set a temperature")
+        return self
+
+    @model_validator(mode="after")
+    def _bands_ascend(self) -> Answers:
+        for column, bounds in self.subgroups.items():
+            if bounds != "values" and (not bounds or list(bounds) != sorted(set(bounds))):
+                raise ValueError(
+                    f"subgroups.{column}: bounds of bands ascend, and there is at least one; found {bounds}"
+                )
         return self
 
 
@@ -185,6 +198,11 @@ class StudyConfig(Config):
         if name is None:
             return next(iter(self.tasks.items())) if len(self.tasks) == 1 else None
         return name, self.tasks[name]
+
+    def is_scored(self, entry: Answers) -> bool:
+        """Whether answers get scores: one to each case, or several that are label lists, of which there is a vote."""
+        task = self.task_of(entry.task)
+        return entry.samples == 1 or (task is not None and isinstance(task[1], LabelsTask))
 
     @model_validator(mode="after")
     def _holds_together(self) -> StudyConfig:

@@ -72,7 +72,7 @@ def build_graph(config: StudyConfig) -> dict[str, Node]:
                         parents = {"stage": _state(config, ref), "set": _part(each)}
                         add(Node(f"answers/{entry}/{ref}/{each}", "answers", entry, parents, base, ref, each))
     for entry, answers in config.answers.items():
-        if answers.samples == 1:
+        if config.is_scored(answers):
             parents = {
                 f"{ref} {each}": Edge(f"answers/{entry}/{ref}/{each}")
                 for ref in answers.stages

@@ -14,7 +14,10 @@ from vlmalign.studies.engine.sections import split_free
 from vlmalign.studies.engine.stage_config import Stage
 
 #: settings younger than a kind's first records: kind -> the values that they had when nobody could set them
-BEFORE: Mapping[str, Mapping[str, Any]] = {"set": {"floors": {}, "cap": None, "caps": {}}}
+BEFORE: Mapping[str, Mapping[str, Any]] = {
+    "scores": {"subgroups": {}},
+    "set": {"floors": {}, "cap": None, "caps": {}},
+}
 
 #: what of a section is said by parents or inputs, and may be called something else
 NAMES = {"from", "reference", "apart", "role", "peek", "may_overlap"}
@@ -36,7 +39,7 @@ def record_of(study: Opened, node: Node, ids: Mapping[Edge, str]) -> Record:
     if node.kind == "answers":
         entry: Answers = config.answers[node.key]
         binding, free = split_free(entry)
-        settings = {k: v for k, v in binding.items() if k not in ("stages", "sets", "task", "draws")}
+        settings = {k: v for k, v in binding.items() if k not in ("stages", "sets", "task", "draws", "subgroups")}
         return Record(
             node.name,
             node.kind,
@@ -51,6 +54,7 @@ def record_of(study: Opened, node: Node, ids: Mapping[Edge, str]) -> Record:
             node.kind,
             {
                 "draws": entry.draws,
+                "subgroups": split_free(entry)[0]["subgroups"],
                 "seed": config.seed,
                 "task": split_free(study.task_of_answers(entry, entry.sets[0]))[0],
             },

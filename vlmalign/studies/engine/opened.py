@@ -277,6 +277,20 @@ def check_labels(config: StudyConfig, sources: Mapping[str, Any]) -> None:
             )
 
 
+def check_subgroups(config: StudyConfig, sources: Mapping[str, Any]) -> None:
+    """Raises ValueError, naming the place in the config, for a subgroup of which no film of the entry's sets knows anything."""
+    for name, entry in config.answers.items():
+        found = [sources.get(config.sets[set_ref(ref).name].from_) for ref in entry.sets]
+        if not all(isinstance(source, Films) for source in found):
+            continue  # not there yet, or rows, whose columns may differ from row to row
+        known = sorted({column for source in found for column in source.columns})
+        for column in entry.subgroups:
+            if column not in known:
+                raise ValueError(
+                    f"answers.{name}.subgroups: no film of its sets has {column!r}; known of them: {', '.join(known)}"
+                )
+
+
 def _check_adapter(where: str, stage: AdapterStage, spec: LoraSpec) -> None:
     """What the tensors mean must be said in the config too, where it is said at all."""
     names = ("rank", "alpha", "targets", "rank_stabilised", "magnitude")

@@ -1,5 +1,7 @@
 """Scores of an answers entry: every stage on every set, beside trivial baselines, with paired differences along the graph.
 
+Of several samples of each case their majority vote is scored, and beside it what the samples themselves tell.
+
 Averages over different label sets cannot be compared, so a set is scored in blocks: all its labels, and those that the
 entry's smallest label set shares with it.
 """
@@ -16,12 +18,15 @@ from vlmalign.data.sources.films import Films
 from vlmalign.evaluation.baselines import BASELINES
 from vlmalign.evaluation.comparison import adjust, compare
 from vlmalign.evaluation.metrics import score
+from vlmalign.evaluation.samples import majority_vote, score_samples
+from vlmalign.evaluation.subgroups import groups_of
 from vlmalign.studies.engine.config import Answers, StudyConfig, set_ref, stage_ref
 from vlmalign.studies.engine.files import read_rows
 from vlmalign.studies.engine.opened import Opened
 from vlmalign.studies.engine.sets import Cases
 from vlmalign.studies.engine.stage_config import ModelStage, Policy
 from vlmalign.tasks.labels import LabelsTask
+from vlmalign.tasks.tasks import AnyTask
 
 Row = dict[str, Any]
 
@@ -36,12 +41,16 @@ def score_answers(study: Opened, name: str) -> dict[str, Any]:
         for stage in entry.stages
         for ref in entry.sets
     }
+    sampled = dict(rows)
+    if entry.samples > 1:  # of label lists
+        rows = {of: majority_vote(each) for of, each in sampled.items()}
     found: dict[str, Any] = {
         "task": task.kind,
         "stages": list(entry.stages),
         "datasets": [_dataset(config, ref, cases, task) for ref, cases in sets.items()],
         "results": [],
         "baselines": [],
+        "subgroups": [],
         "differences": [],
         "rewards": {
             n: gain
@@ -54,9 +63,16 @@ def score_answers(study: Opened, name: str) -> dict[str, Any]:
         if isinstance(task, LabelsTask):
             options |= {"labels": cases.labels, "subsets": subsets(cases.labels, [c.labels for c in sets.values()])}
         for stage in entry.stages:
-            found["results"].append(
-                {"stage": stage, "dataset": ref, "results": score(task, rows[stage, ref], **options)}
-            )
+            results = score(task, rows[stage, ref], **options)
+            if entry.samples > 1:
+                results["samples"] = score_samples(sampled[stage, ref], **options)
+            found["results"].append({"stage": stage, "dataset": ref, "results": results})
+        for column, grouping in entry.subgroups.items():
+            groups = groups_of(cases.column(column), grouping)
+            for stage in entry.stages:
+                found["subgroups"] += _subgroups(
+                    task, cases, groups, rows[stage, ref], options, stage=stage, column=column
+                )
         if isinstance(task, LabelsTask):
             found["baselines"] += _baselines(task, ref, cases, rows[entry.stages[0], ref], options)
             found["differences"] += [
@@ -128,6 +144,27 @@ def _baselines(task: LabelsTask, ref: str, cases: Cases, rows: Sequence[Row], op
             for row, hits in zip(rows, predicted, strict=True)
         ]
         found.append({"name": name, "dataset": ref, "results": score(task, answers, **options)})
+    return found
+
+
+def _subgroups(
+    task: AnyTask,
+    cases: Cases,
+    groups: Mapping[str, Sequence[int]],
+    rows: Sequence[Row],
+    options: Mapping[str, Any],
+    *,
+    stage: str,
+    column: str,
+) -> list[Row]:
+    """Scores of each group's cases; one without an answer (a row that was left out) is in none."""
+    by_case = {row["id"]: row for row in rows}
+    found = []
+    for name, places in groups.items():
+        own = [by_case[id] for place in places if (id := cases.rows[place]["id"]) in by_case]
+        if own:
+            where = {"stage": stage, "dataset": cases.name, "column": column, "group": name}
+            found.append({**where, "results": score(task, own, **options)})
     return found
 
 

@@ -52,6 +52,12 @@ class Cases:
         """Names of the labels; empty for cases without."""
         return self.source.schema.labels if isinstance(self.source, Films) else ()
 
+    def column(self, name: str) -> list[Any]:
+        """What is known of each case under this name, None where it has nothing."""
+        if isinstance(self.source, Films):
+            return list(self.source.column(name)[self.places])
+        return [self[i].meta.get(name) for i in range(len(self))]
+
 
 def draw(config: StudyConfig, name: str, source: Source, left_out: set[str], folder: Path, progress: Progress) -> None:
     """Draw the set `name` and write it into `folder`. `left_out` are patients of other sets of the source.
