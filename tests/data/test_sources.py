@@ -368,7 +368,9 @@ def test_settings_of_a_table_that_do_not_fit_together(own):
         **(OWN | {"labels": {"columns": ["Veil"], "values": {"yes": 2}}}),
     )
     refused(own, "unknown label 'Rings'", **OWN, label_map={"Rings": "Halo"})
-    refused(own, "built-in maps are of other formats", **OWN, label_map="identity")
+    refused(own, "or one of padchest-to-chexpert; found 'identity'", **OWN, label_map="identity")
+    refused(own, "lists belongs to column", **(OWN | {"labels": {"columns": ["Veil"], "lists": True}}))
+    refused(own, "need no separator", **(OWN | {"labels": {"column": "a", "lists": True, "separator": ","}}))
     refused(own, r"labels", **(OWN | {"labels": []}))
 
 

@@ -271,6 +271,14 @@ def test_several_samples_have_their_own_section_with_a_reliability_plot(own):
     assert len(home.samples) == len(FORK)
 
 
+def test_labels_without_a_counterpart_are_stated(own):
+    results = json.loads((own / SCORES).read_text())
+    results["datasets"][1] |= {"unmapped": {"Infiltration": 7, "Hernia": 1}, "only_unmapped": 3}
+    write_json(own / SCORES, results)
+    said = "without a counterpart here, with their cases: Infiltration 7, Hernia 1. 3 cases have nothing else, and an empty"
+    assert said in Page(read(own)).text
+
+
 def test_updates_with_nothing_to_compare_are_said():
     rows = [{"step": step, "reward": 0.0, "flat_groups": 1.0 if step > 2 else 0.5} for step in range(1, 31)]
     said = training.sentences(Stage("rl", "grpo", "sft", "stages/rl", rows), [])

@@ -3,6 +3,7 @@ moments and continued to the same bytes; an arm added afterwards runs alone; dam
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from tiny_tokenizer import chat_folder
 
 from vlmalign.config_yaml import read_yaml, write_yaml
 from vlmalign.data.films.images import BadImage
+from vlmalign.data.sources.schema import NIH_TO_CHEXPERT9
 from vlmalign.studies.engine.chain import load_study
 from vlmalign.studies.engine.run import Asked, run
 from vlmalign.studies.engine.status import status
@@ -158,6 +161,14 @@ def test_one_record_of_predictions_for_every_state_and_set(finished):
     assert [(d["name"], d["role"], len(d["labels"])) for d in results["datasets"]] == [
         ("near", "in-schema", 14), ("far", "cross-schema", 9),
     ]  # fmt: skip
+    far = results["datasets"][1]
+    ids = {row["id"] for row in rows(finished / "sets" / "far" / "cases.jsonl")}
+    with (finished / "sources" / "nih" / "Data_Entry_2017_v2020.csv").open() as file:
+        findings = [row["Finding Labels"].split("|") for row in csv.DictReader(file) if row["Image Index"] in ids]
+    counts = Counter(name for names in findings for name in names if name in NIH_TO_CHEXPERT9.unmapped)
+    assert far["unmapped"] == counts
+    assert far["only_unmapped"] == sum(set(names) <= set(NIH_TO_CHEXPERT9.unmapped) for names in findings)
+    assert "unmapped" not in results["datasets"][0]
     assert {(d["from"], d["to"]) for d in results["differences"]} == {("base", "sft"), ("sft", "hard"), ("sft", "dpo")}
     blocks = {row["dataset"]: list(row["results"]["blocks"]) for row in results["results"]}
     assert blocks == {"near": ["all 14", "shared 9"], "far": ["all 9"]}

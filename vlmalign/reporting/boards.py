@@ -71,6 +71,8 @@ class Board:
     role: str | None
     n: int
     patients: int | None
+    unmapped: dict[str, int]  #: labels of the data set without a counterpart -> cases
+    only_unmapped: int  #: cases that have such labels alone
     results: dict[str, Row]  #: state -> results
     lines: list[Line]  #: of label lists, most labels first; of other kinds empty
     numbers: dict[str, dict[str, Interval]]  #: of other kinds: state -> name -> score
@@ -135,6 +137,8 @@ def _board(title: str, entry: str, first: bool, scores: Scores, dataset: Row, re
         role=dataset["role"],
         n=dataset["n"],
         patients=dataset.get("patients"),
+        unmapped=dataset.get("unmapped") or {},
+        only_unmapped=dataset.get("only_unmapped") or 0,
         results=results,
         lines=sorted(lines, key=lambda line: -len(line.labels)),
         numbers={state: found for state, each in results.items() if (found := numbers(each))},

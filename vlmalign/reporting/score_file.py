@@ -43,6 +43,8 @@ SAMPLES = {
 }
 UNKNOWN = [{"name": str, "count": int}]
 DATASET = {"name": str, "role": Maybe(str), "n": int}
+#: of a data set whose labels were mapped: what has no counterpart -> cases; and cases that have nothing else
+UNMAPPED = {"unmapped": Values(int), "only_unmapped": int}
 DIFFERENCE = {"dataset": str, "from": str, "to": str, "subset": str, "macro": INTERVAL, "micro": INTERVAL}
 
 
@@ -52,6 +54,9 @@ def read_scores(path: Path) -> Scores | None:
     if found is None:
         return None
     baselines, differences = found.get("baselines") or [], found.get("differences") or []
+    for dataset in found["datasets"]:
+        if "unmapped" in dataset:
+            check_shape(dataset, UNMAPPED, f"{path}, datasets, {dataset['name']}")
     check_shape(baselines, [{"name": str, "dataset": str, "results": dict}], f"{path}, baselines")
     tests, subgroups = found.get("tests") or {}, found.get("subgroups") or []
     check_shape(differences, [DIFFERENCE], f"{path}, differences")

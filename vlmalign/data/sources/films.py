@@ -61,6 +61,8 @@ class Films:
         self.name, self.schema, self.root, self.table = name, schema, Path(root), Path(table)
         self.files, self.notes = tuple(files) or (self.table,), tuple(notes)
         self.skipped: list[dict[str, str]] = list(skipped)
+        #: labels of the source that have no counterpart in these films' names -> bool [films]
+        self.unmapped: Mapping[str, np.ndarray] = {}
         self._ids = np.asarray(ids, object)
         self._patients = np.asarray(patients, object)
         self._paths = np.asarray(paths, object)
@@ -88,10 +90,12 @@ class Films:
         """The same films with their labels in the target names of `table`, whose source is this schema."""
         assert table.source == self.schema
         matrix = np.zeros((len(self), len(table.target)), bool)
-        for label, name in table.mapping.items():
-            matrix[:, table.target.index(name)] |= self._labels[:, self.schema.index(label)]
+        for label in table.mapping:
+            for name in table.images(label):
+                matrix[:, table.target.index(name)] |= self._labels[:, self.schema.index(label)]
         films = copy.copy(self)
         films.schema, films._labels = table.target, matrix
+        films.unmapped = {label: self._labels[:, self.schema.index(label)] for label in table.unmapped}
         return films
 
     def with_traces(self, traces: Mapping[str, str], path: Path) -> Films:

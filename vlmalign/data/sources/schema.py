@@ -71,7 +71,7 @@ NIH14 = LabelSchema(
 class LabelMap:
     """How the truth of one schema is told in the names of another.
 
-    `mapping` takes source labels to target labels; a source label it does not list is dropped. A film whose only
+    `mapping` takes source labels to a target label, or to several; one it does not list is dropped. A film whose only
     findings are dropped therefore has an **empty** true set: it is neither "No Finding" nor positive for anything,
     so a metric counts every label predicted on it as a false positive.
     """
@@ -79,12 +79,17 @@ class LabelMap:
     name: str
     source: LabelSchema
     target: LabelSchema
-    mapping: Mapping[str, str]
+    mapping: Mapping[str, str | tuple[str, ...]]
 
     def __post_init__(self) -> None:
-        for label, image in self.mapping.items():
+        for label in self.mapping:
             self.source.index(label)
-            self.target.index(image)
+            self.target.ordered(self.images(label))
+
+    def images(self, label: str) -> tuple[str, ...]:
+        """What a source label is called in the target's names; empty for one without a counterpart."""
+        found = self.mapping.get(label, ())
+        return (found,) if isinstance(found, str) else found
 
     @property
     def unmapped(self) -> tuple[str, ...]:
@@ -100,7 +105,7 @@ class LabelMap:
         ()
         """
         known = self.source.ordered(labels)
-        return self.target.ordered(self.mapping[label] for label in known if label in self.mapping)
+        return self.target.ordered(image for label in known for image in self.images(label))
 
     def restrict(self, labels: Iterable[str]) -> tuple[str, ...]:
         """Predicted labels (in CheXpert names) that the target also has; ValueError for a name that is neither.
@@ -113,6 +118,25 @@ class LabelMap:
             if label not in self.target.labels:
                 CHEXPERT.index(label)
         return self.target.ordered(label for label in found if label in self.target.labels)
+
+
+@dataclass(frozen=True)
+class OpenMap:
+    """A map for tables whose list of labels is not closed: any label that it does not list has no counterpart."""
+
+    name: str
+    target: LabelSchema
+    mapping: Mapping[str, str | tuple[str, ...]]
+
+    def of(self, schema: LabelSchema) -> LabelMap:
+        """The map for the labels that a table has; ValueError where it lists none of them."""
+        known = {label: self.mapping[label] for label in schema.labels if label in self.mapping}
+        if not known:
+            raise ValueError(
+                f"label_map {self.name!r} knows none of the labels of {schema.name}, such as {', '.join(schema.labels[:5])}"
+                "; give a map {their label: our label}"
+            )
+        return LabelMap(self.name, schema, self.target, known)
 
 
 def renaming(schema: LabelSchema, names: Mapping[str, str | None]) -> LabelMap:

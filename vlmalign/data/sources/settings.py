@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field
 from vlmalign.config import FREE, Config
 from vlmalign.data.sources.films import Films
 from vlmalign.data.sources.json_lines import read_texts
+from vlmalign.data.sources.padchest import OPEN_MAPS
 from vlmalign.data.sources.schema import LABEL_MAPS, LabelMap, LabelSchema, renaming
 
 Positive = Annotated[int, Field(ge=1)]
@@ -54,6 +55,8 @@ def label_map_of(setting: str | dict[str, str | None], schema: LabelSchema) -> L
     """The map that `label_map` means for labels of `schema`; ValueError where it does not fit them."""
     if isinstance(setting, dict):
         return renaming(schema, setting)
+    if setting in OPEN_MAPS:
+        return OPEN_MAPS[setting].of(schema)
     fitting = [name for name, table in LABEL_MAPS.items() if table.source == schema]
     if setting not in fitting:
         raise ValueError(

@@ -12,6 +12,7 @@ Splits and intervals are by patient, so say which column holds it where there is
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -21,6 +22,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from vlmalign.config import FREE, Config
 from vlmalign.data.sources.films import Films
+from vlmalign.data.sources.padchest import OPEN_MAPS
 from vlmalign.data.sources.schema import LabelSchema, renaming, unknown_label
 from vlmalign.data.sources.settings import FilmSource, Place, Uncertain
 from vlmalign.data.sources.tables import LABEL_VALUES, ignored, label_values, positives
@@ -45,6 +47,10 @@ class Labels(Config):
     uncertain: Uncertain = "negative"  #: what -1 counts as; also "positive-only", "u-zeros", "u-ones", "u-ignore"
     column: str | None = None  #: holds names, joined by the separator; blank: none
     separator: Annotated[str, Field(min_length=1)] | None = None  #: None: one name a film
+    lists: bool = False  #: `column` holds lists as Python or JSON write them: ['a', 'b']
+    #: names in `column` that say that a film's labels are not known: it is left out, and listed
+    unlabelled: Names | None = None
+    blank: Literal["none", "unlabelled"] = "none"  #: what an empty cell of `column` says: no label, or not known
     names: Names | None = None  #: the names that `column` may hold, in their order; None: those found, sorted
     normal: str | None = None  #: which label says that nothing was found
 
@@ -53,10 +59,12 @@ class Labels(Config):
         if (self.columns is None) == (self.column is None):
             found = "neither" if self.columns is None else "both"
             raise ValueError(f"give either columns (one for each label) or column (one with the names), found {found}")
-        for name in ("separator", "names") if self.column is None else ("values",):
+        for name in ("separator", "names", "lists", "unlabelled") if self.column is None else ("values",):
             if getattr(self, name):
                 other = "column, which holds names" if self.column is None else "columns, which hold a value each"
                 raise ValueError(f"{name} belongs to {other}; leave it out")
+        if self.lists and self.separator:
+            raise ValueError("lists of names need no separator; leave it out")
         if known := self.columns or self.names:
             LabelSchema("labels", known, self.normal)
         return self
@@ -71,6 +79,7 @@ class TableFilms(FilmSource):
         None  #: folder that image paths start from and may not leave; None: the table's
     )
     image: str  #: column with the path of the image
+    subfolder: str | None = None  #: column with the folder that this path starts from, below `images`
     suffix: str = ""  #: added to each path, such as ".png"
     labels: Labels
     id: str | None = None  #: column; None: the image's path
@@ -98,9 +107,11 @@ class TableFilms(FilmSource):
         for chosen, column in (("views", "view"), ("splits", "split")):
             if getattr(self, chosen) and getattr(self, column) is None:
                 raise ValueError(f"{chosen} needs to know in which column they stand: set {column}")
-        if isinstance(self.label_map, str):
-            raise ValueError("label_map of a table is {their label: our label}; the built-in maps are of other formats")
-        if self.label_map and (known := self.labels.columns or self.labels.names):
+        if isinstance(self.label_map, str) and self.label_map not in OPEN_MAPS:
+            raise ValueError(
+                f"label_map of a table is {{their label: our label}} or one of {', '.join(OPEN_MAPS)}; found {self.label_map!r}"
+            )
+        if isinstance(self.label_map, dict) and (known := self.labels.columns or self.labels.names):
             renaming(LabelSchema("the table", known, self.labels.normal), self.label_map)
         return self
 
@@ -121,6 +132,7 @@ class TableFilms(FilmSource):
             raise FileNotFoundError(f"no folder {root} for the images of {path}")
         named = [
             self.image,
+            self.subfolder,
             self.id,
             self.patient,
             self.view,
@@ -133,16 +145,20 @@ class TableFilms(FilmSource):
         for column, taken in ((self.view, self.views), (self.split, self.splits)):
             keep = chosen(frame, column, taken, path)
             frame, rows = frame[keep], rows[keep]
-        labels = read_labels(self.labels, frame, rows, path)
         paths = filled(frame, self.image, rows, path) + self.suffix
+        if self.subfolder is not None:
+            paths = filled(frame, self.subfolder, rows, path) + "/" + paths
+        known, skipped = _labelled(self.labels, frame, rows, paths, path)
+        frame, rows, paths = frame[known], rows[known], paths[known]
+        labels = read_labels(self.labels, frame, rows, path)
         ids = paths if self.id is None else filled(frame, self.id, rows, path)
         notes = (
             []
             if self.patient is not None
             else [f"{path}: no patient column is named; every film is a patient's only one"]
         )
-        known = {"view": self.view, "sex": self.sex, "age": self.age, "split": self.split}
-        renamed = {name: column for name, column in known.items() if column is not None}
+        named_so = {"view": self.view, "sex": self.sex, "age": self.age, "split": self.split}
+        renamed = {name: column for name, column in named_so.items() if column is not None}
         used = {*named, *renamed}
         films = Films(
             "table",
@@ -158,6 +174,7 @@ class TableFilms(FilmSource):
                 **{name: frame[name] for name in frame if name not in used},
                 **{name: frame[column] for name, column in renamed.items()},
             },
+            skipped=skipped,
             on_bad=self.on_bad,
             notes=notes,
             ignored=labels.ignored,
@@ -199,7 +216,7 @@ def read_labels(labels: Labels, frame: pd.DataFrame, rows: np.ndarray, path: Pat
         values = label_values(frame, path, labels.columns, known=known, rows=rows)
         schema = LabelSchema(path.name, labels.columns, labels.normal)
         return TableLabels(positives(values, labels.uncertain), ignored(values, labels.uncertain), schema)
-    cells = [_names_of(cell, labels.separator) for cell in frame[labels.column]]
+    cells = _cells(labels, frame, rows, path)
     found = sorted({name for cell in cells for name in cell})
     names = labels.names or tuple(found)
     where = f"{path}, column {labels.column!r}"
@@ -214,6 +231,52 @@ def read_labels(labels: Labels, frame: pd.DataFrame, rows: np.ndarray, path: Pat
                 raise ValueError(unknown_label(name, names, f"{path}, row {rows[row]}, column {labels.column!r}"))
             matrix[row, names.index(name)] = True
     return TableLabels(matrix, np.zeros_like(matrix), LabelSchema(path.name, names, labels.normal))
+
+
+def _labelled(
+    labels: Labels, frame: pd.DataFrame, rows: np.ndarray, paths: pd.Series, path: Path
+) -> tuple[np.ndarray, list[dict[str, str]]]:
+    """Which rows have labels that are known (bool), and the others, as `Films` lists what is skipped."""
+    known, skipped = np.ones(len(frame), bool), []
+    if labels.column is None or (labels.unlabelled is None and labels.blank == "none"):
+        return known, skipped
+    for place, names in enumerate(_cells(labels, frame, rows, path)):
+        saying = [name for name in names if name in (labels.unlabelled or ())]
+        if saying or (not names and labels.blank == "unlabelled"):
+            known[place] = False
+            why = f"its label {saying[0]!r} says that its labels are not known" if saying else "it has no labels"
+            skipped.append({"id": paths.iloc[place], "path": paths.iloc[place], "reason": why})
+    return known, skipped
+
+
+def _cells(labels: Labels, frame: pd.DataFrame, rows: np.ndarray, path: Path) -> list[list[str]]:
+    """The names of each row."""
+    found = []
+    for row, cell in zip(rows, frame[labels.column], strict=True):
+        if labels.lists and isinstance(cell, str):
+            try:
+                cell = _list(cell)
+            except ValueError as error:
+                raise ValueError(f"{path}, row {row}, column {labels.column!r}: {error}") from None
+        found.append(_names_of(cell, labels.separator))
+    return found
+
+
+def _list(text: str) -> list[Any]:
+    """A list as Python or JSON write it; blank: an empty one.
+
+    >>> _list("['normal', ' scoliosis']"), _list("")
+    (['normal', ' scoliosis'], [])
+    """
+    if not text.strip():
+        return []
+    try:
+        found = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        found = None
+    if not isinstance(found, list):
+        raise ValueError(f"expected a list of names such as ['a', 'b'], found {text[:40]!r}")
+    return found
 
 
 def _names_of(cell: Any, separator: str | None) -> list[str]:

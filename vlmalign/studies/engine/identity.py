@@ -16,7 +16,7 @@ from vlmalign.studies.engine.stage_config import Stage
 #: settings younger than a kind's first records: kind -> the values that they had when nobody could set them
 BEFORE: Mapping[str, Mapping[str, Any]] = {
     "scores": {"subgroups": {}},
-    "set": {"floors": {}, "cap": None, "caps": {}},
+    "set": {"floors": {}, "cap": None, "caps": {}, "source": {"labels": {"lists": False, "blank": "none"}}},
 }
 
 #: what of a section is said by parents or inputs, and may be called something else

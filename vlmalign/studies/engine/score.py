@@ -117,12 +117,41 @@ def steps_of(config: StudyConfig, entry: Answers) -> list[tuple[str, str]]:
 def _dataset(config: StudyConfig, ref: str, cases: Cases, task: Any) -> dict[str, Any]:
     patients = {row["patient"] for row in cases.rows}
     section = config.sets[set_ref(ref).name]
-    # Labels told in other names than the source's own follow another convention, unless the task has just these.
-    mapped = getattr(config.sources[section.from_], "label_map", None) is not None
-    other = isinstance(task, LabelsTask) and mapped and set(cases.labels) != set(task.names)
-    schema = "cross-schema" if other else "in-schema"
-    known = {"name": ref, "role": schema, "labels": list(cases.labels), "n": len(cases), "patients": len(patients)}
+    # Labels told in other names than the source's own follow another convention, unless the task has just these. Those of
+    # a built-in map do so even then, unless a stage is trained on labels that came by it.
+    label_map = getattr(config.sources[section.from_], "label_map", None)
+    other = isinstance(task, LabelsTask) and label_map is not None and set(cases.labels) != set(task.names)
+    if isinstance(task, LabelsTask) and isinstance(label_map, str):
+        other = other or label_map not in _maps_of_training(config)
+    known: dict[str, Any] = {
+        "name": ref,
+        "role": "cross-schema" if other else "in-schema",
+        "labels": list(cases.labels),
+        "n": len(cases),
+        "patients": len(patients),
+    }
+    if isinstance(cases.source, Films) and label_map is not None:
+        known |= _unmapped(cases)
     return {**known, "peeked": True} if section.peek else known
+
+
+def _maps_of_training(config: StudyConfig) -> list[Any]:
+    """The label maps of the sources that stages are trained on; None for one without."""
+    sets = [config.sets[set_ref(stage.data.set).name] for stage in config.trained.values() if stage.data.set]
+    return [getattr(config.sources[each.from_], "label_map", None) for each in sets]
+
+
+def _unmapped(cases: Cases) -> dict[str, Any]:
+    """Labels of the source that the map leaves out, each with its cases, most frequent first; and the cases that have such
+    labels alone, so that their true set is empty."""
+    dropped = {label: column[cases.places] for label, column in cases.source.unmapped.items()}
+    counts = {label: int(column.sum()) for label, column in dropped.items()}
+    any_dropped = np.any(list(dropped.values()), axis=0) if dropped else np.zeros(len(cases), bool)
+    empty = ~cases.source.label_matrix()[cases.places].any(axis=1)
+    return {
+        "unmapped": {label: count for label, count in sorted(counts.items(), key=lambda each: -each[1]) if count},
+        "only_unmapped": int((any_dropped & empty).sum()),
+    }
 
 
 def _baselines(task: LabelsTask, ref: str, cases: Cases, rows: Sequence[Row], options: Mapping[str, Any]) -> list[Row]:
