@@ -215,6 +215,31 @@ def test_mimic_studies_without_labels_are_counted(mimic):
     assert after.skipped[0].keys() == {"id", "path", "reason"}
 
 
+def test_mimic_films_have_sex_and_age_where_mimic_iv_knows_the_subject(mimic):
+    table = mimic / "mimic-cxr-2.0.0-metadata.csv.gz"
+    metadata = pd.read_csv(table, dtype=str).set_index("dicom_id")
+    subjects = sorted(set(metadata["subject_id"]))
+    people = mimic / "patients.csv"
+    rows = [f"{subject},{'FM'[i % 2]},{40 + i},2178,2014 - 2016," for i, subject in enumerate(subjects[1:])]
+    people.write_text("\n".join(["subject_id,gender,anchor_age,anchor_year,anchor_year_group,dod", *rows]) + "\n")
+    films = MimicCxrJpg(mimic, None, patients=people)
+    assert films.files[-1] == people
+    seen = set()
+    for film in films:
+        if film.patient == subjects[0]:
+            assert not {"sex", "age"} & set(film.meta)
+            continue
+        i = subjects.index(film.patient) - 1
+        year = int(metadata.loc[film.id, "StudyDate"][:4])
+        assert (film.meta["sex"], film.meta["age"]) == ("FM"[i % 2], str(40 + i + year - 2178))
+        seen.add(film.patient)
+    assert len(seen) > 5
+    assert not {"sex", "age"} & set(MimicCxrJpg(mimic, None).columns)
+    _edit(table, lambda frame: frame.assign(StudyDate="soon"))
+    with pytest.raises(ValueError, match=r"a date such as 21800506 in .*metadata.*, row \d+, found .* and 'soon'"):
+        MimicCxrJpg(mimic, None, patients=people)
+
+
 def test_mimic_bad_tables_are_named(mimic):
     labels = mimic / "mimic-cxr-2.0.0-chexpert.csv.gz"
     whole = labels.read_bytes()

@@ -42,6 +42,9 @@ class MimicCxrJpg(Films):
 
     Only the value 1 is positive; -1 counts as `uncertain` says (`settings.Uncertain`); 0 and blank are absent. Studies without a row in
     the label table are left out and listed in `skipped`. Without `version` the newest one present is read.
+
+    MIMIC-CXR says neither age nor sex. `patients` is MIMIC-IV's `patients.csv` (or .gz), which has the same subjects: sex
+    is its `gender`, age at the film `anchor_age` + year of the film - `anchor_year`. A subject who is not in it has none.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class MimicCxrJpg(Films):
         labeler: str = "chexpert",
         uncertain: str = "negative",
         version: str | None = None,
+        patients: str | Path | None = None,
         on_bad: str = "error",
     ) -> None:
         root = Path(root)
@@ -66,7 +70,8 @@ class MimicCxrJpg(Films):
         label_path = find_table(root, f"{prefix}-{labeler}.csv")
         split_path = find_table(root, f"{prefix}-split.csv")
 
-        films = read_table(meta_path, ("dicom_id", "subject_id", "study_id", "ViewPosition"))
+        dated = () if patients is None else ("StudyDate",)
+        films = read_table(meta_path, ("dicom_id", "subject_id", "study_id", "ViewPosition", *dated))
         films["row"] = np.arange(len(films)) + 2
         found = films["ViewPosition"]
         films = films[films["ViewPosition"].isin(list(views))]
@@ -103,13 +108,18 @@ class MimicCxrJpg(Films):
             paths=films["path"],
             labels=matrix[row_of[row_of >= 0]],
             rows=films["row"].to_numpy(int),
-            meta={"study": films["study_id"], "view": films["ViewPosition"], "split": films["split"]},
+            meta={
+                "study": films["study_id"],
+                "view": films["ViewPosition"],
+                "split": films["split"],
+                **({} if patients is None else _sex_and_age(Path(patients), films, meta_path)),
+            },
             skipped=[
                 {"id": id, "path": path, "reason": f"study {study} has no row in {label_path.name}"}
                 for id, path, study in unlabelled[["dicom_id", "path", "study_id"]].itertuples(index=False)
             ],
             on_bad=on_bad,
-            files=(meta_path, label_path, split_path),
+            files=(meta_path, label_path, split_path, *(() if patients is None else (Path(patients),))),
             wanted=filter_words(split, views, found),
             ignored=doubtful[row_of[row_of >= 0]],
         )
@@ -123,6 +133,24 @@ def find_version(root: Path) -> str:
     """The newest version whose metadata table is in `root`; FileNotFoundError when there is none."""
     table = find_table(Path(root), *(f"mimic-cxr-{version}-metadata.csv" for version in VERSIONS))
     return re.match(r"mimic-cxr-([\d.]+)-metadata", table.name)[1]
+
+
+def _sex_and_age(path: Path, films: pd.DataFrame, table: Path) -> dict[str, np.ndarray]:
+    """Columns "sex" and "age" (years, text) of the films, None where the subject is not in MIMIC-IV's table of patients."""
+    known = read_table(path, ("subject_id", "gender", "anchor_age", "anchor_year"))
+    people = {row[0]: row[1:] for row in known[["subject_id", "gender", "anchor_age", "anchor_year"]].to_numpy()}
+    sex, age = np.full((2, len(films)), None, object)
+    for i, (subject, date, row) in enumerate(zip(films["subject_id"], films["StudyDate"], films["row"], strict=True)):
+        if subject in people:
+            sex[i], anchor_age, anchor_year = people[subject]
+            try:
+                age[i] = str(int(anchor_age) + int(date[:4]) - int(anchor_year))
+            except ValueError:
+                raise ValueError(
+                    f"subject {subject}: expected whole numbers in anchor_age and anchor_year of {path} and a date such as "
+                    f"21800506 in {table}, row {row}, found {anchor_age!r}, {anchor_year!r} and {date!r}"
+                ) from None
+    return {"sex": sex, "age": age}
 
 
 def _splits(path: Path) -> dict[str, str]:

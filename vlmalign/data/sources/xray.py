@@ -102,6 +102,7 @@ class MimicFilms(Archive):
     labeler: Literal["chexpert", "negbio"] = "chexpert"
     uncertain: Uncertain = "negative"  #: what -1 counts as; also "positive-only", "u-zeros", "u-ones", "u-ignore"
     version: Literal["2.0.0", "2.1.0"] | None = None  #: None: the newest that is there
+    patients: Annotated[Path | None, FREE] = None  #: MIMIC-IV's patients.csv: gives films their sex and age
 
     def read(self, root: Path) -> Films:
         return mimic.MimicCxrJpg(
@@ -111,6 +112,7 @@ class MimicFilms(Archive):
             labeler=self.labeler,
             uncertain=self.uncertain,
             version=self.version,
+            patients=self.patients,
             on_bad=self.on_bad,
         )
 
