@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlmalign.config_yaml import read_yaml
 from vlmalign.data.sources.padchest import MAPPING, PADCHEST_TO_CHEXPERT
 from vlmalign.data.sources.schema import CHEXPERT, LabelSchema
 from vlmalign.data.sources.table import TableFilms
@@ -33,7 +35,7 @@ ROWS = [
     ("7_a.png", "7", "S7", "P6", "1970.0", "F", "PA", "['', 'laminar atelectasis', 'atelectasis', 'a new name']"),
 ]
 
-#: as docs/studies.md shows it
+#: as docs/evaluation.md shows it
 SETTINGS = {
     "kind": "table", "path": "padchest.csv", "images": "images", "image": "ImageID", "subfolder": "ImageDir",
     "patient": "PatientID", "sex": "PatientSex_DICOM", "view": "Projection", "views": ["PA", "AP", "AP_horizontal"],
@@ -81,6 +83,13 @@ def test_rows_become_films_in_chexpert_names(folder):
     second = films[1]
     assert (second.patient, second.image) == ("P2", folder / "images" / "7" / "2_a.png")
     assert (second.meta["sex"], second.meta["view"], second.meta["PatientBirth"]) == ("M", "AP_horizontal", "1931.0")
+
+
+def test_the_documentation_shows_these_settings(repository):
+    page = (repository / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    (block,) = [text for text in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if "padchest" in text]
+    shown = read_yaml(block)["sources"]["padchest"]
+    assert shown | {"path": SETTINGS["path"]} == SETTINGS
 
 
 def test_what_is_not_known_is_left_out_and_listed(folder):

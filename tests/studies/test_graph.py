@@ -113,6 +113,22 @@ def test_a_study_reads_back_as_it_was_written(config, tmp_path):
     assert load_config(StudyConfig, tmp_path / "again.yaml") == config
 
 
+def test_several_answers_have_scores_where_there_is_a_vote(tmp_path):
+    sampled = {"answers.test.samples=4", "answers.test.temperature=0.7"}
+    assert "scores/test" in build_graph(load(tmp_path, fork(), *sampled))
+    free = {**fork(), "tasks": {"talk": {"kind": "free"}}}
+    assert "scores/test" in build_graph(load(tmp_path, free))
+    assert "scores/test" not in build_graph(load(tmp_path, free, *sampled))
+
+
+def test_subgroups_read_back_as_they_were_written(tmp_path):
+    override = "answers.test.subgroups={age: [40, 60.5], sex: values}"
+    config = load(tmp_path, fork(), override)
+    assert config.answers["test"].subgroups == {"age": (40.0, 60.5), "sex": "values"}
+    written = config.model_dump(mode="json", by_alias=True)
+    assert load(tmp_path, written) == config
+
+
 def test_a_list_of_stages_is_a_chain(tmp_path):
     stage = {"kind": "sft", "data": {"path": "rows.jsonl"}, "steps": 2, "batch": 2, **TRAIN}
     path = tmp_path / "chain.yaml"
