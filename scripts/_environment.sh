@@ -46,6 +46,14 @@ keep_byte_code() { # keep_byte_code FOLDER: where nothing may be written beside 
   fi
 }
 
+browser() { # Debian's Chromium for the tests that drive one, where it can be installed; without it they are skipped
+  command -v chromium >/dev/null && return
+  if [[ "$(id -u)" == 0 ]] && command -v apt-get >/dev/null; then
+    (timeout 120 apt-get update && timeout 400 apt-get install -y --no-install-recommends chromium) >/dev/null 2>&1 </dev/null ||
+      echo "environment: Chromium cannot be installed; the tests that need a browser are skipped"
+  fi
+}
+
 environment() { # environment run|test
   local what="$1" started=$SECONDS
   if [[ -n "${VIRTUAL_ENV:-}" ]]; then

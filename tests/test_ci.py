@@ -15,7 +15,7 @@ STUDIES = ["configs/a/small.yaml", "configs/b/small.yaml", "configs/c/small.yaml
 
 #: each says its name, then does what the environment tells it: sleep, fail, or nothing
 STAND_INS = {
-    "scripts/_environment.sh": 'environment() { python="scripts/python"; }\n',
+    "scripts/_environment.sh": 'environment() { python="scripts/python"; }\nbrowser() { :; }\n',
     "scripts/test.sh": 'bash scripts/say tests "$@"\n',
     "scripts/quickstart.sh": "bash scripts/say quickstart\n",
     "scripts/check_quickstart.py": "import os; os.execvp('bash', ['bash', 'scripts/say', 'check'])\n",

@@ -50,6 +50,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": BELOW_TRAINING,
     "training": BELOW_TRAINING | {"distributed", "exchange", "stopping"},
     "reporting": set(),
+    "review": CONFIGS | {"data", "reporting"},
     "preview": {"types", "data", "models", "weights", "reporting"},
     "exporting": RECORDS | {"config_yaml", "training"} | MODELS,
     "studies": BELOW_TRAINING | {"distributed", "exchange", "stopping", "training", "evaluation", "reporting"},
@@ -77,11 +78,12 @@ ALLOWED: dict[str, set[str]] = {
         "exporting",
         "inspection",
         "reporting",
+        "review",
         "preview",
         "sampling",
     },
 }
-NO_JAX = NUMPY_SIDE | {"reporting", "cli", "log", "progress"}
+NO_JAX = NUMPY_SIDE | {"reporting", "review", "cli", "log", "progress"}
 NO_JAX |= {"config", "config_yaml", "config_tree", "overrides"}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 # What a GPU image may lack. The rooms in LIGHT must import without it.

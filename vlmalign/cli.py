@@ -23,6 +23,7 @@ from vlmalign.host_memory import computes_on_cpu, keep_freed_memory
 from vlmalign.inspection import command as inspect_command
 from vlmalign.planning import command as plan_command
 from vlmalign.reporting.visible_text import plain
+from vlmalign.review import command as review_command
 from vlmalign.sampling import command as sample_command
 from vlmalign.stopping import STOPPED, Stopped
 
@@ -183,6 +184,7 @@ COMMANDS = (
     Command("sample", "draw balanced sets from any table of labels", sample_command.arguments, sample_command.run),
     Command("doctor", "can this machine run it, and what to do", doctor.arguments, doctor.run),
     Command("plan", "what a config needs and costs on GPUs not here", plan_command.arguments, plan_command.run),
+    Command("review", "blinded reader studies of answers", review_command.arguments, review_command.run),
     Command("lm-eval", "tasks of lm-evaluation-harness", harness_command.arguments, harness_command.run),
 )
 
