@@ -90,6 +90,10 @@ class Browser:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+#: what the browser says of a script on a page that is being left
+LEAVING = ("context", "Inspected target navigated or closed")
+
+
 class Page:
     def __init__(self, browser, context, width, height, dark):
         self.browser, self.context = browser, context
@@ -122,7 +126,7 @@ class Page:
                 if self.script(f"(() => {{ try {{ return Boolean({text}); }} catch {{ return false; }} }})()"):
                     return
             except AssertionError as error:
-                if "context" not in str(error):
+                if not any(word in str(error) for word in LEAVING):
                     raise
             time.sleep(0.03)
         raise AssertionError(

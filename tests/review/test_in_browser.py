@@ -76,6 +76,7 @@ def close(page):
     )
 
 
+@pytest.mark.full
 def test_a_reader_clicks_is_interrupted_goes_on_and_the_export_is_what_was_clicked(browser, study, tmp_path):
     found, record, address, traffic = study
     page = enter(browser, record, address, "R01")

@@ -373,6 +373,7 @@ def test_films_that_are_others_than_a_set_was_drawn_with_are_refused(finished, c
     assert not (run_folder / "stages" / "f1").exists()
 
 
+@pytest.mark.full
 def test_what_another_start_is_at_work_on_is_left_to_it(copied):
     run_folder = copied.parent / "run"
     with_arms(copied, "f1", "f2")

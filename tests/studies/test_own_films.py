@@ -80,6 +80,7 @@ def test_from_a_csv_to_scores_with_intervals_and_a_report(finished):
         assert str(folder.parent) not in path.read_text(), f"{path.name} names a path of the machine"
 
 
+@pytest.mark.full
 def test_several_samples_are_scored_by_their_vote_and_by_themselves(study, finished):
     path, overrides = study
     before = (finished / "scores" / "test" / "results.json").read_bytes()
