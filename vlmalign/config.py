@@ -19,6 +19,10 @@ from pydantic_core import ErrorDetails, PydanticUndefined
 from vlmalign.config_tree import complete, join, nearest
 from vlmalign.config_yaml import read_yaml, write_yaml
 from vlmalign.overrides import apply_override, parse_override
+from vlmalign.quoting import MOST_OF_LINE, shown
+
+#: problems that the error of a config lists
+MOST_TOLD = 40
 
 #: marks a setting that cannot change a result beyond rounding (`studies/engine/sections.py`)
 FREE = Field(json_schema_extra={"free": True})
@@ -35,12 +39,14 @@ class Config(BaseModel):
 
 
 class ConfigError(ValueError):
-    """All problems of one config, one a line; `problems` has them one by one."""
+    """The problems of one config, one a line, the first `MOST_TOLD` of them; `problems` has all."""
 
     def __init__(self, source: str, problems: Sequence[str]):
-        self.problems = tuple(problems)
+        self.problems = tuple("\n".join(shown(line, MOST_OF_LINE) for line in each.split("\n")) for each in problems)
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__("\n".join([f"{source}: {count}", *(f"  {problem}" for problem in problems)]))
+        more = [f"  and {len(problems) - MOST_TOLD} more"] if len(problems) > MOST_TOLD else []
+        told = [f"  {problem}" for problem in self.problems[:MOST_TOLD]]
+        super().__init__("\n".join([f"{shown(source, MOST_OF_LINE)}: {count}", *told, *more]))
 
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)

@@ -320,7 +320,7 @@ def test_tables_that_do_not_fit(own):
     (own / "bad.jsonl").write_text('{"film": "a.png"}\n{"film"')
     (own / "bad.csv.gz").write_bytes(gzip.compress(CSV.encode())[:-9])
     for name, said in (
-        ("bad.parquet", "cannot read table"),
+        ("bad.parquet", "not a Parquet file that can be read"),
         ("bad.jsonl", r"bad\.jsonl, row 2: not a line of JSON"),
         ("bad.csv.gz", "cannot read table"),
     ):

@@ -132,15 +132,15 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 @pytest.mark.parametrize(
     ("line", "found"),
     [
-        ('{"id": "secret", "truth": [', "found Expecting value at column"),
-        ("", "found Expecting value at column 1"),
-        ('["secret"]', "expected one JSON object, found a list"),
-        ("null", "found a NoneType"),
+        ('{"id": "secret", "truth": [', r"not a line of JSON \(Expecting value"),
+        ("", r"not a line of JSON \(Expecting value"),
+        ('["secret"]', "expected an object, found list"),
+        ("null", "expected an object, found NoneType"),
     ],
 )
 def test_a_malformed_line_is_named_and_not_quoted(tmp_path, line, found):
     path = tmp_path / "predictions.jsonl"
     path.write_text(f"{json.dumps(ROWS[0])}\n{line}\n")
-    with pytest.raises(ValueError, match=f"predictions.jsonl, line 2: .*{found}") as error:
+    with pytest.raises(ValueError, match=f"predictions.jsonl, line 2: {found}") as error:
         read_predictions(path)
     assert "secret" not in str(error.value)

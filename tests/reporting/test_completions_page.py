@@ -462,8 +462,11 @@ def without(name: str) -> bytes:
         (b'{"step": 1', "line 3: expected JSON, found Expecting ',' delimiter"),
         (b"", "line 3: expected JSON, found Expecting value"),
         (b"[]", "line 3: expected an object, found a list"),
-        (b'{"step": ' + b"1" * 5000 + b"}", "line 3: expected JSON, found a number of thousands of digits"),
-        (b"[" * 100_000, "line 3: expected JSON, found a number of thousands of digits, or brackets nested as deep"),
+        (b'{"step": ' + b"1" * 5000 + b"}", "line 3: expected JSON, found a number of more than 300 digits"),
+        (
+            b"[" * 100_000,
+            "line 3: expected JSON, found a number of more than 300 digits, or brackets nested in thousands",
+        ),
         (b"\xff", "line 3: expected JSON, found bytes that are not UTF-8"),
         (without("advantage"), "line 3: expected 'advantage', found no such entry"),
         (json.dumps(ROWS[2] | {"reward": "Mrs Example"}).encode(), "line 3, reward: expected a number, found text"),
@@ -471,11 +474,11 @@ def without(name: str) -> bytes:
         (json.dumps(ROWS[2] | {"nonfinite": ["nan"]}).encode(), "line 3, nonfinite: expected an object, found a list"),
         (
             json.dumps(ROWS[2]).replace('"reward": 0.5', '"reward": 1e999').encode(),
-            "line 3, reward: expected a number a",
+            "line 3: expected JSON, found NaN or an infinity",
         ),
         (
             json.dumps(ROWS[2] | {"advantage": 10**400}).encode(),
-            "line 3, advantage: expected a number a float can hold",
+            "line 3: expected JSON, found a number of more than 300 digits",
         ),
         (json.dumps(ROWS[2] | {"step": 0}).encode(), "line 3: expected steps in order, found step 0 after 1"),
         (

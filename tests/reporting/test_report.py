@@ -537,7 +537,7 @@ def broken_line(path: Path, number: int, line: bytes) -> None:
         (ANSWERS, 2, b'{"stage": "sft", "reasoning": "Mrs Example has', "line 2: expected JSON"),
         (ANSWERS, 2, b'{"stage": "sft", "dataset": "Mrs Example"}', "line 2: expected 'id'"),
         (SCORES, 1, b'{"datasets": [],\n"results": [}', "line 2: expected JSON"),
-        ("study.yaml", 2, b"seed: }", "line 2: not YAML"),
+        ("study.yaml", 2, b"seed: }", "(line 2, column 7)"),
     ],
 )
 def test_a_malformed_file_is_named_with_its_line_and_not_quoted(own, file, number, line, message):

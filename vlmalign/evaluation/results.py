@@ -20,6 +20,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
+from vlmalign.data.sources.json_lines import parse
 from vlmalign.evaluation.bootstrap import bootstrap_f1
 from vlmalign.evaluation.f1 import evaluate, label_matrix
 
@@ -167,18 +168,12 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
     The message never quotes the line: it may hold a patient's text.
     """
     rows = []
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                row = json.loads(line)
-                found = f"a {type(row).__name__}"
-            except json.JSONDecodeError as error:
-                row, found = None, f"{error.msg} at column {error.colno}"
-            if not isinstance(row, dict):
-                raise ValueError(
-                    f"{path}, line {number}: expected one JSON object, found {found}; write the file again"
-                )
-            rows.append(row)
+                rows.append(parse(line))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}; write the file again") from None
     return rows
 
 

@@ -12,6 +12,7 @@ from vlmalign.config_yaml import read_yaml
 from vlmalign.models.config import ModelConfig
 from vlmalign.models.lora import LoraSpec, is_adapter
 from vlmalign.models.model import Model
+from vlmalign.quoting import MOST_OF_LINE, quoted, shown
 from vlmalign.shapes import Array
 from vlmalign.training.outcome import is_stage, read_outcome
 from vlmalign.weights.adapter import CONFIG, load_adapter
@@ -60,7 +61,10 @@ def check_base(adapter: Path, base: Path) -> None:
 
 def _named_base(adapter: Path) -> str | None:
     if (adapter / CONFIG).exists():
-        return read_json(adapter / CONFIG).get("base_model_name_or_path")
+        named = read_json(adapter / CONFIG).get("base_model_name_or_path")
+        if not isinstance(named, str | None):
+            raise ValueError(f"{adapter / CONFIG}: base_model_name_or_path must be text or null, found {quoted(named)}")
+        return named
     return _model_section(adapter)["path"]
 
 
@@ -100,7 +104,8 @@ def _model_section(adapter: Path) -> dict[str, Any]:
     for name in RECORDS:
         if (adapter / name).exists():
             found = read_json(adapter / name)
-            model = {"path": found.get("free", {}).get("base"), "lora": found.get("settings", {}).get("lora")}
+            free, settings = (found[key] if isinstance(found.get(key), dict) else {} for key in ("free", "settings"))
+            model = {"path": free.get("base"), "lora": settings.get("lora")}
             if not isinstance(model["path"], str) or not isinstance(model["lora"], dict):
                 raise ValueError(f"{adapter / name} names no base with an adapter: its stage trained a whole decoder")
             return model
@@ -110,10 +115,13 @@ def _model_section(adapter: Path) -> dict[str, Any]:
             f"{adapter} is a stage's folder without a record ({' or '.join(RECORDS)}), and no {RUN_CONFIG} of a run of "
             "version 0.1 lies beside it; restore the record"
         )
-    found = read_yaml(path.read_text(encoding="utf-8"))
+    try:
+        found = read_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {shown(error, MOST_OF_LINE)}") from error
     model = found.get("model") if isinstance(found, dict) else None
     if not isinstance(model, dict) or "path" not in model or not isinstance(model.get("lora"), dict):
-        raise ValueError(f"{path} needs a section `model` with `path` and a section `lora`; found {model!r}")
+        raise ValueError(f"{path} needs a section `model` with `path` and a section `lora`; found {quoted(model)}")
     return model
 
 
@@ -124,9 +132,12 @@ def _spec(adapter: Path) -> LoraSpec:
     unknown = sorted(lora.keys() - set(known))
     if unknown:
         raise ValueError(
-            f"the run of {adapter} sets model.lora.{unknown[0]}, which no adapter here has; known: {', '.join(known)}"
+            f"the run of {adapter} sets model.lora.{shown(unknown[0])}, which no adapter here has; known: {', '.join(known)}"
         )
-    return LoraSpec(**{key: tuple(value) if isinstance(value, list) else value for key, value in lora.items()})
+    try:
+        return LoraSpec(**{key: tuple(value) if isinstance(value, list) else value for key, value in lora.items()})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the run of {adapter} has no adapter's settings: {shown(error, MOST_OF_LINE)}") from error
 
 
 def _what_it_is(adapter: Path) -> str:

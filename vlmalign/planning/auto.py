@@ -7,7 +7,6 @@ again: it continues bit for bit.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -24,7 +23,7 @@ from vlmalign.planning.target import Target
 from vlmalign.planning.this_device import unmeasured_device
 from vlmalign.planning.workload import Update, Workload
 from vlmalign.studies.engine.config import StudyConfig
-from vlmalign.studies.engine.files import digest_of, write_json
+from vlmalign.studies.engine.files import digest_of, read_json, write_json
 
 CHOSEN = "chosen.json"
 
@@ -152,12 +151,12 @@ def _kept(config: StudyConfig, here: str) -> Chosen:
     """What an earlier start on these devices chose for stages that are as they were."""
     if not (config.run / CHOSEN).is_file():
         return {}
-    found = json.loads((config.run / CHOSEN).read_text(encoding="utf-8"))
+    found = read_json(config.run / CHOSEN, {"devices": str, "stages": dict})
     same = found["stages"].items() if found["devices"] == here else ()
     return {
         name: {key: value for key, value in each.items() if key != "of"}
         for name, each in same
-        if name in config.stages and each["of"] == _mark(config, name)
+        if name in config.stages and isinstance(each, dict) and each.get("of") == _mark(config, name)
     }
 
 

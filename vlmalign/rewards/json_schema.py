@@ -11,6 +11,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from vlmalign.quoting import quoted, shown
+
 _TYPES: dict[str, tuple[type, ...]] = {
     "object": (dict,),
     "array": (list,),
@@ -25,16 +27,21 @@ _KEYWORDS |= {"minLength", "maxLength", "minimum", "maximum", "title", "descript
 _BOUNDS = {"minItems": list, "maxItems": list, "minLength": str, "maxLength": str}
 
 
-def check_schema(schema: Mapping[str, Any], place: str = "schema") -> None:
+def check_schema(schema: Any, place: str = "schema") -> None:
     """Raises ValueError naming what in a schema this subset does not know."""
+    if not isinstance(schema, Mapping):
+        raise ValueError(f"{place}: expected an object of keywords, found {quoted(schema)}")
     if unknown := sorted(set(schema) - _KEYWORDS):
-        raise ValueError(f"{place}: expected keywords among {sorted(_KEYWORDS)}, found {unknown}; leave them out")
-    for kind in _kinds(schema):
-        if kind not in _TYPES:
-            raise ValueError(f"{place}: type must be one of {sorted(_TYPES)}, found {kind!r}")
+        raise ValueError(
+            f"{place}: expected keywords among {sorted(_KEYWORDS)}, found {quoted(unknown)}; leave them out"
+        )
+    kinds = schema.get("type", ())
+    for kind in kinds if isinstance(kinds, list | tuple) else (kinds,):
+        if not isinstance(kind, str) or kind not in _TYPES:
+            raise ValueError(f"{place}: type must be one of {sorted(_TYPES)}, found {quoted(kind)}")
     for name in ("minItems", "maxItems", "minLength", "maxLength", "minimum", "maximum"):
         if name in schema and (isinstance(schema[name], bool) or not isinstance(schema[name], int | float)):
-            raise ValueError(f"{place}: {name} must be a number, found {schema[name]!r}")
+            raise ValueError(f"{place}: {name} must be a number, found {quoted(schema[name])}")
     for name, kinds in (
         ("enum", list | tuple),
         ("required", list | tuple),
@@ -42,13 +49,15 @@ def check_schema(schema: Mapping[str, Any], place: str = "schema") -> None:
         ("items", Mapping),
     ):
         if name in schema and not isinstance(schema[name], kinds):
-            raise ValueError(f"{place}: {name} must not be a {type(schema[name]).__name__}, found {schema[name]!r}")
+            raise ValueError(
+                f"{place}: {name} must not be a {type(schema[name]).__name__}, found {quoted(schema[name])}"
+            )
     if wrong := [name for name in schema.get("required", ()) if not isinstance(name, str)]:
-        raise ValueError(f"{place}: required must hold names of properties, found {wrong[0]!r}")
+        raise ValueError(f"{place}: required must hold names of properties, found {quoted(wrong[0])}")
     if not isinstance(schema.get("additionalProperties", True), bool):
         raise ValueError(f"{place}: additionalProperties must be true or false; schemas for them are not supported")
     for name, inner in schema.get("properties", {}).items():
-        check_schema(inner, f"{place}.{name}")
+        check_schema(inner, f"{place}.{shown(name)}")
     if "items" in schema:
         check_schema(schema["items"], f"{place}[]")
 

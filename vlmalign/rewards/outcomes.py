@@ -24,6 +24,8 @@ from vlmalign.log import EMPTY, Position, digest_before, require_beginning
 from vlmalign.rewards.crew import ALONE, Crew
 from vlmalign.rewards.runner import RewardRunner, RowFault, ScoredBatch
 
+#: of a reward, as JSON has it: null where it does not apply
+NUMBER = (int, float, type(None))
 #: (prompt id, sample id): which completion of a step
 Key = tuple[int | str, int]
 
@@ -159,13 +161,12 @@ class OutcomeFile:
         for number, data in enumerate(lines, start=1):
             place += len(data)
             try:
-                line = json.loads(data)
-                step = line["step"]
-                last = line.get("end")
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                line = _line(data)
+            except (ValueError, RecursionError) as error:
                 if number == len(lines) and not data.endswith(b"\n"):
                     return end, len(rows) + 1
                 raise self._damaged(number, "is not a line of outcomes") from error
+            step, last = line["step"], line.get("end")
             if not data.endswith(b"\n"):  # whole JSON, but what follows it is lost
                 return end, len(rows) + 1
             if rows and step != rows[0]["step"]:
@@ -173,6 +174,8 @@ class OutcomeFile:
             if last is None:
                 rows.append(line)
                 continue
+            if not all(row["parts"].keys() == set(line["rewards"]) for row in rows):
+                raise self._damaged(number, f"closes step {step} for rewards that its completions do not have")
             if last != len(rows) or (self._places and step <= max(self._places)):
                 raise self._damaged(number, f"closes step {step} with {last} completions, found {len(rows)}")
             self._places[step] = (begin, place)
@@ -182,6 +185,43 @@ class OutcomeFile:
 
     def _damaged(self, number: int, what: str) -> ValueError:
         return ValueError(f"{self.path}, line {number}, {what}: the file was changed; restore it or start a new run")
+
+
+def _line(data: bytes) -> dict[str, Any]:
+    """A line as it is written: of a completion, or of a step's end. Raises ValueError for anything else."""
+    line = json.loads(data, parse_constant=_refuse)
+    if not isinstance(line, dict):
+        raise ValueError("no object")
+    if "end" in line:
+        fits = _fits(line, {"step": int, "end": int, "rewards": list, "memory": dict})
+        fits = fits and all(isinstance(name, str) for name in line["rewards"])
+    else:
+        shape = {
+            "step": int,
+            "prompt": (int, str),
+            "sample": int,
+            "digest": str,
+            "reward": NUMBER,
+            "parts": dict,
+            "faults": dict,
+        }
+        fits = _fits(line, shape)
+        fits = fits and all(isinstance(value, NUMBER) for value in line["parts"].values())
+        fits = fits and all(
+            isinstance(fault, list) and len(fault) == 2 and all(isinstance(word, str) for word in fault)
+            for fault in line["faults"].values()
+        )
+    if not fits:
+        raise ValueError("entries of other kinds")
+    return line
+
+
+def _fits(line: Mapping[str, Any], shape: Mapping[str, Any]) -> bool:
+    return all(name in line and isinstance(line[name], kinds) for name, kinds in shape.items())
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is not JSON")
 
 
 def digest(prompt: Any, completion: Any) -> str:

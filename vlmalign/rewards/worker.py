@@ -51,7 +51,7 @@ def reply_of(line: bytes) -> Reply:
         number, kind, coded, text = json.loads(line)
         values = Fault(*coded["fault"]) if isinstance(coded, dict) else coded and [_decoded(value) for value in coded]
         return Reply(int(number), str(kind), values, str(text))
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
         raise ValueError("no reply of a worker") from error
 
 

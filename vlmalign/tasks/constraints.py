@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from vlmalign.quoting import quoted, shown
 from vlmalign.tasks.json_text import read_json
 
 _BULLET = re.compile(r"^[ \t]*[-*][ \t]+\S", re.MULTILINE)
@@ -31,8 +32,9 @@ def _within(count: int, low: float, high: float) -> bool:
 
 
 def _lacks(text: str, words: Sequence[str]) -> bool:
-    if isinstance(words, str):
-        raise TypeError("words must be a list of words, found one text")  # whose letters would be forbidden one by one
+    # Of one text the letters would be forbidden one by one.
+    if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
+        raise TypeError("words must be a list of words")
     low = text.casefold()
     return not any(re.search(rf"(?<!\w){re.escape(word.casefold())}(?!\w)", low) for word in words)
 
@@ -56,9 +58,9 @@ def satisfied(text: str, constraint: Mapping[str, Any]) -> bool:
     """
     arguments = dict(constraint)
     kind = arguments.pop("kind", None)
-    if kind not in CHECKS:
-        raise ValueError(f"a constraint's kind must be one of {sorted(CHECKS)}, found {kind!r}")
+    if not isinstance(kind, str) or kind not in CHECKS:
+        raise ValueError(f"a constraint's kind must be one of {sorted(CHECKS)}, found {quoted(kind)}")
     try:
         return CHECKS[kind](text, **arguments)
     except TypeError as error:
-        raise ValueError(f"constraint {dict(constraint)} has the wrong arguments: {error}") from error
+        raise ValueError(f"constraint {quoted(dict(constraint))} has the wrong arguments: {shown(error)}") from error

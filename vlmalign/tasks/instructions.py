@@ -43,7 +43,10 @@ class InstructionsTask(Config):
                 '{"kind": "words", "high": 100}, found something else; correct it'
             )
         for constraint in found:
-            satisfied("", constraint)
+            try:
+                satisfied("", constraint)
+            except ValueError as error:
+                raise ValueError(f"{example.id}: {error}") from error
         return [dict(constraint) for constraint in found]
 
     def columns(self, example: Example) -> dict[str, Any]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator
+
+from vlmalign.quoting import shown
 
 if TYPE_CHECKING:  # the rewards read completions through this room, in workers that should start without numpy
     from vlmalign.data.chat.messages import Message
@@ -33,6 +35,8 @@ def _read(prompt: Any) -> Any:
 
 #: a text, or `{file: PATH}`, which is read when the config is: what a run keeps is the text
 Prompt = Annotated[str, BeforeValidator(_read)]
+#: columns that a message lists
+SHOWN = 20
 
 _SLOT = re.compile(r"\{(\{[A-Za-z_]\w*\})\}|\{([A-Za-z_]\w*)\}")
 
@@ -52,7 +56,7 @@ def fill(prompt: str, columns: Mapping[str, Any]) -> str:
         if literal is not None:
             return literal
         if name not in columns:
-            has = ", ".join(sorted(columns)) or "no columns"
+            has = _listing(columns)
             raise ValueError(f"the prompt names the column {name!r}, found {has}; add it, or write {{{{{name}}}}}")
         value = columns[name]
         if isinstance(value, str):
@@ -60,6 +64,13 @@ def fill(prompt: str, columns: Mapping[str, Any]) -> str:
         return "" if value is None else json.dumps(value, ensure_ascii=False)
 
     return _SLOT.sub(put, prompt)
+
+
+def _listing(columns: Iterable[str]) -> str:
+    """Names of a row's columns, in a message."""
+    names = sorted(columns)
+    more = ", ..." if len(names) > SHOWN else ""
+    return ", ".join(map(shown, names[:SHOWN])) + more if names else "no columns"
 
 
 def user_turn(example: Example, text: str) -> list[Message]:
@@ -78,6 +89,6 @@ def own_columns(example: Example) -> dict[str, Any]:
 def column(example: Example, name: str) -> Any:
     """A column of the example. Raises ValueError naming the example and the columns it has."""
     if name not in example.meta:
-        has = ", ".join(sorted(example.meta)) or "no columns"
+        has = _listing(example.meta)
         raise ValueError(f"{example.id} has no column {name!r}, found {has}; name the column in the task")
     return example.meta[name]

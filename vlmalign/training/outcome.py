@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import orbax.checkpoint as ocp
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 #: a stage's folders of checkpoints while it is under way; where a best state was kept, it is what the stage ends with
 BEST, NEWEST = "best", "checkpoints"
@@ -41,9 +41,19 @@ def read_outcome(stage: Path) -> Outcome:
     for which in ("best", "last"):
         file = stage / STATES / f"{which}.safetensors"
         if file.is_file():
-            with safe_open(file, framework="numpy") as opened:
-                params = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (no mapping)
-                return Outcome(params, int(opened.metadata()["step"]), file)
+            try:
+                with safe_open(file, framework="numpy") as opened:
+                    params = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (no mapping)
+                    return Outcome(params, int(opened.metadata()["step"]), file)
+            except (
+                SafetensorError,
+                LookupError,
+                TypeError,
+                ValueError,
+            ) as error:  # no metadata, no step, another dtype
+                raise ValueError(
+                    f"{file} is no state that a stage has written ({type(error).__name__}); restore it"
+                ) from error
     for folder in (stage / BEST, stage / NEWEST):
         if folder.is_dir():
             options = ocp.CheckpointManagerOptions(create=False)

@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 from vlmalign.models.config import ModelConfig
 from vlmalign.models.lora import ATTENTION_AND_FEED_FORWARD, MAGNITUDE, LoraSpec, is_adapter
 from vlmalign.models.model import Model
+from vlmalign.quoting import shown
 from vlmalign.shapes import Array
 from vlmalign.weights.layout import SHOWN, read_json
 from vlmalign.weights.new_folder import new_folder
@@ -109,7 +110,7 @@ def load_adapter(folder: Path, config: ModelConfig) -> Adapter:
     if not targets:
         raise ValueError(
             f"{folder / WEIGHTS} is on none of {', '.join(ATTENTION_AND_FEED_FORWARD)}, but on others such as "
-            f"{next(iter(found))}; merge it where it was made"
+            f"{shown(next(iter(found)), 300)}; merge it where it was made"
         )
     _check_layers(source, targets, config, folder)
     try:
@@ -155,12 +156,14 @@ def _our_names(found: Iterable[str], config: ModelConfig, folder: Path) -> dict[
         part = MAGNITUDE if match["matrix"] is None else f".lora_{match['matrix']}.weight"
         ours = f"language_model.{inside}{part}"
         if ours in source:
-            raise ValueError(f"{folder / WEIGHTS} holds {ours} twice: as {source[ours]} and as {name}")
+            raise ValueError(
+                f"{folder / WEIGHTS} holds {shown(ours, 300)} twice: as {shown(source[ours], 300)} and as {shown(name, 300)}"
+            )
         source[ours] = name
     if strange:
         raise ValueError(
             f"{folder / WEIGHTS} is no adapter of this model's decoder: {len(strange)} of {len(strange) + len(source)} "
-            f"tensors such as {strange[0]}, {_explain(strange[0], config)}"
+            f"tensors such as {shown(strange[0], 300)}, {_explain(strange[0], config)}"
         )
     if not source:
         raise ValueError(f"{folder / WEIGHTS} holds no tensors")
@@ -228,4 +231,4 @@ def _ranges(numbers: set[int]) -> str:
 
 def _some(problems: list[str]) -> str:
     more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-    return ", ".join(problems[:SHOWN]) + more
+    return ", ".join(shown(problem, 300) for problem in problems[:SHOWN]) + more

@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 from vlmalign.models.config import ModelConfig
 from vlmalign.models.families import FAMILIES, read_config
 from vlmalign.models.model import Model
+from vlmalign.quoting import MOST_OF_LINE, quoted, shown
 from vlmalign.shapes import Array
 from vlmalign.weights.layout import (
     FLOATS,
@@ -60,6 +61,9 @@ EMBEDDING = "language_model.embed_tokens.weight"
 #: bytes of a tensor that are held in the file's dtype while they are cast
 CHUNK = 16 << 20
 
+#: of a network, and of any size of it: what is beyond is a mistake, and would fill the memory
+MOST_LAYERS, MOST_SIZE = 1000, 2**31 - 1
+
 #: endings of the class names, in a config's `architectures`, of models that write text
 GENERATORS = ("ForCausalLM", "ForConditionalGeneration")
 
@@ -77,15 +81,17 @@ def refusals(config: Mapping[str, Any]) -> list[str]:
         if settings:
             method = settings.get("quant_method", "of unknown kind") if isinstance(settings, Mapping) else settings
             found.append(
-                f"config.json says that the weights are quantised (quantization_config: {method}), which is not read "
+                f"config.json says that the weights are quantised (quantization_config: {shown(method)}), which is not read "
                 "here; use the checkpoint they were made from, or dequantise them where they were made (in "
                 "transformers: model.dequantize(), then save_pretrained)"
             )
             break
-    others = [name for name in config.get("architectures") or () if not str(name).endswith(GENERATORS)]
+    named = config.get("architectures") or ()
+    named = named if isinstance(named, list | tuple) else [named]
+    others = [shown(name) for name in named if not str(name).endswith(GENERATORS)]
     if others:
         found.append(
-            f"config.json describes a {', '.join(map(str, others))}; only models that write text are read here "
+            f"config.json describes a {', '.join(others)}; only models that write text are read here "
             f"(architectures ending in {' or '.join(GENERATORS)}), not classifiers, rewards or bare encoders"
         )
     if any(
@@ -109,7 +115,7 @@ def load_config(folder: Path) -> ModelConfig:
     try:
         return parse_config(config)
     except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error.__cause__
+        raise ValueError(f"{folder}: {shown(error, MOST_OF_LINE)}") from error.__cause__
 
 
 def stored_dtype(folder: Path) -> str:
@@ -119,8 +125,10 @@ def stored_dtype(folder: Path) -> str:
         ValueError: for float16, which nothing here is computed in.
     """
     config = read_json(folder / "config.json")
-    for part in (config, config.get("text_config") or {}):
-        if found := part.get("dtype") or part.get("torch_dtype"):
+    for part in (config, config.get("text_config")):
+        if isinstance(part, Mapping) and (found := part.get("dtype") or part.get("torch_dtype")):
+            if not isinstance(found, str):
+                raise ValueError(f"{folder}: config.json must name the dtype of the weights, found {quoted(found)}")
             if found == "float16":
                 raise ValueError(
                     f"{folder} was saved in float16, which the activations of these models overflow; "
@@ -132,15 +140,24 @@ def stored_dtype(folder: Path) -> str:
 
 def parse_config(config: Mapping[str, Any]) -> ModelConfig:
     """The model that a parsed config.json describes; ValueError for an unknown family and for settings out of place."""
+    for part in (config, config.get("text_config"), config.get("vision_config")):
+        for key in ("num_hidden_layers", "depth") if isinstance(part, Mapping) else ():
+            if isinstance(part.get(key), int | float) and not part[key] <= MOST_LAYERS:
+                raise ValueError(f"config.json: {key} must be at most {MOST_LAYERS}, found {quoted(part[key])}")
     try:
         found = read_config(config)
-    except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"config.json: a setting is missing or of the wrong kind ({error!r})") from error
+    # What arithmetic on a value of another kind, or out of range, comes to.
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        why = shown(repr(error), MOST_OF_LINE // 2)
+        raise ValueError(f"config.json: a setting is missing or of the wrong kind ({why})") from error
     for name, part in (("decoder", found.decoder), ("vision tower", found.vision)):
         if part is not None and (wrong := out_of_place(part)):
             raise ValueError(
                 f"config.json: settings of the {name} are missing or of the wrong kind: {', '.join(wrong)}"
             )
+    ropes = {spec.rope for spec in found.decoder.layers}
+    if not all(math.isfinite(number) and number > 0 for rope in ropes for number in (rope.theta, rope.factor)):
+        raise ValueError("config.json: the rotary settings must be finite numbers above 0: rope_theta, and factor")
     if found.decoder.heads % found.decoder.kv_heads:
         raise ValueError(
             f"config.json: num_attention_heads must be a multiple of num_key_value_heads, found {found.decoder.heads} "
@@ -158,11 +175,11 @@ def out_of_place(part: Any) -> list[str]:
     for field in fields(part):
         value, kind = getattr(part, field.name), field.type
         if (
-            (kind == "int" and (type(value) is not int or value < 1))
+            (kind == "int" and (type(value) is not int or not 1 <= value <= MOST_SIZE))
             or (kind == "bool" and type(value) is not bool)
             or (kind == "float" and (type(value) not in (int, float) or not math.isfinite(value)))
         ):
-            wrong.append(f"{field.name} = {value!r}")
+            wrong.append(f"{field.name} = {quoted(value)}")
     return wrong
 
 

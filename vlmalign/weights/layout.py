@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from vlmalign.models.families import FAMILIES
 from vlmalign.models.model import Model
+from vlmalign.quoting import shown
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -176,4 +177,4 @@ def describe(problems: Mapping[str, list[str]]) -> list[str]:
 
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    return ", ".join(shown(name, 300) for name in names[:SHOWN]) + more

@@ -13,6 +13,7 @@ from typing import Any
 
 from vlmalign.models.config import ModelConfig
 from vlmalign.models.lora import ATTENTION_AND_FEED_FORWARD, LoraSpec
+from vlmalign.quoting import quoted, shown
 
 #: read into a LoraSpec, or checked on their own
 UNDERSTOOD = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules"}
@@ -26,6 +27,9 @@ WITHOUT_EFFECT = {
 
 #: first values that leave the base as it is; others (pissa, olora, corda, loftq, lora_ga) were trained on a changed base
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+#: of the numbers: an adapter of such a rank would fill the memory
+MOST = 1e9
 
 #: "not used", in the ways in which settings say so
 UNSET = (None, False, "none", [], {})
@@ -63,9 +67,9 @@ def settings_of(spec: LoraSpec, config: ModelConfig, *, base: str) -> dict[str, 
 def check_settings(settings: Mapping[str, Any]) -> None:
     """ValueError for a kind of adapter, or a setting, under which its tensors would mean something else."""
     if settings.get("peft_type") != "LORA":
-        raise ValueError(f"peft_type must be LORA, found {settings.get('peft_type')!r}")
+        raise ValueError(f"peft_type must be LORA, found {quoted(settings.get('peft_type'))}")
     odd = [
-        f"{key} = {value!r}"
+        f"{shown(key)} = {quoted(value)}"
         for key, value in settings.items()
         if key not in UNDERSTOOD | WITHOUT_EFFECT
         and value not in (PLAIN_STARTS if key == "init_lora_weights" else UNSET)
@@ -74,12 +78,18 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         raise ValueError(f"not understood here: {', '.join(odd)}; merge the adapter where it was made")
     for key, kinds in (("r", int), ("lora_alpha", int | float), ("lora_dropout", int | float)):
         value = settings.get(key, 0.0 if key == "lora_dropout" else None)
-        if not isinstance(value, kinds) or isinstance(value, bool):
-            raise ValueError(f"{key} must be a number, found {value!r}")
+        if not isinstance(value, kinds) or isinstance(value, bool) or not abs(value) < MOST:
+            raise ValueError(f"{key} must be a number, found {quoted(value)}")
+    if not isinstance(base := settings.get("base_model_name_or_path"), str | None):
+        raise ValueError(f"base_model_name_or_path must be text or null, found {quoted(base)}")
+    if isinstance(listed := settings.get("target_modules"), list) and not all(isinstance(name, str) for name in listed):
+        raise ValueError(
+            "target_modules must be names of modules or a regular expression, found a list of other things"
+        )
     for key in ("use_rslora", "use_dora"):
         # A word such as "false" would count as true.
         if settings.get(key) not in (True, False, None):
-            raise ValueError(f"{key} must be true or false, found {settings[key]!r}")
+            raise ValueError(f"{key} must be true or false, found {quoted(settings[key])}")
 
 
 def read_spec(settings: Mapping[str, Any], targets: tuple[str, ...]) -> LoraSpec:

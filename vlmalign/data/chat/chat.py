@@ -7,13 +7,13 @@ labels (they carry the turn's weight); everything else carries 0.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jinja2 import TemplateError
@@ -24,9 +24,11 @@ from vlmalign.data.chat.messages import ControlTokens, Message, check_messages, 
 from vlmalign.data.chat.template import Template, check_template
 from vlmalign.data.chat.turns import write
 from vlmalign.data.films.images import BadImage
+from vlmalign.data.sources.json_lines import parse
+from vlmalign.quoting import MOST_OF_LINE, quoted, shown
 from vlmalign.types import Group, Segment
 
-__all__ = ["Chat", "Message", "open_chat", "read_stop_ids"]
+__all__ = ["Chat", "Message", "open_chat", "open_tokenizer", "read_stop_ids"]
 
 
 @dataclass(frozen=True)
@@ -231,13 +233,29 @@ def read_stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int
     ids: set[int] = set()
     path = folder / "generation_config.json"
     if path.exists():
-        eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        ids.update([eos] if isinstance(eos, int) else eos or [])
+        eos = _settings(path).get("eos_token_id")
+        found = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        if not all(type(id) is int for id in found):
+            raise ValueError(f"{path}: eos_token_id must be the id of a token or a list of ids, found {quoted(eos)}")
+        ids.update(found)
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
     if not ids:
         raise ValueError(f"{folder}: neither generation_config.json nor the tokenizer names a stop token")
     return tuple(sorted(ids))
+
+
+def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint folder; ValueError naming the folder where its files cannot be used."""
+    try:
+        found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        found.decode(found("a")["input_ids"])  # settings of another kind show only where they are used
+        return found
+    except Exception as error:  # of whatever type: libraries take the files for what they have written
+        why = f"{type(error).__name__}: {shown(' '.join(str(error).split()), MOST_OF_LINE)}"
+        raise ValueError(
+            f"{folder}: the tokenizer cannot be opened ({why}); copy its files from the original"
+        ) from error
 
 
 def open_chat(
@@ -254,7 +272,7 @@ def open_chat(
         ValueError: when the folder has no chat template, is a vision model of a family without an image rule, or has
             a tokenizer that writes tokens which the model does not have.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    tokenizer = open_tokenizer(folder)
     if not tokenizer.chat_template:
         tokenizer.chat_template = _processor_template(folder)
     if vocab is not None:
@@ -267,10 +285,19 @@ def open_chat(
     return Chat(tokenizer, image_text, read_stop_ids(folder, tokenizer), image_tokens, now or datetime.now())
 
 
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        return parse(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 def _processor_template(folder: Path) -> str:
     """The template of a vision model's processor, which older folders keep in a file that tokenizers do not read."""
     path = folder / "chat_template.json"
-    template = json.loads(path.read_text(encoding="utf-8")).get("chat_template") if path.exists() else None
+    template = _settings(path).get("chat_template") if path.exists() else None
+    if template and not isinstance(template, str):
+        raise ValueError(f"{path}: chat_template must be text, found {type(template).__name__}")
     if not template:
         raise ValueError(
             f"{folder} has no chat template (chat_template.jinja, chat_template.json or in tokenizer_config.json); "

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
 #: No film of 32 million pixels (`images.MAX_PIXELS`) has a longer file, at 8 bytes a pixel (16-bit RGBA).
 MAX_BYTES = 8 * 32_000_000
@@ -65,6 +65,6 @@ def damage_named(name: str | Path, head: bytes) -> Iterator[None]:
         if head.startswith(_POINTER):
             reason = "it is a Git LFS pointer and not the film itself: run `git lfs pull`"
         raise BadImage(f"{name}: unreadable image ({reason}); restore the file or skip it") from None
-    # Pillow reports damage through several types: OSError, SyntaxError (PNG chunks), ValueError, EOFError.
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    # Of whatever type: OSError, SyntaxError and IndexError (PNG chunks), ValueError, EOFError, DecompressionBombError.
+    except Exception as error:
         raise BadImage(f"{name}: unreadable image ({error}); restore the file or skip it") from error

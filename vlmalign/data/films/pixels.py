@@ -24,6 +24,7 @@ from vlmalign.data.films.levels import level_table, look_up
 from vlmalign.data.films.reading import PixelReader, TwoStepReader
 from vlmalign.data.films.resize import Recipe, load_film
 from vlmalign.data.films.resize_cache import ResizeCache
+from vlmalign.quoting import MOST_OF_LINE, shown
 from vlmalign.types import Grid, Patches
 
 __all__ = ["PIXELS", "DynamicResolution", "FixedSquares", "PixelReader", "image_size", "open_pixels"]
@@ -164,9 +165,15 @@ def open_pixels(
     """
     if family not in PIXELS:
         raise ValueError(f"no rule for the pixels of family {family!r}; known: {', '.join(PIXELS)}")
-    processor = AutoImageProcessor.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False, backend="pil"
-    )
+    try:
+        processor = AutoImageProcessor.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, backend="pil"
+        )
+    except Exception as error:  # of whatever type: the library takes the files for what it has written
+        why = f"{type(error).__name__}: {shown(' '.join(str(error).split()), MOST_OF_LINE)}"
+        raise ValueError(
+            f"{folder}: the image settings cannot be opened ({why}); copy them from the original"
+        ) from error
     if not processor.do_resize:
         raise ValueError(f"{folder}: the image processor's do_resize is false; films must be resized to fit the tower")
     films = None if cache is None else ResizeCache(cache, limit=cache_bytes)

@@ -19,6 +19,7 @@ from vlmalign.data.phantoms.synthetic import Film, plan_studies, split_counts, t
 from vlmalign.data.sources.films import Films
 from vlmalign.data.sources.schema import CHEXPERT
 from vlmalign.data.sources.tables import filter_words, find_table, ignored, inside, label_values, positives, read_table
+from vlmalign.quoting import quoted
 
 RELEASES = ("CheXpert-v1.0", "CheXpert-v1.0-small")
 COLUMNS = ("Path", "Sex", "Age", "Frontal/Lateral", "AP/PA")
@@ -100,7 +101,7 @@ def _with_parts(frame: pd.DataFrame, paths: pd.Series, table: Path) -> pd.DataFr
     if odd.any():
         row = int(odd.to_numpy().argmax())
         raise ValueError(
-            f"{table}, row {row + 2}, column {paths.name!r}: found {paths.iloc[row]!r}, expected a path inside the "
+            f"{table}, row {row + 2}, column {paths.name!r}: found {quoted(paths.iloc[row])}, expected a path inside the "
             "data root such as CheXpert-v1.0/train/patient00001/study1/view1_frontal.jpg"
         )
     study = parts[1] + "/" + parts[2]
@@ -117,7 +118,7 @@ def _image_rows(base: Path, table: Path, frontal_only: bool, on_bad: str) -> tup
         row = int(odd.to_numpy().argmax())
         found = frame["Frontal/Lateral"].iloc[row]
         raise ValueError(
-            f"{table}, row {row + 2}, column 'Frontal/Lateral': found {found!r}, expected Frontal or Lateral"
+            f"{table}, row {row + 2}, column 'Frontal/Lateral': found {quoted(found)}, expected Frontal or Lateral"
         )
     return (frame[frame["Frontal/Lateral"] == "Frontal"] if frontal_only else frame), []
 

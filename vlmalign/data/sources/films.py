@@ -16,6 +16,7 @@ import numpy as np
 
 from vlmalign.data.sources.schema import LabelMap, LabelSchema
 from vlmalign.data.sources.tables import inside, stays_inside
+from vlmalign.quoting import MOST_OF_LINE, quoted, shown
 from vlmalign.types import Example
 
 
@@ -69,7 +70,7 @@ class Films:
         self._labels = np.asarray(labels, bool).reshape(len(self._ids), len(schema))
         self._rows = np.asarray(rows, int)
         self._meta = {key: np.asarray(column, object) for key, column in meta.items()}
-        self._refuse_repeats()
+        self._check_names()
         if ignored is not None:
             names = np.array(schema.labels)
             films = np.flatnonzero(ignored.any(1)).tolist()
@@ -78,7 +79,7 @@ class Films:
             self._skip_bad()
         for i, path in enumerate(self._paths):
             if not stays_inside(path):
-                raise ValueError(f"{self._where(i)}: path {path!r} leaves the data root {self.root}")
+                raise ValueError(f"{self._where(i)}: path {quoted(path)} leaves the data root {self.root}")
         if not len(self):
             of = f" of {wanted}" if wanted else ""
             left_out = (
@@ -106,7 +107,7 @@ class Films:
         texts = np.array([traces.get(id) for id in self._ids], object)
         if not any(text is not None for text in texts):
             raise ValueError(
-                f"{path}: none of its {len(traces)} ids is a film of {self.table} (such as {self._ids[0]})"
+                f"{path}: none of its {len(traces)} ids is a film of {self.table} (such as {shown(self._ids[0])})"
             )
         films = copy.copy(self)
         films._meta = {**self._meta, "trace": texts}
@@ -149,7 +150,7 @@ class Films:
         return self._meta[name].copy() if name in self._meta else np.full(len(self), None, object)
 
     def _where(self, i: int) -> str:
-        return f"{self.table}, row {self._rows[i]} (film {self._ids[i]})"
+        return f"{self.table}, row {self._rows[i]} (film {shown(self._ids[i])})"
 
     def _checked_path(self, i: int) -> Path:
         try:
@@ -159,14 +160,20 @@ class Films:
         try:
             found = path.is_file()
         except OSError as error:  # a name that is too long, a folder that may not be looked into
-            raise ValueError(f"{self._where(i)}: {path.name!r} cannot be looked for: {error.strerror}") from None
+            raise ValueError(f"{self._where(i)}: {quoted(path.name)} cannot be looked for: {error.strerror}") from None
         if not found:
-            raise FileNotFoundError(f"{self._where(i)}: no file {path}; restore it or open with on_bad='skip'")
+            raise FileNotFoundError(
+                f"{self._where(i)}: no file {shown(path, MOST_OF_LINE)}; restore it or open with on_bad='skip'"
+            )
         return path
 
-    def _refuse_repeats(self) -> None:
+    def _check_names(self) -> None:
+        """Every film has an id of its own, and a patient: films of no patient would count as those of one."""
         seen: dict[str, int] = {}
-        for i, id in enumerate(self._ids):
+        for i, (id, patient) in enumerate(zip(self._ids, self._patients, strict=True)):
+            for what, name in (("id", id), ("patient", patient)):
+                if not name.strip():
+                    raise ValueError(f"{self._where(i)}: found no {what}, expected text; fill the cell")
             if id in seen:
                 raise ValueError(f"{self._where(i)}: the id is repeated, first found in row {self._rows[seen[id]]}")
             seen[id] = i

@@ -72,11 +72,13 @@ def _conversation(row: Mapping[str, Any], locate: Locate) -> dict[str, Any]:
 
 def _completed(prompt: Any, completion: Any) -> Any:
     """The turns of a prompt and of its completion, which alone is learnt from, as in TRL."""
-    if not isinstance(completion, list):
-        raise ValueError('"completion" must be text or a list of turns')
+    turns = _as_turns(prompt, "user")
+    for name, found in (("prompt", turns), ("completion", completion)):
+        if not isinstance(found, list):
+            raise ValueError(f'"{name}" must be text or a list of turns')
     before = [
         {**turn, "weight": 0.0} if isinstance(turn, Mapping) and turn.get("role") == "assistant" else turn
-        for turn in _as_turns(prompt, "user")
+        for turn in turns
     ]
     return [*before, *completion]
 

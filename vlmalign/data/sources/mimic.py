@@ -26,6 +26,7 @@ from vlmalign.data.phantoms.synthetic import (
 from vlmalign.data.sources.films import Films
 from vlmalign.data.sources.schema import CHEXPERT
 from vlmalign.data.sources.tables import filter_words, find_table, ignored, label_values, positives, read_table
+from vlmalign.quoting import quoted, shown
 
 VERSIONS = ("2.1.0", "2.0.0")
 SPLITS = ("train", "validate", "test")
@@ -79,7 +80,7 @@ class MimicCxrJpg(Films):
         without = films[films["split"].isna()]
         if len(without):
             raise ValueError(
-                f"{split_path}: no row for {len(without)} films of {meta_path}, first {without.iloc[0, 0]}"
+                f"{split_path}: no row for {len(without)} films of {meta_path}, first {shown(without.iloc[0, 0])}"
             )
         if split is not None:
             films = films[films["split"] == split]
@@ -87,7 +88,7 @@ class MimicCxrJpg(Films):
         labels = read_table(label_path, ("subject_id", "study_id", *CHEXPERT.labels), closed=True)
         repeated = labels["study_id"][labels["study_id"].duplicated()]
         if len(repeated):
-            raise ValueError(f"{label_path}, row {repeated.index[0] + 2}: study {repeated.iloc[0]} is repeated")
+            raise ValueError(f"{label_path}, row {repeated.index[0] + 2}: study {shown(repeated.iloc[0])} is repeated")
         values = label_values(labels, label_path, CHEXPERT.labels)
         matrix, doubtful = positives(values, uncertain), ignored(values, uncertain)
         row_of = pd.Index(labels["study_id"]).get_indexer(films["study_id"])  # -1: no label row
@@ -115,7 +116,7 @@ class MimicCxrJpg(Films):
                 **({} if patients is None else _sex_and_age(Path(patients), films, meta_path)),
             },
             skipped=[
-                {"id": id, "path": path, "reason": f"study {study} has no row in {label_path.name}"}
+                {"id": id, "path": path, "reason": f"study {shown(study)} has no row in {label_path.name}"}
                 for id, path, study in unlabelled[["dicom_id", "path", "study_id"]].itertuples(index=False)
             ],
             on_bad=on_bad,
@@ -158,7 +159,9 @@ def _splits(path: Path) -> dict[str, str]:
     unknown = table[~table["split"].isin(SPLITS)]
     if len(unknown):
         row, value = unknown.index[0] + 2, unknown["split"].iloc[0]
-        raise ValueError(f"{path}, row {row}, column 'split': found {value!r}, expected one of {', '.join(SPLITS)}")
+        raise ValueError(
+            f"{path}, row {row}, column 'split': found {quoted(value)}, expected one of {', '.join(SPLITS)}"
+        )
     return dict(zip(table["dicom_id"], table["split"], strict=True))
 
 

@@ -28,6 +28,7 @@ from vlmalign.data.sources.films import Films
 from vlmalign.data.sources.nih_table import COLUMNS, OLDER_TABLE, TABLE, NihTable, finding_matrix, read_nih_table
 from vlmalign.data.sources.schema import NIH14
 from vlmalign.data.sources.tables import filter_words, find_table, read_table
+from vlmalign.quoting import quoted, shown
 
 __all__ = ["Nih14", "NihExtract", "NihTable", "read_nih_table", "write_synthetic", "write_synthetic_extract"]
 
@@ -70,7 +71,7 @@ class Nih14(Films):
         missing = keep & np.array([id not in folders and ".." not in id and "/" not in id for id in table.ids], bool)
         skipped = []
         for i in np.flatnonzero(missing):
-            reason = f"{table.path}, row {i + 2}: {table.ids[i]} is in no image folder of {root}"
+            reason = f"{table.path}, row {i + 2}: {shown(table.ids[i])} is in no image folder of {root}"
             if on_bad != "skip":
                 raise FileNotFoundError(f"{reason} ({missing.sum()} missing); restore it or open with on_bad='skip'")
             skipped.append({"id": table.ids[i], "path": paths[i], "reason": reason})
@@ -139,12 +140,14 @@ def _split_ids(path: Path, table: NihTable) -> set[str]:
         ids = path.read_text(encoding="utf-8-sig").split()
     except FileNotFoundError:
         raise FileNotFoundError(f"no split list {path}; open with split=None to read every row") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected one file name a line, found bytes that are not UTF-8 ({error})") from None
     known = set(table.ids)
     unknown = [id for id in ids if id not in known]
     if unknown:
         raise ValueError(
-            f"{path}: {len(unknown)} of its {len(ids)} names are not in {table.path.name}, the first {unknown[0]!r}; "
-            f"expected image indices as the table writes them, such as {table.ids[0]!r}"
+            f"{path}: {len(unknown)} of its {len(ids)} names are not in {table.path.name}, the first {quoted(unknown[0])}; "
+            f"expected image indices as the table writes them, such as {quoted(table.ids[0])}"
         )
     return set(ids)
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from vlmalign.data.sources.json_lines import lines, parse
+from vlmalign.quoting import MOST_OF_LINE, shown
 
 #: rows that are turned into Python objects at once
 _AT_ONCE = 64
@@ -69,25 +71,38 @@ class ArrowRows:
         start = self._ends[k - 1] if k else 0
         first = start + (i - start) // _AT_ONCE * _AT_ONCE
         if self._objects[0] != first:
-            if self._newest is None or self._newest[0] != k:
-                self._newest = None  # before the next is read: two might not fit
-                self._newest = (k, self._piece(k))
-            self._objects = (first, self._newest[1].slice(first - start, _AT_ONCE).to_pylist())
+            with damage_named(self.path):
+                if self._newest is None or self._newest[0] != k:
+                    self._newest = None  # before the next is read: two might not fit
+                    piece = self._piece(k)
+                    piece.validate(full=True)  # Arrow takes lengths on trust, and would read beyond its memory
+                    self._newest = (k, piece)
+                self._objects = (first, self._newest[1].slice(first - start, _AT_ONCE).to_pylist())
         return self._objects[1][i - first]
 
     def name(self, i: int) -> str:
         return f"{self.path.name}:{i + 1}"
 
 
-def parquet_rows(path: Path) -> ArrowRows:
-    """A Parquet file, row group by row group."""
+@contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """Turns what pyarrow raises for a damaged file into ValueError, naming the file."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     try:
+        yield
+    # What it meets in the bytes comes as its own types, text that is no UTF-8 and times out of range as Python's.
+    except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
+        what = "a Parquet file" if path.suffix.lower() == ".parquet" else "Arrow data"
+        raise ValueError(f"{path}: not {what} that can be read ({shown(_words(error), MOST_OF_LINE)})") from error
+
+
+def parquet_rows(path: Path) -> ArrowRows:
+    """A Parquet file, row group by row group."""
+    import pyarrow.parquet as pq
+
+    with damage_named(path):
         file = pq.ParquetFile(path, memory_map=True)
-    except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{path}: not a Parquet file that can be read ({error})") from error
     counts = (file.metadata.row_group(k).num_rows for k in range(file.num_row_groups))
     return ArrowRows(path, (path,), list(_sums(counts)), file.read_row_group)
 
@@ -105,7 +120,11 @@ def saved_rows(path: Path, split: str | None) -> ArrowRows:
         raise ValueError(f"{path} holds no splits (a Dataset, not a DatasetDict); leave split out")
     if not (path / "state.json").is_file():
         raise ValueError(f"{path}: not a folder that save_to_disk wrote (no state.json); give that folder, or a file")
-    saved = datasets.load_from_disk(str(path)).with_format("arrow")
+    try:
+        saved = datasets.load_from_disk(str(path)).with_format("arrow")
+    except Exception as error:  # of whatever type: it takes its JSON files for what it has written
+        why = f"{type(error).__name__}: {shown(_words(error), MOST_OF_LINE)}"
+        raise ValueError(f"{path}: a saved folder that `datasets` cannot read ({why}); save it again") from error
     ends = list(_sums(min(_AT_ONCE, len(saved) - start) for start in range(0, len(saved), _AT_ONCE)))
     files = tuple(sorted(file for file in path.iterdir() if file.is_file()))
     return ArrowRows(path, files, ends, lambda k: saved[k * _AT_ONCE : (k + 1) * _AT_ONCE])
@@ -125,6 +144,11 @@ def open_rows(path: Path, split: str | None = None) -> RowFile:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     return parquet_rows(path) if path.suffix.lower() == ".parquet" else JsonRows(path)
+
+
+def _words(error: Exception) -> str:
+    """What a library says, in one line."""
+    return " ".join(str(error).split())
 
 
 def _sums(counts: Iterator[int]) -> Iterator[int]:

@@ -23,6 +23,7 @@ from vlmalign.data.sources.layouts import arranged, layout_of
 from vlmalign.data.sources.row_files import RowFile, open_rows
 from vlmalign.data.sources.settings import Place
 from vlmalign.data.sources.stored_images import StoredImages
+from vlmalign.quoting import MOST_OF_LINE, shown
 from vlmalign.types import Example
 
 ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet")
@@ -48,11 +49,12 @@ class Rows:
                 found = arranged(row, self.layout, images.check)
                 patient = _patient(found, file.name(i))
             except (ValueError, FileNotFoundError) as error:
+                why = shown(error, MOST_OF_LINE)
                 if on_bad == "error":
                     kinds = (BadImage, FileNotFoundError, ValueError)
                     kind = next(kind for kind in kinds if isinstance(error, kind))
-                    raise kind(f"{file.name(i)}: {error}; correct the row, or set on_bad to skip") from error
-                self.skipped.append({"id": file.name(i), "path": str(file.files[0]), "reason": str(error)})
+                    raise kind(f"{file.name(i)}: {why}; correct the row, or set on_bad to skip") from error
+                self.skipped.append({"id": file.name(i), "path": str(file.files[0]), "reason": why})
                 continue
             kept.append(i)
             ids.append(file.name(i))
@@ -104,9 +106,10 @@ def read_row(path: Path, line: int, images: StoredImages) -> Example:
     try:
         row = file[index]
         found = arranged(row, layout_of(row), images.locate)
+        patient = _patient(found, name)
     except (ValueError, FileNotFoundError) as error:
-        raise type(error)(f"{name}: {error}") from error
-    return Example(name, _patient(found, name), None, (), found)
+        raise type(error)(f"{name}: {shown(error, MOST_OF_LINE)}") from error
+    return Example(name, patient, None, (), found)
 
 
 class RowSource(Config):

@@ -11,6 +11,8 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from vlmalign.quoting import quoted, shown
+
 
 @dataclass(frozen=True)
 class LabelSchema:
@@ -45,8 +47,8 @@ def unknown_label(label: str, known: Iterable[str], where: str) -> str:
     """The message for a label that `where` does not list: the nearest known labels, and what to do."""
     known = tuple(known)
     near = difflib.get_close_matches(label, known, n=3, cutoff=0.5)
-    hint = f"nearest known: {', '.join(near)}" if near else f"known: {', '.join(known)}"
-    return f"unknown label {label!r} in {where} ({hint}); correct the spelling or map the label before use"
+    hint = f"nearest known: {', '.join(map(shown, near))}" if near else f"known: {', '.join(map(shown, known))}"
+    return f"unknown label {quoted(label)} in {where} ({hint}); correct the spelling or map the label before use"
 
 
 CHEXPERT = LabelSchema(

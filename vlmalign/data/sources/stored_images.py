@@ -15,6 +15,7 @@ from typing import Any
 
 from vlmalign.data.films.files import MAX_BYTES, BadImage
 from vlmalign.data.sources.tables import inside
+from vlmalign.quoting import MOST_OF_LINE, shown
 
 
 class StoredImages:
@@ -59,7 +60,7 @@ class StoredImages:
         except (ValueError, OSError) as error:
             raise BadImage(str(error)) from error
         if not there:
-            raise FileNotFoundError(f"no image {found}")
+            raise FileNotFoundError(f"no image {shown(found, MOST_OF_LINE)}")
         return str(found)
 
 

@@ -27,6 +27,7 @@ from vlmalign.data.sources.schema import LabelSchema, renaming, unknown_label
 from vlmalign.data.sources.settings import FilmSource, Place, Uncertain
 from vlmalign.data.sources.tables import LABEL_VALUES, ignored, label_values, positives
 from vlmalign.data.sources.text_table import check_ending, read_text_table
+from vlmalign.quoting import quoted
 
 #: texts that a label's column may hold, and their value; blank means not mentioned
 VALUES = {**LABEL_VALUES, **dict.fromkeys(("true", "True", "TRUE"), 1.0)}
@@ -188,7 +189,7 @@ def chosen(frame: pd.DataFrame, column: str | None, taken: tuple[str, ...] | Non
         return np.ones(len(frame), bool)
     found = list(frame[column].value_counts().index)
     if absent := [value for value in taken if value not in found]:
-        listed = ", ".join(repr(value) for value in found[:12]) + (", ..." if len(found) > 12 else "")
+        listed = ", ".join(map(quoted, found[:12])) + (", ..." if len(found) > 12 else "")
         raise ValueError(f"{path}, column {column!r}: no row has {absent[0]!r}; found {listed}")
     return frame[column].isin(taken).to_numpy()
 

@@ -10,14 +10,19 @@ import csv
 import difflib
 import gzip
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from vlmalign.quoting import MOST_OF_LINE, quoted, shown
+
 #: Texts that label columns may hold, and their value; blank means not mentioned.
 LABEL_VALUES = {"1": 1.0, "1.0": 1.0, "0": 0.0, "0.0": 0.0, "-1": -1.0, "-1.0": -1.0, "": np.nan}
+#: names of a table that a message lists
+SHOWN = 12
 
 
 def find_table(root: Path, *names: str) -> Path:
@@ -69,15 +74,14 @@ def _check_widths(path: Path, rows: Iterable[list[str]], width: int) -> None:
 
 def _check_columns(path: Path, names: list[str], required: Sequence[str], *, closed: bool) -> None:
     missing = [name for name in required if name not in names]
-    repeated = sorted({name for name in names if name and names.count(name) > 1})
+    repeated = sorted(name for name, count in Counter(names).items() if name and count > 1)
     unexpected = [name for name in names if name not in required] if closed else []
-    problems = []
-    for name in missing:
-        problems.append(missing_column(name, names))
-    for name in unexpected:
+    problems = [missing_column(name, names) for name in missing[:3]]
+    problems += [f"and {len(missing) - 3} more"] if len(missing) > 3 else []
+    for name in unexpected[:SHOWN]:
         near = difflib.get_close_matches(name, required, n=3, cutoff=0.5)
-        problems.append(f"unexpected column {name!r}" + (f" (nearest known: {', '.join(near)})" if near else ""))
-    problems += [f"repeated column {name!r}" for name in repeated]
+        problems.append(f"unexpected column {quoted(name)}" + (f" (nearest known: {', '.join(near)})" if near else ""))
+    problems += [f"repeated column {quoted(name)}" for name in repeated[:SHOWN]]
     if problems:
         raise ValueError(f"{path}: {'; '.join(problems)}; expected columns: {', '.join(required)}")
 
@@ -86,8 +90,13 @@ def missing_column(name: str, found: Iterable[str]) -> str:
     """Words for a column that a table does not have: the nearest that it has, or all of them."""
     found = [column for column in found if column]
     near = difflib.get_close_matches(name, found, n=3, cutoff=0.5)
-    known = f"nearest found: {', '.join(near)}" if near else f"found: {', '.join(found) or 'none'}"
+    known = f"nearest found: {_listing(near)}" if near else f"found: {_listing(found) or 'none'}"
     return f"missing column {name!r} ({known})"
+
+
+def _listing(names: Sequence[str]) -> str:
+    """Some names of a table's own, in a message."""
+    return ", ".join(shown(name, 40) for name in names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
 def label_values(
@@ -110,7 +119,7 @@ def label_values(
         if not listed.all():
             row = int(np.argmin(listed))
             raise ValueError(
-                f"{path}, row {numbers[row]}, column {label!r}: found {text.iloc[row]!r}, expected {_listed(known)}"
+                f"{path}, row {numbers[row]}, column {label!r}: found {quoted(text.iloc[row])}, expected {_listed(known)}"
             )
         values[:, column] = text.map(known).to_numpy(np.float32)
     return values
@@ -138,7 +147,7 @@ def filter_words(split: str | None, views: Sequence[str] | None, found: pd.Serie
     words = [] if split is None else [f"split {split!r}"]
     if views is not None and found is not None:
         known = list(found.value_counts().index)
-        listed = ", ".join(value or "blank" for value in known[:12]) + (", ..." if len(known) > 12 else "")
+        listed = _listing([value or "blank" for value in known])
         words.append(f"views {', '.join(views)} (the table has {listed})")
     return " and ".join(words)
 
@@ -152,13 +161,17 @@ def inside(root: Path, relative: str | Path) -> Path:
     """`root / relative` with links followed; ValueError when it lies outside `root` (.., absolute, or by a link)."""
     base = Path(root).resolve()
     if not stays_inside(str(relative)):
-        raise ValueError(f"path {str(relative)!r} leaves the data root {root}; paths must be relative and without '..'")
+        raise ValueError(
+            f"path {quoted(relative)} leaves the data root {root}; paths must be relative and without '..'"
+        )
     try:
         path = (base / relative).resolve()
     except (OSError, RuntimeError):  # RuntimeError: Python's word, until 3.13, for links that lead in a circle
         raise ValueError(
-            f"path {str(relative)!r} under {root} cannot be followed: links in a circle, or too long"
+            f"path {quoted(relative)} under {root} cannot be followed: links in a circle, or too long"
         ) from None
     if not path.is_relative_to(base):
-        raise ValueError(f"path {str(relative)!r} leads by a link to {path}, outside the data root {root}")
+        raise ValueError(
+            f"path {quoted(relative)} leads by a link to {shown(path, MOST_OF_LINE)}, outside the data root {root}"
+        )
     return path

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from vlmalign.data.sources.json_lines import lines, parse
+from vlmalign.data.sources.row_files import damage_named
 from vlmalign.data.sources.tables import missing_column, read_table
 
 ENDINGS = (".csv", ".csv.gz", ".parquet", ".jsonl", ".ndjson")
@@ -65,18 +66,17 @@ def as_text(value: Any) -> Any:
 
 
 def _parquet(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     if not path.is_file():
         raise FileNotFoundError(f"no table {path}")
-    try:
+    with damage_named(path):
         file = pq.ParquetFile(path)
         # Images inside the table would fill the memory, and are no text.
         names = [field.name for field in file.schema_arrow if not _holds_bytes(field.type)]
-        values = file.read(columns=names).to_pylist()
-    except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"cannot read table {path}: {error}") from error
+        table = file.read(columns=names)
+        table.validate(full=True)
+        values = table.to_pylist()
     return values, list(range(1, len(values) + 1))
 
 

@@ -13,6 +13,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from vlmalign.reporting.json_files import parse_json
+from vlmalign.reporting.json_shape import NUMBER, Maybe, Values, check_shape
+
 
 def write_whole(path: Path, text: str) -> None:
     """A file that is there whole or not at all, whatever happens meanwhile."""
@@ -33,16 +36,29 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_whole(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+def read_rows(path: Path, shape: Any = dict) -> list[dict[str, Any]]:
+    """The objects of a JSON Lines file; ValueError, naming file and line, for what is none or not of the shape
+    (`reporting.json_shape`)."""
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if line:
+            rows.append(parse_json(line, path, number))
+            check_shape(rows[-1], shape, f"{path}, line {number}")
+    return rows
 
 
-def read_json(path: Path) -> Any:
-    """Raises ValueError, naming the file, for one that is no JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: expected JSON, found {type(error).__name__}; restore the file") from None
+def read_numbers(path: Path, name: str) -> list[float | None]:
+    """One number of every line of a `metrics.jsonl`, None where it was not measured; ValueError for what is no number."""
+    found = [line.get(name) for line in read_rows(path)]
+    check_shape(found, [Maybe(NUMBER)], f"{path}, {name}")
+    return found
+
+
+def read_json(path: Path, shape: Any = dict) -> Any:
+    """The object in a JSON file; ValueError, naming file and place, for what is none or not of the shape."""
+    found = parse_json(path.read_bytes(), path, 1)
+    check_shape(found, shape, str(path))
+    return found
 
 
 def digest_of(value: Any) -> str:
@@ -55,7 +71,7 @@ class Hashes:
 
     def __init__(self, path: Path):
         self._path = path
-        self._known: dict[str, list[Any]] = read_json(path) if path.exists() else {}
+        self._known: dict[str, list[Any]] = read_json(path, Values(list)) if path.exists() else {}
         self._new = False
 
     def of(self, file: Path) -> str:
@@ -64,7 +80,7 @@ class Hashes:
         mark = [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns]
         key = str(file.resolve())
         known = self._known.get(key)
-        if known is None or known[:4] != mark:
+        if known is None or len(known) != 5 or known[:4] != mark:
             with file.open("rb") as opened:
                 known = [*mark, hashlib.file_digest(opened, "sha256").hexdigest()]
             self._known[key] = known

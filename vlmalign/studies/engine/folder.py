@@ -76,8 +76,8 @@ def first_start(config: StudyConfig) -> datetime:
             raise ValueError(f"{path} is missing, which says when and where the run was started; restore it")
         return datetime.now().replace(microsecond=0)
     try:
-        return datetime.fromisoformat(read_json(path)["started"])
-    except (KeyError, TypeError, ValueError) as error:
+        return datetime.fromisoformat(read_json(path, {"started": str})["started"])
+    except ValueError as error:
         raise ValueError(f"{path} is damaged: expected a record with its time; restore it ({error})") from error
 
 

@@ -13,9 +13,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vlmalign.reporting.json_shape import Values, check_shape
 from vlmalign.studies.engine.files import Hashes, digest_of, read_json, write_json
 
 BEGUN, MADE = "begun.json", "made.json"
+
+#: of a record, which may lack what stands in EMPTY
+RECORD = {"kind": str, "settings": dict, "free": dict, "parents": Values({"node": str, "id": str}), "inputs": dict}
+EMPTY: Mapping[str, Any] = {"settings": {}, "free": {}, "parents": {}, "inputs": {}}
+#: of a whole artefact besides
+WHOLE = {"id": str, "content": dict, "files": Values(list)}
 
 #: raised by hand where equal settings would now give other results
 FORMATS = {"set": 1, "sft": 1, "dpo": 1, "grpo": 1, "ppo": 1, "answers": 1, "scores": 1, "source": 1}
@@ -106,9 +113,10 @@ def read_record(folder: Path) -> tuple[dict[str, Any] | None, bool]:
     """
     for name, whole in ((MADE, True), (BEGUN, False)):
         if (folder / name).exists():
-            found = read_json(folder / name)
-            if not isinstance(found, dict) or "kind" not in found:
-                raise ValueError(f"{folder / name} is damaged: expected a record with its kind; restore the file")
+            found = {**EMPTY, **read_json(folder / name)}
+            check_shape(found, RECORD, str(folder / name))
+            if whole:
+                check_shape({"files": {}, **found}, WHOLE, str(folder / name))
             return found, whole
     return None, False
 
@@ -124,11 +132,11 @@ def refuse_unrecorded(folder: Path) -> None:
 
 def damage(folder: Path, made: Mapping[str, Any], hashes: Hashes) -> str | None:
     """What of a whole artefact is not as its record says: a file that is missing or has another content; None for none."""
-    for name, (size, digest) in made.get("files", {}).items():
+    for name, written in made.get("files", {}).items():
         path = folder / name
         if not path.is_file():
             return f"{path} is missing"
-        if path.stat().st_size != size or hashes.of(path) != digest:
+        if [path.stat().st_size, hashes.of(path)] != list(written):
             return f"{path} is not as it was written"
     return None
 

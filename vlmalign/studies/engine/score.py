@@ -17,11 +17,12 @@ import numpy as np
 from vlmalign.data.sources.films import Films
 from vlmalign.evaluation.baselines import BASELINES
 from vlmalign.evaluation.comparison import adjust, compare
-from vlmalign.evaluation.metrics import score
+from vlmalign.evaluation.metrics import headline, score
 from vlmalign.evaluation.samples import majority_vote, score_samples
 from vlmalign.evaluation.subgroups import groups_of
+from vlmalign.reporting.json_shape import NUMBER, Maybe, check_shape
 from vlmalign.studies.engine.config import Answers, StudyConfig, set_ref, stage_ref
-from vlmalign.studies.engine.files import read_rows
+from vlmalign.studies.engine.files import read_json, read_numbers, read_rows
 from vlmalign.studies.engine.opened import Opened
 from vlmalign.studies.engine.sets import Cases
 from vlmalign.studies.engine.stage_config import ModelStage, Policy
@@ -29,6 +30,11 @@ from vlmalign.tasks.labels import LabelsTask
 from vlmalign.tasks.tasks import AnyTask
 
 Row = dict[str, Any]
+
+#: of `results.json`, what the terminal is told of it
+OF_STAGE, OF_BASELINE = ({key: str, "dataset": str, "results": {"n": int}} for key in ("stage", "name"))
+HEADLINE = {"value": Maybe(NUMBER), "low": Maybe(NUMBER), "high": Maybe(NUMBER), "fail_rate": Maybe(NUMBER)}
+RESULTS = {"datasets": [{"name": str, "role": str}], "results": [OF_STAGE], "baselines": [OF_BASELINE]}
 
 
 def score_answers(study: Opened, name: str) -> dict[str, Any]:
@@ -83,6 +89,21 @@ def score_answers(study: Opened, name: str) -> dict[str, Any]:
                 )
             ]
     found["tests"] = adjust(found["differences"], draws=entry.draws)
+    return found
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The scores in a `results.json`; ValueError, naming file and place, where one lacks the number that stands for it."""
+    found = read_json(path, RESULTS)
+    for row in [*found["results"], *found["baselines"]]:
+        where = f"{path}, {row.get('stage', row.get('name'))} on {row['dataset']}"
+        try:
+            told = headline(row["results"])
+        except (LookupError, TypeError, AttributeError, StopIteration) as error:
+            raise ValueError(
+                f"{where}: results without the number of their kind ({error!r}); restore the file"
+            ) from None
+        check_shape(told._asdict() | {"fail_rate": row["results"].get("fail_rate")}, HEADLINE, where)
     return found
 
 
@@ -206,7 +227,7 @@ def reward_gain(metrics: Path) -> dict[str, Any] | None:
     if not metrics.exists():
         return None
     # Only the first update on a rollout has its rewards.
-    known = np.array([line["reward"] for line in read_rows(metrics) if line.get("reward") is not None])
+    known = np.array([value for value in read_numbers(metrics, "reward") if value is not None])
     if len(known) < 2:
         return None
     count = max(2, len(known) // 5)

@@ -28,6 +28,8 @@ from vlmalign.types import Example
 
 #: the file of a set that has no parts, and of what it holds of each label
 CASES, COVERAGE, SKIPPED = "cases", "coverage.json", "skipped.jsonl"
+#: a row of the former
+CASE = {"id": str, "patient": str}
 
 Source = Any  #: what a source opens as: `Films`, or `Rows` of turns, records or questions
 
@@ -95,7 +97,7 @@ def draw(config: StudyConfig, name: str, source: Source, left_out: set[str], fol
 def open_cases(config: StudyConfig, ref: str, source: Source) -> Cases:
     """A set that was drawn, by its reference NAME or NAME.PART."""
     name, part = set_ref(ref)
-    rows = read_rows(config.run / "sets" / name / f"{part or CASES}.jsonl")
+    rows = read_rows(config.run / "sets" / name / f"{part or CASES}.jsonl", CASE)
     place = {id: number for number, id in enumerate(source.ids())}
     missing = [row["id"] for row in rows if row["id"] not in place]
     if missing:
@@ -140,7 +142,7 @@ def patients_of(config: StudyConfig, ref: str) -> set[str]:
     """The patients of a drawn set."""
     name, part = set_ref(ref)
     parts = [part] if part is not None else list(config.sets[name].parts) or [CASES]
-    return {row["patient"] for each in parts for row in read_rows(config.run / "sets" / name / f"{each}.jsonl")}
+    return {row["patient"] for each in parts for row in read_rows(config.run / "sets" / name / f"{each}.jsonl", CASE)}
 
 
 def draw_patients(patients: np.ndarray, cases: int, *, seed: int) -> np.ndarray:

@@ -13,13 +13,15 @@ from rich.table import Table
 from vlmalign.config import load_config
 from vlmalign.evaluation.metrics import headline
 from vlmalign.studies.engine.config import StudyConfig
-from vlmalign.studies.engine.files import read_json, read_rows
+from vlmalign.studies.engine.files import read_numbers, read_rows
 from vlmalign.studies.engine.folder import STUDY
 from vlmalign.studies.engine.graph import REPORT, Edge, Node, build_graph
 from vlmalign.studies.engine.identity import is_given
 from vlmalign.studies.engine.owner import Owners
 from vlmalign.studies.engine.record import read_record
+from vlmalign.studies.engine.score import read_results
 from vlmalign.studies.engine.stage_config import Policy, Stage
+from vlmalign.studies.engine.summary import TIMING, cell
 
 
 class Line(NamedTuple):
@@ -46,7 +48,7 @@ def status(run: Path) -> list[Line]:
     # JSON quotes the folder's name: `007` is not a number here.
     config = load_config(StudyConfig, path, [f"run={json.dumps(str(run))}"])
     seconds: dict[str, float] = {}
-    for row in read_rows(run / "timing.jsonl") if (run / "timing.jsonl").exists() else ():
+    for row in read_rows(run / "timing.jsonl", TIMING) if (run / "timing.jsonl").exists() else ():
         seconds[row["stage"]] = seconds.get(row["stage"], 0.0) + row["seconds"]
     ids: dict[Edge, str] = {}
     lines = []
@@ -90,13 +92,13 @@ def _progress(config: StudyConfig, node: Node) -> str:
 
 def _headline(config: StudyConfig, node: Node) -> str:
     if node.kind == "scores" and (path := node.folder(config.run) / "results.json").exists():
-        return "; ".join(_told(row) for row in read_json(path)["results"])
+        return "; ".join(_told(row) for row in read_results(path)["results"])
     stage = config.stages.get(node.key) if node.name.startswith("stages/") else None
     path = node.folder(config.run) / "metrics.jsonl"
     if not isinstance(stage, Stage) or not path.exists():
         return ""
     name = "reward" if isinstance(stage, Policy) else "objective"
-    values = [line[name] for line in read_rows(path) if line.get(name) is not None]
+    values = [value for value in read_numbers(path, name) if value is not None]
     return f"{name} {values[0]:.4g} -> {values[-1]:.4g}" if values else ""
 
 
@@ -116,5 +118,5 @@ def print_status(run: Path) -> None:
     for line in status(run):
         state = line.state if line.owner is None else f"{line.state}, by {line.owner}"
         seconds = "" if line.seconds is None else f"{line.seconds:.1f}"
-        table.add_row(line.name, line.kind, state, line.progress, seconds, line.headline)
+        table.add_row(*map(cell, (line.name, line.kind, state, line.progress, seconds, line.headline)))
     console.print(table, highlight=False)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from vlmalign.evaluation.metrics import headline
+from vlmalign.reporting.json_shape import NUMBER
+from vlmalign.reporting.visible_text import plain
 from vlmalign.studies.engine.config import StudyConfig
-from vlmalign.studies.engine.files import read_json, read_rows
+from vlmalign.studies.engine.files import read_numbers, read_rows
 from vlmalign.studies.engine.graph import Node
+from vlmalign.studies.engine.score import read_results
 from vlmalign.studies.engine.stage_config import Policy
 
+#: a line of `timing.jsonl`
+TIMING = {"stage": str, "seconds": NUMBER}
 #: kind of stage -> metrics worth a line, those that were measured
 TOLD = {
     "sft": ("loss", "validation/loss", "validation/macro_f1"),
@@ -39,7 +44,7 @@ def print_summary(config: StudyConfig, nodes: Mapping[str, Node]) -> None:
     for node in nodes.values():
         path = node.folder(config.run) / "results.json"
         if node.kind == "scores" and path.exists():
-            console.print(scores_table(node.key, read_json(path)), highlight=False)
+            console.print(scores_table(node.key, read_results(path)), highlight=False)
     console.print(timing_table(config.run / "timing.jsonl"), highlight=False)
     for name in made:
         for result in ("adapter", "model"):
@@ -56,12 +61,13 @@ def stages_table(config: StudyConfig, names: list[str]) -> Table:
         table.add_column(column, justify="left" if column in ("stage", "number") else "right")
     for name in names:
         stage = config.stages[name]
-        lines = read_rows(config.run / "stages" / name / "metrics.jsonl")
+        path = config.run / "stages" / name / "metrics.jsonl"
         rewards = tuple(stage.reward_names) if isinstance(stage, Policy) else ()
         for number in (*TOLD[stage.kind], *rewards):
-            first, last = ends(lines, number)
+            values = read_numbers(path, number)
+            first, last = ends(values)
             if first is not None:
-                table.add_row(name, str(len(lines)), number, f"{first:.4g}", f"{last:.4g}")
+                table.add_row(name, str(len(values)), number, f"{first:.4g}", f"{last:.4g}")
         table.add_section()
     return table
 
@@ -80,13 +86,18 @@ def flat_lines(config: StudyConfig, names: list[str]) -> list[str]:
     return found
 
 
-def ends(lines: list[dict[str, Any]], name: str) -> tuple[float | None, float | None]:
-    """Means over the first and the last fifth of the lines that have this number; None where none has.
+def cell(text: str) -> Text:
+    """A text of a run's files for a table on the terminal: no markup of rich's in it, and nothing that steers."""
+    return Text(plain(text))
 
-    >>> ends([{"loss": 2.0}, {}, {"loss": None}, {"loss": 1.0}], "loss")
+
+def ends(measured: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """Means over the first and the last fifth of what was measured; None where nothing was.
+
+    >>> ends([2.0, None, None, 1.0])
     (2.0, 1.0)
     """
-    values = [line[name] for line in lines if line.get(name) is not None]
+    values = [value for value in measured if value is not None]
     if not values:
         return None, None
     size = max(1, len(values) // 5)
@@ -107,7 +118,7 @@ def scores_table(name: str, results: Mapping[str, Any]) -> Table:
         for who, found in rows:
             number, value, low, high = headline(found)
             table.add_row(
-                f"{of} ({dataset['role']})", str(found["n"]), who, number, _interval(value, low, high),
+                cell(f"{of} ({dataset['role']})"), str(found["n"]), cell(who), number, _interval(value, low, high),
                 f"{found.get('fail_rate', 0.0):.3f}",
             )  # fmt: skip
         table.add_section()
@@ -123,13 +134,12 @@ def _interval(value: float | None, low: float | None, high: float | None) -> str
 def timing_table(path: Path) -> Table:
     """Seconds of every artefact, over all starts."""
     seconds: dict[str, float] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        row = json.loads(line)
+    for row in read_rows(path, TIMING) if path.exists() else ():
         seconds[row["stage"]] = seconds.get(row["stage"], 0.0) + row["seconds"]
     table = Table(title="seconds", title_justify="left")
     table.add_column("artefact")
     table.add_column("seconds", justify="right")
     for name, value in seconds.items():
-        table.add_row(name, f"{value:.1f}")
+        table.add_row(cell(name), f"{value:.1f}")
     table.add_row("all", f"{sum(seconds.values()):.1f}")
     return table
