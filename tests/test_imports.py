@@ -62,6 +62,7 @@ ALLOWED: dict[str, set[str]] = {
     | NUMERICS,
     "api": BELOW_TRAINING | {"training", "evaluation", "exporting"},
     "sampling": {"data", "studies", "reporting"},
+    "teaching": {"config", "data", "tasks", "progress", "studies"},
     "answering": {"types", "api", "data", "weights", "progress", "reporting"},
     "doctor": {"studies", "inspection", "reporting"},
     "cli": RECORDING
@@ -82,9 +83,10 @@ ALLOWED: dict[str, set[str]] = {
         "review",
         "preview",
         "sampling",
+        "teaching",
     },
 }
-NO_JAX = NUMPY_SIDE | {"reporting", "review", "cli", "log", "progress"}
+NO_JAX = NUMPY_SIDE | {"reporting", "review", "teaching", "cli", "log", "progress"}
 NO_JAX |= {"config", "config_yaml", "config_tree", "overrides"}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 # What a GPU image may lack. The rooms in LIGHT must import without it.

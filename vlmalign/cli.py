@@ -26,6 +26,7 @@ from vlmalign.reporting.visible_text import plain
 from vlmalign.review import command as review_command
 from vlmalign.sampling import command as sample_command
 from vlmalign.stopping import STOPPED, Stopped
+from vlmalign.teaching import command as traces_command
 
 
 class Command(NamedTuple):
@@ -185,6 +186,7 @@ COMMANDS = (
     Command("doctor", "can this machine run it, and what to do", doctor.arguments, doctor.run),
     Command("plan", "what a config needs and costs on GPUs not here", plan_command.arguments, plan_command.run),
     Command("review", "blinded reader studies of answers", review_command.arguments, review_command.run),
+    Command("traces", "reasoning traces from a teacher, and their review", traces_command.arguments, traces_command.run),
     Command("lm-eval", "tasks of lm-evaluation-harness", harness_command.arguments, harness_command.run),
 )
 
