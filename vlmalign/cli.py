@@ -186,7 +186,9 @@ COMMANDS = (
     Command("doctor", "can this machine run it, and what to do", doctor.arguments, doctor.run),
     Command("plan", "what a config needs and costs on GPUs not here", plan_command.arguments, plan_command.run),
     Command("review", "blinded reader studies of answers", review_command.arguments, review_command.run),
-    Command("traces", "reasoning traces from a teacher, and their review", traces_command.arguments, traces_command.run),
+    Command(
+        "traces", "reasoning traces from a teacher, and their review", traces_command.arguments, traces_command.run
+    ),
     Command("lm-eval", "tasks of lm-evaluation-harness", harness_command.arguments, harness_command.run),
 )
 

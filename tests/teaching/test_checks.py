@@ -74,7 +74,10 @@ CLEAN = [
 ]  # fmt: skip
 
 #: what the net catches though it is innocent: the price of a table of phrases
-TOO_STRICT = {"The tracheal tube is in place as required for ventilation.", "As told by the wide vessels, the pressure is high."}
+TOO_STRICT = {
+    "The tracheal tube is in place as required for ventilation.",
+    "As told by the wide vessels, the pressure is high.",
+}
 
 
 @pytest.mark.parametrize("text", LEAKING)
@@ -154,7 +157,9 @@ def test_wider_words_name_a_true_label_and_claim_no_other():
     assert named("A round nodule.", CHEXPERT.labels) == ("Lung Lesion",)
     assert label_faults("A round nodule.", ["Lung Lesion"], CHEXPERT.labels) == []
     assert label_faults("Edema with hazy opacities.", ["Edema"], CHEXPERT.labels) == []
-    assert label_faults("Edema. No fracture.", ["Edema", "Fracture"], CHEXPERT.labels) == ["does not name Fracture as present"]
+    assert label_faults("Edema. No fracture.", ["Edema", "Fracture"], CHEXPERT.labels) == [
+        "does not name Fracture as present"
+    ]
     assert label_faults("Edema and pneumonia.", ["Edema"], CHEXPERT.labels) == ["claims Pneumonia"]
     assert label_faults("Nothing is seen.", [], CHEXPERT.labels) == []
 

@@ -44,7 +44,8 @@ class Teacher(NamedTuple):
         self, question: Sequence[Mapping[str, Any]], answer: str, faults: Sequence[str]
     ) -> list[Mapping[str, Any]]:
         """The messages after an answer that cannot be used."""
-        said = {"role": "assistant", "content": answer or "(no text)"}
+        sent = answer.encode("utf-8", "replace").decode()  # half of a character cannot be sent back
+        said = {"role": "assistant", "content": sent or "(no text)"}
         return [*question, said, {"role": "user", "content": _AGAIN.format(faults="; ".join(faults))}]
 
     def faults(self, text: str, film: Film) -> list[str]:
