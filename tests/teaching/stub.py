@@ -7,9 +7,10 @@ import json
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +30,7 @@ class Answer(NamedTuple):
 
     body: Any = None  #: an object is sent as JSON, bytes as they are
     status: int = 200
-    headers: dict[str, str] = {}
+    headers: Mapping[str, str] = MappingProxyType({})
     wait: float = 0.0  #: seconds before the answer
     cut: bool = False  #: announce the body, send half of it, and hang up
 

@@ -110,11 +110,12 @@ def test_retry_after_is_honoured_by_all_workers(study, tmp_path, header):
     def script(number, body):
         if number == 0:
             return Answer({}, 429, {"Retry-After": "1" if header == "1" else formatdate(time.time() + 2, usegmt=True)})
-        return completion(good(body))
+        return completion(good(body))._replace(wait=0.2)
 
     with serving(script) as endpoint:
-        ask(study, endpoint.url, tmp_path / "t.jsonl", concurrency=1)
-    assert endpoint.times[1] - endpoint.times[0] >= 0.9
+        ask(study, endpoint.url, tmp_path / "t.jsonl", concurrency=2)
+    assert len(endpoint.times) == 7
+    assert min(endpoint.times[2:]) - endpoint.times[0] >= 0.9  # the second was under way already
     with serving(lambda number, body: Answer({}, 429, {"Retry-After": "3600"})) as endpoint:
         with pytest.raises(EndpointStopped, match="to be asked again in 3600 s"):
             ask(study, endpoint.url, tmp_path / "other.jsonl")

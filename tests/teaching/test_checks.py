@@ -1,11 +1,17 @@
-"""What a trace may say: forms, leaks and labels, each by a truth table."""
+"""What a trace may say: forms, leaks and labels, each by a truth table; and the texts that ask for traces."""
+
+import re
+from pathlib import Path
 
 import pytest
 
 from vlmalign.data.sources.schema import CHEXPERT
+from vlmalign.teaching.command import INSTRUCTIONS
+from vlmalign.teaching.films import Film
 from vlmalign.teaching.forms import FORMS, form_faults
 from vlmalign.teaching.leaks import LEAKS, leaks
 from vlmalign.teaching.mentions import claimed, label_faults, named
+from vlmalign.teaching.teacher import Teacher, read_instruction
 
 LEAKING = [
     "The heart is wide, as the labels state.",
@@ -190,3 +196,25 @@ STEPS = "\n".join(f"{n}. Region: what is seen here is described in some eight wo
 def test_forms(format, text, fault):
     found = form_faults(text, FORMS[format])
     assert found == [] if fault is None else fault in "; ".join(found)
+
+
+@pytest.mark.parametrize("format", FORMS)
+def test_the_instructions_ask_for_what_is_checked(format):
+    text = read_instruction(Path(__file__).parents[2] / INSTRUCTIONS[format])
+    low, high = map(int, re.search(r"(\d+) to (\d+) words", text).groups())
+    form = FORMS[format]
+    assert form.least <= low < high <= form.most
+    assert len(re.findall(r"^\d+\. \w", text, re.MULTILINE)) == form.steps
+    teacher = Teacher(text, format, CHEXPERT.labels)
+    asked = teacher.question(Film("id-7", "/films/7.jpg", ("Edema", "Fracture"), "", 16), "data:")[0]["content"][1][
+        "text"
+    ]
+    assert "exactly this: Edema, Fracture." in asked
+    assert ", ".join(CHEXPERT.labels) in asked
+    assert not {"id-7", "/films/7.jpg"} & set(asked.split())
+    none = teacher.question(Film("id", "f", (), "", 16), "data:")[0]["content"][1]["text"]
+    assert "exactly this: none of the listed findings." in none
+
+
+def test_there_is_an_instruction_for_every_format():
+    assert set(INSTRUCTIONS) == set(FORMS)
