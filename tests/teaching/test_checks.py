@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from vlmalign.data.phantoms.institutions import MIMIC_LIKE
+from vlmalign.data.phantoms.synthetic import plan_studies, truth_row
+from vlmalign.data.phantoms.traces import reason
 from vlmalign.data.sources.schema import CHEXPERT
 from vlmalign.teaching.command import INSTRUCTIONS
 from vlmalign.teaching.films import Film
@@ -126,6 +129,8 @@ CLAIMS = [
     ("Not only edema, also a consolidation.", {"Edema", "Consolidation"}),
     ("The heart is clearly enlarged.", {"Cardiomegaly"}),
     ("The heart isn't wide; no cardiomegaly.", set()),
+    ("The heart is not enlarged. The mediastinum is not wide.", set()),
+    ("The cardiomediastinal contour is not widened.", set()),
     ("The mediastinum is widened.", {"Enlarged Cardiomediastinum"}),
     ("Enlarged cardiomediastinum.", {"Enlarged Cardiomediastinum"}),
     ("A chest tube and a pacemaker.", {"Support Devices"}),
@@ -157,6 +162,18 @@ def test_every_label_is_claimed_by_its_own_name_and_denied_with_it():
         if label != "No Finding":
             assert claimed(f"On the left there is no {said}.", CHEXPERT.labels) == ()
     assert claimed("Pleural_Thickening, a round shadow.", ["Pleural_Thickening", "round shadow"]) != ()
+
+
+def test_traces_of_invented_films_are_read_as_their_labels():
+    """Sentences that were not written for these rules, with findings named, denied and left out."""
+    for number, study in enumerate(plan_studies({"": 300}, MIMIC_LIKE, CHEXPERT, seed=5, laterals=False)):
+        row = truth_row(str(number), study, MIMIC_LIKE)
+        text = " ".join(reason(row))
+        assert label_faults(text, row["labels"], CHEXPERT.labels) == []
+        assert leaks(text) == []
+        for label in set(row["labels"]) - {"No Finding"}:
+            others = [each for each in row["labels"] if each != label]
+            assert f"claims {label}" in label_faults(text, others, CHEXPERT.labels)
 
 
 def test_wider_words_name_a_true_label_and_claim_no_other():

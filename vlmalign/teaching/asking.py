@@ -57,8 +57,7 @@ class State:
 
     def cost(self, settings: Settings) -> tuple[int, int, float]:
         """Tokens in and out that these films took, on all starts, and their price."""
-        failed = [row for id, row in self.failed.items() if id not in self.traces]
-        tokens_in, tokens_out = tokens([*self.traces.values(), *failed])
+        tokens_in, tokens_out = tokens([*self.traces.values(), *self.failed.values()])
         return tokens_in, tokens_out, (tokens_in * settings.price_in + tokens_out * settings.price_out) / 1e6
 
     def reasons(self) -> Counter[str]:
@@ -78,7 +77,9 @@ def write(
     for file in (path, failed_file(path)):
         if mend(file):
             progress.say(f"{file}: the last line was cut off and is left out")
-    state = State(read_traces(path) if path.exists() else {}, read_failed(failed_file(path)))
+    traces = read_traces(path) if path.exists() else {}
+    # A film that failed on one start may have its trace from a later one, which was killed before it tidied up.
+    state = State(traces, {id: row for id, row in read_failed(failed_file(path)).items() if id not in traces})
     same_origin(path, state.traces, format=teacher.format, model=model)
     here = {film.id for film in asked.films}
     for film in asked.films:
@@ -100,7 +101,6 @@ def write(
     finally:
         lines.close()
         failures.close()
-    state.failed = {id: row for id, row in state.failed.items() if id not in state.traces}
     write_traces(failed_file(path), state.failed.values())
     state.failed = {id: row for id, row in state.failed.items() if id in here}
     return state
@@ -126,6 +126,7 @@ async def _all(
             if isinstance(row, Trace):
                 files[0].add(row)
                 state.traces[film.id] = row
+                state.failed.pop(film.id, None)  # what it took is counted in the trace
                 state.written += 1
             else:
                 files[1].add(row)

@@ -18,8 +18,8 @@ NORMAL = "No Finding"
 #: CheXpert label -> how prose says it, beside the label's own name. These count as naming a true label and as claiming one.
 SAID = {
     "No Finding": r"no findings?(?= *(?:[.,;]|$| on this| is (?:present|seen)| (?:are|can be) seen| at all))|(?:is|are|as|a|an|entirely|completely) normal (?:frontal )?(?:chest )?(?:film|study|radiograph|x-?ray|chest)|(?:film|study|radiograph|x-?ray) is (?:entirely |completely )?normal|no (?:acute )?cardiopulmonary (?:abnormality|process|disease|findings?)",
-    "Enlarged Cardiomediastinum": r"enlarge(?:d|ment of the) (?:cardio)?-?mediastin\w+|cardiomediastinal (?:silhouette|contour) is (?:\w+ )?(?:enlarged|widened|wide)|widened mediastinum|mediastinal widening|mediastinum is (?:\w+ )?(?:widened|wide|enlarged)",
-    "Cardiomegaly": r"cardiomegaly|enlarged heart|cardiac enlargement|heart is (?:\w+ )?enlarged",
+    "Enlarged Cardiomediastinum": r"enlarge(?:d|ment of the) (?:cardio)?-?mediastin\w+|cardiomediastinal (?:silhouette|contour) is (?:(?!not |never |neither |hardly )\w+ )?(?:enlarged|widened|wide)|widened mediastinum|mediastinal widening|mediastinum is (?:(?!not |never |neither |hardly )\w+ )?(?:widened|wide|enlarged)",
+    "Cardiomegaly": r"cardiomegaly|enlarged heart|cardiac enlargement|heart is (?:(?!not |never |neither |hardly )\w+ )?enlarged",
     "Lung Opacity": r"(?:lung|pulmonary) opacit(?:y|ies)|(?:lung|pulmonary) opacification",
     "Lung Lesion": r"(?:lung|pulmonary) (?:lesion|nodule|mass)(?:e?s)?",
     "Edema": r"o?edema",
