@@ -1,4 +1,4 @@
-"""`vlmalign review`: plan a reader study, check and serve it, invite its readers, export what they said."""
+"""`vlmalign review`: plan a reader study, check and serve it, invite its readers, export and analyse what they said."""
 
 from __future__ import annotations
 
@@ -49,6 +49,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     made = entry("export", "votes, ratings, guesses, audit log and data dictionary as CSV and JSON", _export)
     made.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; new, or empty")
+    made = entry("analyse", "preferences, ratings and agreement with their intervals, as a page and as JSON", _analyse)
+    made.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder for analysis.html and analysis.json"
+    )
+    made.add_argument(
+        "--scores", type=Path, metavar="FILE", help="results.json of the run, for accuracy against preference"
+    )
+    made.add_argument("--score", metavar="NAME", help="which score of it (accuracy where there is one, else the first)")
+    made.add_argument("--draws", type=int, default=2000, help="resamplings of an interval (2000)")
     made = entry("plan", "cases and readers that a stated effect needs, by simulation", _plan, study=False)
     _plan_arguments(made)
 
@@ -174,6 +183,27 @@ def _export(chosen: argparse.Namespace) -> None:
     finally:
         database.close()
     print("\n".join(str(path) for path in written))
+
+
+def _analyse(chosen: argparse.Namespace) -> None:
+    try:
+        import krippendorff
+        import statsmodels
+    except ModuleNotFoundError:
+        raise ValueError('the analysis needs statsmodels and krippendorff: pip install "vlmalign[review]"') from None
+    del krippendorff, statsmodels
+    from vlmalign.review.analysis.page import write_analysis
+    from vlmalign.review.analysis.results import analyse
+
+    if chosen.score and not chosen.scores:
+        raise ValueError("--score names a score of the file that --scores gives; add --scores FILE")
+    study = _study(chosen)
+    database = _open(study, create=False)
+    try:
+        found = analyse(database, study, scores=chosen.scores, score=chosen.score, draws=chosen.draws)
+    finally:
+        database.close()
+    print("\n".join(str(path) for path in write_analysis(found, study.protocol, chosen.out)))
 
 
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:

@@ -26,7 +26,7 @@ from vlmalign.review.database import Database
 from vlmalign.review.dictionary import Column
 from vlmalign.review.flow import counted, stopwatch_ahead
 from vlmalign.review.form import UNKNOWN
-from vlmalign.review.freezing import versions
+from vlmalign.review.freezing import Version, versions
 from vlmalign.review.material import Study
 from vlmalign.review.outcomes import Vote, votes
 from vlmalign.review.rendering import word_count
@@ -55,12 +55,7 @@ def export(database: Database, study: Study, folder: Path) -> list[Path]:
 
 def _files(database: Database, study: Study) -> dict[str, str]:
     """Name -> content."""
-    latest = versions(database)[-1]
-    if latest.hash != study.hash:
-        raise ValueError(
-            "the protocol or what it shows is not what the votes were given on (its hash differs); restore it, or record the "
-            "change with `vlmalign review amend`"
-        )
+    latest = frozen(database, study)
     found = [vote for vote in votes(database) if vote.kept]
     tables = {
         "comparisons": (
@@ -71,7 +66,7 @@ def _files(database: Database, study: Study) -> dict[str, str]:
             dictionary.ratings(study.protocol),
             [row for vote in found if not _is_guess(vote) for row in _ratings(study, vote)],
         ),
-        "guesses": (dictionary.GUESSES, [row for vote in found if _is_guess(vote) for row in _guesses(study, vote)]),
+        "guesses": (dictionary.GUESSES, [row for vote in found if _is_guess(vote) for row in guess_rows(study, vote)]),
         "events": (dictionary.EVENTS, _events(database)),
     }
     prefix = "simulated-" if study.protocol.simulated else ""
@@ -100,6 +95,17 @@ def _files(database: Database, study: Study) -> dict[str, str]:
     }
     files[f"{prefix}study.json"] = json.dumps(whole, ensure_ascii=False, indent=1) + "\n"
     return files
+
+
+def frozen(database: Database, study: Study) -> Version:
+    """The latest version of the protocol in the record. Raises ValueError where `study` is not that one."""
+    latest = versions(database)[-1]
+    if latest.hash != study.hash:
+        raise ValueError(
+            "the protocol or what it shows is not what the votes were given on (its hash differs); restore it, or record the "
+            "change with `vlmalign review amend`"
+        )
+    return latest
 
 
 def blinding(study: Study, guesses: Sequence[Row]) -> dict[str, Any]:
@@ -181,7 +187,8 @@ def _ratings(study: Study, vote: Vote) -> list[Row]:
     return found
 
 
-def _guesses(study: Study, vote: Vote) -> list[Row]:
+def guess_rows(study: Study, vote: Vote) -> list[Row]:
+    """The last questions of a page; none on other pages."""
     found = []
     for letter, (slot, said) in zip(vote.place.letters, vote.by_slot().items(), strict=True):
         if "guess" in said:

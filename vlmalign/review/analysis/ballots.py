@@ -29,16 +29,20 @@ class Ballot:
     case: str
     shown: tuple[str, ...]  #: arms, in the order in which the reader saw them
     choice: int | str  #: index into `shown`, "tie" or "none" (none is acceptable)
+    own: bool = False  #: one of the answers is the reader's own
 
     @property
     def winner(self) -> str | None:
         """The arm that was preferred."""
         return self.shown[self.choice] if isinstance(self.choice, int) else None
 
-    @property
-    def said(self) -> str:
-        """What was chosen, whoever stood on which side; no arm's name can be taken for a tie."""
-        return f"arm {self.winner}" if isinstance(self.choice, int) else self.choice
+    def value(self, arms: Sequence[str]) -> int:
+        """What was chosen, whoever stood on which side, as a number: the arm's, then tie, then none."""
+        return (*arms, None).index(self.winner) + (self.choice == NONE)
+
+    @staticmethod
+    def values(arms: Sequence[str]) -> int:
+        return len(arms) + 2
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,8 @@ def _ballot(study: Study, vote: Vote, counts: Counter[str] | None = None) -> Bal
             counts["identical answers, no ballot"] += 1
         return None
     choice = preferred if preferred in (TIE, NONE) else place.shown.index(preferred)
-    return Ballot(vote.person, place.case, _names(study, vote), choice)
+    own = any(study.material.answer(place.case, slot).author == vote.person for slot in place.shown)
+    return Ballot(vote.person, place.case, _names(study, vote), choice, own)
 
 
 def _ratings(study: Study, vote: Vote, outcomes: Sequence[Outcome]) -> list[Rating]:
