@@ -245,6 +245,20 @@ def test_votes_left_out_with_a_reader_are_counted_and_not_analysed(tmp_path):
     assert all(effect["p"] is None for model in said["preference"] for effect in model["arms"])
 
 
+def test_a_form_without_preferences_and_ratings_is_refused(tmp_path):
+    form = {"preference": False, "criteria": {}, "harm": False, "verdict": True}
+    study, record, _ = begin(write_study(tmp_path, cases=2, form=form, design={"readers_per_case": 2, "guesses": 0}))
+    access.begin(record, "R01")
+    page = votes.current(record, "R01")
+    entry = {"answers": {letter: {"verdict": "accept"} for letter in page.place.letters}}
+    change = votes.Change(
+        position=page.place.position, revision=page.revision, key=next(KEYS), active_ms=900, entry=entry
+    )
+    votes.close(record, study, "R01", change)
+    with pytest.raises(ValueError, match="expected preferences, criteria or harm to analyse, found none"):
+        gather(study, all_votes(record))
+
+
 def test_a_protocol_that_is_not_the_frozen_one_is_refused(tmp_path, capsys):
     path = write_study(tmp_path, cases=4)
     study, record, _ = begin(path)

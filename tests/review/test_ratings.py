@@ -167,3 +167,9 @@ def test_consistency_of_each_reader_and_of_all():
     assert (everyone.reader, everyone.repeats, everyone.same) == ("all", 4, 3)
     assert not math.isnan(everyone.kappa)
     assert consistency([], 3) == []
+
+
+def test_one_arm_on_one_side_has_nothing_to_compare():
+    ratings = [Rating(f"R{r}", f"c{c}", "x", 0, {"k": (r + c) % 3}) for r in range(3) for c in range(4)]
+    with pytest.raises(ValueError, match="one arm on one side"):
+        fit_ordinal(ratings, "k", "x")

@@ -90,7 +90,7 @@ def gather(study: Study, votes: Sequence[Vote]) -> Gathered:
     """The ballots and ratings of a study.
 
     Raises:
-        ValueError: without a closed page to analyse.
+        ValueError: without a closed page to analyse, or where the form asks neither preferences nor ratings.
     """
     counts: Counter[str] = Counter()
     pages: dict[str, dict[tuple[str, str], Vote]] = {"case": {}, "repeat": {}}
@@ -112,6 +112,10 @@ def gather(study: Study, votes: Sequence[Vote]) -> Gathered:
     outcomes = _outcomes(study.protocol.form)
     ballots = [ballot for vote in pages["case"].values() if (ballot := _ballot(study, vote, counts)) is not None]
     ratings = {key: _ratings(study, vote, outcomes) for key, vote in pages["case"].items()}
+    if not ballots and not any(ratings.values()):
+        raise ValueError(
+            "expected preferences, criteria or harm to analyse, found none in the closed pages; the export has the rest"
+        )
     repeated, rated_again = [], []
     for key, vote in pages["repeat"].items():
         if key not in pages["case"]:

@@ -37,7 +37,7 @@ def fit_ordinal(ratings: Sequence[Rating], outcome: str, arms: Sequence[str]) ->
     if len(found) < 2:
         raise ValueError("every rating is the same")
     names = [f"arm {arm}" for arm in arms[1:]]
-    x = np.array([[float(rating.arm == arm) for arm in arms[1:]] for rating in own]).reshape(len(own), -1)
+    x = np.array([[float(rating.arm == arm) for arm in arms[1:]] for rating in own]).reshape(len(own), len(arms) - 1)
     first = np.array([float(rating.side == 0) for rating in own])
     if np.linalg.matrix_rank(np.column_stack([np.ones(len(own)), x, first])) == len(names) + 2:
         names, x = [*names, SIDE], np.column_stack([x, first])
