@@ -19,6 +19,8 @@ from vlmalign.review.analysis.results import analyse
 from vlmalign.review.outcomes import votes as all_votes
 from vlmalign.review.protocol import load_protocol
 
+pytestmark = pytest.mark.full  # whole studies, and statsmodels imported under the checks of types
+
 STRENGTH = dict(zip(ARMS, (0.0, 2.5, -2.5), strict=True))
 KEYS = (f"analysis-{number:08}" for number in itertools.count())
 
