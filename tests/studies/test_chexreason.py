@@ -56,7 +56,8 @@ def test_the_toy_is_the_study_but_for_another_groups_model(folder):
 
 def test_texts_ask_for_what_is_read(folder):
     """Nine prompts and four formats, each a file of its own, all of them different."""
-    texts = {path: path.read_text(encoding="utf-8") for path in folder.glob("*/*.txt")}
+    paths = [path for room in ("prompts", "formats") for path in sorted((folder / room).glob("*.txt"))]
+    texts = {path: path.read_text(encoding="utf-8") for path in paths}
     assert len(texts) == len(set(texts.values())) == len(PROMPTS) + len(FORMATS)
     config = load_study(folder / "study.yaml")
     for name, task in config.tasks.items():
