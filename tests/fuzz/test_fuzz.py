@@ -14,7 +14,7 @@ from found import FOUND
 from readers import READERS, Reader
 
 #: of the cases that are worth a reader's time, one in so many is tried here
-ONE_IN = 700
+ONE_IN = 1000
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def marked(reader: Reader) -> pytest.param:
     return pytest.param(reader, id=reader.name, marks=[pytest.mark.full] if reader.most <= 200 else [])
 
 
-@pytest.mark.parametrize("reader", map(marked, READERS))
+@pytest.mark.parametrize("reader", [*map(marked, READERS)])
 def test_every_case_is_read_skipped_or_refused(benches, reader):
     found = run(benches[reader], max(1, reader.most // ONE_IN), number=None)
     assert not found.unhandled, "\n".join(f"{kind}: {case}: {what}" for kind, (case, what) in found.unhandled.items())
