@@ -161,10 +161,14 @@ def test_a_run_folder_gives_answers_and_films(tmp_path):
     Image.new("L", (8, 8), 100).save(tmp_path / "a.png")
     (run / "films").mkdir(parents=True)
     Image.new("L", (8, 8), 50).save(run / "films" / "b.png")
+    (tmp_path / "scans").mkdir()
+    Image.new("L", (8, 8), 10).save(tmp_path / "scans" / "c.png")
+    source = {"kind": "table", "path": "films.csv", "images": str(tmp_path / "scans")}
+    (run / "study.yaml").write_text(write_yaml({"sources": {"mine": source}}))
     for stage in ("base", "sft"):
         rows = [
             {"stage": stage, "id": case, "completion": f"{case} by {stage}", "image": image, "sample": sample}
-            for case, image in (("a", str(tmp_path / "a.png")), ("b", "films/b.png"))
+            for case, image in (("a", str(tmp_path / "a.png")), ("b", "films/b.png"), ("c", "sources.mine/c.png"))
             for sample in (0, 1)
         ]
         write_rows(run / "answers" / "test" / stage / "near" / "predictions.jsonl", rows)
@@ -176,7 +180,8 @@ def test_a_run_folder_gives_answers_and_films(tmp_path):
     protocol = {"title": "t", "folder": str(tmp_path / "r"), "arms": arms, "readers": ["R1"]}
     path.write_text(write_yaml(protocol | {"design": {"readers_per_case": 1, "guesses": 0}}))
     material = load_study(path).material
-    assert {case: material.cases[case].films[0].path.name for case in material.cases} == {"a": "a.png", "b": "b.png"}
+    films = {case: material.cases[case].films[0].path.name for case in material.cases}
+    assert films == {"a": "a.png", "b": "b.png", "c": "c.png"}
     assert sorted(slot.answers["a"].text for slot in material.slots) == ["a by base", "a by sft"]
     path.write_text(path.read_text().replace("stage: sft", "stage: dpo"))
     with pytest.raises(ValueError, match=r"expected answers in .*dpo.*vlmalign status"):

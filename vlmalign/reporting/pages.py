@@ -16,10 +16,10 @@ _WORDS = ("number", "p_value", "signed", "bounds", "share", "count", "duration",
 
 
 @cache
-def environment() -> jinja2.Environment:
-    """The templates of this folder: everything escaped, an unknown name an error."""
+def environment(folder: Path = HERE) -> jinja2.Environment:
+    """The templates of a folder: everything escaped, an unknown name an error."""
     made = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE),
+        loader=jinja2.FileSystemLoader(folder),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

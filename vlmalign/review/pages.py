@@ -9,7 +9,7 @@ from typing import Any
 
 import jinja2
 
-from vlmalign.reporting.visible_text import visible
+from vlmalign.reporting.pages import environment
 from vlmalign.review.adjudication import Opinion
 from vlmalign.review.form import NONE, TIE, UNKNOWN, VERDICTS
 from vlmalign.review.material import Study
@@ -23,14 +23,8 @@ STATIC = {"review.css": "text/css", "review.js": "text/javascript"}
 
 @cache
 def _environment() -> jinja2.Environment:
-    made = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    made.filters |= {"visible": visible, "enumerated": _enumerated}
+    made = environment(HERE)
+    made.filters["enumerated"] = _enumerated
     return made
 
 

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from vlmalign.reporting.image_places import image_places
 from vlmalign.reporting.json_files import read_rows
 from vlmalign.reporting.json_shape import Maybe
 from vlmalign.review.material import Answer, Case, Film, Known, Material, Slot, Study
@@ -79,10 +80,9 @@ def _run_rows(arm: RunArm) -> list[tuple[str, str, str | None, str | None]]:
     rows = [row for row in read_rows(path, PREDICTION) if row.get("sample", 0) == arm.sample]
     if not rows:
         raise ValueError(f"{path} holds no answer with sample {arm.sample}; choose another sample")
-    # A run names its own films by their path from the run folder.
+    place = image_places(arm.run)
     return [
-        (row["id"], row["completion"], None, None if row["image"] is None else str(arm.run / row["image"]))
-        for row in rows
+        (row["id"], row["completion"], None, None if row["image"] is None else str(place(row["image"]))) for row in rows
     ]
 
 

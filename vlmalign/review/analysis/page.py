@@ -59,7 +59,7 @@ def render(found: Mapping[str, Any], protocol: Protocol) -> str:
 
 
 def _environment() -> jinja2.Environment:
-    made = environment().overlay(loader=jinja2.FileSystemLoader(TEMPLATES))
+    made = environment(TEMPLATES)
     made.filters["ratio"] = _ratio
     return made
 
