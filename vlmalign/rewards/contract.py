@@ -13,7 +13,7 @@ import inspect
 import math
 import numbers
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,6 +99,13 @@ def aligned(completions: Sequence[Any], **columns: Sequence[Any]) -> Iterator[tu
     if len(set(lengths.values())) > 1:
         raise ValueError(f"columns must have one entry per completion, found {lengths}; repeat each prompt's entry")
     return zip(map(text_of, completions), *columns.values(), strict=True)
+
+
+def score_each(
+    score: Callable[..., float | None], completions: Sequence[Any], truth: Sequence[Iterable[str] | None]
+) -> list[float | None]:
+    """`score(text, truth=labels)` of every completion; None where its true labels are not known."""
+    return [None if true is None else score(text, truth=true) for text, true in aligned(completions, truth=truth)]
 
 
 def is_async(reward: Reward) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vlmalign.rewards.contract import aligned
+from vlmalign.rewards.contract import score_each
 from vlmalign.rewards.frequency import Frequency, check_frequency, check_rarest, inverse
 from vlmalign.tasks.label_reader import LabelReader, label_reader
 
@@ -72,6 +72,4 @@ class MacroF1Gain:
         **columns: Any,
     ) -> list[float | None]:
         del prompts, columns
-        return [
-            None if true is None else self.score(text, truth=true) for text, true in aligned(completions, truth=truth)
-        ]
+        return score_each(self.score, completions, truth)

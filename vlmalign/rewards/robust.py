@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from vlmalign.data.sources.schema import SCHEMAS, unknown_label
-from vlmalign.rewards.contract import aligned
+from vlmalign.rewards.contract import score_each
 from vlmalign.rewards.overlap import check_measure, overlap
 from vlmalign.tasks.label_reader import LabelReader, label_reader
 
@@ -106,10 +106,7 @@ class RobustOverlap:
         **columns: Any,
     ) -> list[float | None]:
         del prompts, columns
-        return [
-            None if true is None else self.score(text, truth=true).total
-            for text, true in aligned(completions, truth=truth)
-        ]
+        return score_each(lambda text, truth: self.score(text, truth=truth).total, completions, truth)
 
 
 def told_in(convention: Convention, labels: Iterable[str]) -> frozenset[str]:

@@ -20,7 +20,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from vlmalign.data.sampling.bounds import Bound, bounds_of
+from vlmalign.data.sampling.bounds import Bound, Bounds, bounds_of
 from vlmalign.data.sampling.exact import MOST_UNKNOWNS, Drawn, Programme
 from vlmalign.data.sampling.pool import Pool, encode
 from vlmalign.data.sampling.refusals import Asked, Shortfall
@@ -109,11 +109,11 @@ def balanced_sample(
     rows = np.flatnonzero(left & labels.any(1))
     labels, patient = labels[rows], patient[rows]
 
-    wanted, found = sum(sizes.values()), int(np.minimum(np.bincount(patient), per_patient).sum())
-    if found < wanted:
+    wanted, usable = sum(sizes.values()), int(np.minimum(np.bincount(patient), per_patient).sum())
+    if usable < wanted:
         raise ValueError(
             f"expected {wanted} labelled films or more outside exclude_patients for sizes={dict(sizes)}, found "
-            f"{len(rows)} ({found} at no more than {per_patient} per patient); reduce sizes"
+            f"{len(rows)} ({usable} at no more than {per_patient} per patient); reduce sizes"
         )
     programme = Programme(labels, patient, sizes=[*sizes.values()], per_patient=per_patient)
     asked = Asked(label_names, sizes, bounds, None if floors else floor, films_per_patient)
@@ -122,13 +122,7 @@ def balanced_sample(
         raise asked.too_few(missing, programme)
     if target is None:
         target = float(labels.sum(1).mean()) / len(label_names)
-    goals = []
-    for i, size in enumerate(sizes.values()):
-        least, most = bounds.floor[:, i], bounds.cap[:, i]
-        targets = np.minimum(most, np.maximum(least, np.minimum(round(target * size), available * size // wanted)))
-        weight = 1 + over_weight * len(label_names) * len(sizes) * size**2
-        goals.append(Goal(size, least, most, targets, over_weight, weight))
-
+    goals = _goals([*sizes.values()], bounds, available, target, over_weight)
     rng = np.random.default_rng(seed)
     scarce = 2 * bounds.floor.sum(1) >= available
     pool = Pool(labels, patient, scarce, sets=len(sizes), per_patient=per_patient, rng=rng)
@@ -165,6 +159,17 @@ def balanced_sample(
         sets[name] = SampleSet(rows[films], counts, holders, goal, goal.objective(counts), before[i])
     drawn = patients[rows[pool.home >= 0]]
     return SampleResult(tuple(label_names), labels.sum(0), sets, frozenset(drawn.tolist()), exact)
+
+
+def _goals(sizes: Sequence[int], bounds: Bounds, available: np.ndarray, target: float, over_weight: int) -> list[Goal]:
+    """What each set is drawn for: its bounds, and the target between them that its share of the films allows."""
+    goals = []
+    for i, size in enumerate(sizes):
+        least, most = bounds.floor[:, i], bounds.cap[:, i]
+        reachable = np.minimum(round(target * size), available * size // sum(sizes))
+        weight = 1 + over_weight * len(available) * len(sizes) * size**2
+        goals.append(Goal(size, least, most, np.clip(reachable, least, most), over_weight, weight))
+    return goals
 
 
 def random_sample(

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vlmalign.studies.engine.config import StudyConfig
-from vlmalign.studies.engine.data_config import Data
 
 
 def image_names(config: StudyConfig) -> Callable[[str | Path], str]:
@@ -37,7 +36,7 @@ def _folders(config: StudyConfig) -> Iterator[tuple[str, Path]]:
     for name, section in config.sources.items():
         yield f"sources.{name}", section.folder
     for name, stage in config.trained.items():
-        validation = None if stage.validation is None else stage.validation.data
-        for place, data in (("data", stage.data), ("validation.data", validation)):
-            if isinstance(data, Data) and data.path is not None:
+        places = {"data": stage.data} | ({} if stage.validation is None else {"validation.data": stage.validation.data})
+        for place, data in places.items():
+            if data.path is not None:
                 yield f"stages.{name}.{place}", data.path.parent if data.images is None else data.images
