@@ -6,12 +6,13 @@ python scripts/list_modules.py --check    # only say whether the list is up to d
 
 from __future__ import annotations
 
-import argparse
 import ast
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+from generated_page import main, with_part
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "vlmalign"
@@ -57,26 +58,8 @@ def page_with(text: str, modules: str) -> str:
     Raises:
         ValueError: when the markers are not there once each, in order.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in rest or END in after:
-        raise ValueError(f"{PAGE.name} must hold {BEGIN!r} and then {END!r}, once each")
-    return f"{before}{BEGIN}\n\n{modules}\n{END}{after}"
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the list is not up to date")
-    check = parser.parse_args().check
-    old = PAGE.read_text(encoding="utf-8")
-    new = page_with(old, listing())
-    if check and new != old:
-        print("docs/architecture.md does not list the modules as they are; run: python scripts/list_modules.py")
-        return 1
-    if not check:
-        PAGE.write_text(new, encoding="utf-8")
-    return 0
+    return with_part(text, PAGE, BEGIN, END, modules)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, PAGE, lambda old: page_with(old, listing()), "list_modules"))

@@ -6,11 +6,12 @@ python scripts/reward_table.py --check    # only say whether the tables are up t
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from generated_page import main, with_part
 
 from vlmalign.rewards.runner import RewardRunner
 from vlmalign.studies.engine.reward_config import TABLE, TableReward
@@ -138,28 +139,8 @@ def page_with(text: str) -> str:
     Raises:
         ValueError: when the markers are not there in order.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{PAGE.name} must hold {BEGIN!r} and then {END!r}")
-    return f"{before}{BEGIN}\n\n{tables()}\n\n{END}{after}"
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit with 1 if the tables are not up to date"
-    )
-    check = parser.parse_args().check
-    old = PAGE.read_text(encoding="utf-8")
-    new = page_with(old)
-    if check and new != old:
-        print("docs/rewards.md does not show the rewards as they are; run: python scripts/reward_table.py")
-        return 1
-    if not check:
-        PAGE.write_text(new, encoding="utf-8")
-    return 0
+    return with_part(text, PAGE, BEGIN, END, f"{tables()}\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, PAGE, page_with, "reward_table"))
