@@ -99,6 +99,7 @@ def test_nothing_is_begun_too_late(clone):
     assert len(left_out) == 5
 
 
+@pytest.mark.full
 def test_what_the_clock_ends_has_not_passed(clone):
     commit(clone, digits=0, modulo=6)
     code, ran, passed, left_out = run(clone, SLOW="tests half 0", BEGIN_BEFORE="6", END_AT="7")

@@ -212,7 +212,8 @@ time.sleep(300)
 
 
 @pytest.mark.parametrize(
-    ("how", "code", "said"), [("killed", 137, "was ended by SIGKILL"), ("failed", 2, "exit code 2")]
+    ("how", "code", "said"),
+    [("killed", 137, "was ended by SIGKILL"), pytest.param("failed", 2, "exit code 2", marks=pytest.mark.full)],
 )
 def test_one_that_dies_ends_all(repository, how, code, said):
     begun = time.monotonic()

@@ -143,6 +143,7 @@ def test_marks_of_a_film(tmp_path):
         marks_of_film(tmp_path / "film.jpg")
 
 
+@pytest.mark.full
 def test_the_speed_of_comparing(cpu_seconds):
     packed = np.random.default_rng(2).integers(0, 256, (4000, BITS // 8), dtype=np.uint8)
     films = [FilmMark(str(index), row.tobytes().hex()) for index, row in enumerate(packed)]

@@ -344,6 +344,7 @@ def test_real_nih_table(shared_data, cpu_seconds):
     assert coverage(labels, random_sample(patients, 2000, seed=0))[hernia] < 0.01
 
 
+@pytest.mark.full
 def test_a_table_as_large_as_mimic(cpu_seconds):
     rng = np.random.default_rng(0)
     share = np.array([33, 29, 23, 22, 20, 17, 11, 7, 4.6, 4.1, 3.1, 2.7, 1.6, 0.85]) / 100

@@ -1,10 +1,13 @@
 """Two systems compared: rare labels are never tested, and the p-values of each printed family are adjusted together."""
 
 import numpy as np
+import pytest
+from sklearn.metrics import jaccard_score
 
 from vlmalign.evaluation.bootstrap import holm, paired_difference
 from vlmalign.evaluation.comparison import FEWEST, adjust, compare
 from vlmalign.evaluation.f1 import label_matrix
+from vlmalign.evaluation.results import evaluate_predictions
 
 LABELS = ("often", "ten", "nine", "never")
 
@@ -61,3 +64,31 @@ def test_the_printed_differences_are_two_families():
 
 def test_nothing_to_compare_is_an_empty_family():
     assert adjust([], draws=99)["families"] == {"averages": 0, "labels": 0}
+
+
+def test_the_mean_jaccard_of_films_is_scikit_learns_and_its_difference_is_not_tested():
+    first, second = systems()
+    first[0] |= {"predicted": [], "valid": False}
+    found = compare(first, second, {"all": LABELS}, draws=199)[0]["jaccard"]
+    truth, one, two = (
+        label_matrix([row[key] for row in rows], LABELS)
+        for rows, key in ((first, "truth"), (first, "predicted"), (second, "predicted"))
+    )
+    before, after = (jaccard_score(truth, told, average="samples", zero_division=1.0) for told in (one, two))
+    assert found["value"] == pytest.approx(after - before)
+    assert 0 < found["low"] < found["value"] < found["high"]
+    results = evaluate_predictions(first, LABELS, draws=199)["blocks"]["all"]["jaccard"]
+    assert results["value"] == pytest.approx(before)
+    assert "p" not in found
+
+
+def test_an_answer_that_says_nothing_shares_nothing_even_where_nothing_is_true():
+    rows = [
+        {"id": "a", "patient": "a", "truth": [], "predicted": [], "valid": False},
+        {"id": "b", "patient": "b", "truth": [], "predicted": [], "valid": True, "unknown": ["flu"]},
+        {"id": "c", "patient": "c", "truth": [], "predicted": [], "valid": True},
+        {"id": "d", "patient": "d", "truth": ["often", "ten"], "predicted": ["ten", "nine"], "valid": True},
+    ]
+    assert evaluate_predictions(rows, LABELS, draws=9)["blocks"]["all"]["jaccard"]["value"] == pytest.approx(
+        (1 + 1 / 3) / 4
+    )

@@ -42,10 +42,16 @@ GROUPS = (
 )
 
 
-def implementations() -> list:
-    """Every implementation that can run in float32 here; the others as skips that say why."""
+def implementations(full: tuple[str, ...] = ()) -> list:
+    """Every implementation that can run in float32 here, some in the full tests; the others as skips that say why."""
     return [
-        pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=f"attention {name!r}: {reason}"))
+        pytest.param(
+            name,
+            marks=[
+                pytest.mark.skipif(reason is not None, reason=f"attention {name!r}: {reason}"),
+                *([pytest.mark.full] if name in full else []),
+            ],
+        )
         for name in IMPLEMENTATIONS
         for reason in (cudnn_refusal(16, np.dtype("float32")) if name == "cudnn" else None,)
     ]
@@ -106,7 +112,7 @@ def check_logp(logp: np.ndarray, groups: tuple[Group, ...], expected, tolerance:
             assert_close(logp[row, k, : len(continuation)], expected(row, k), tolerance, f"row {row}, k {k}")
 
 
-@pytest.mark.parametrize("name", implementations())
+@pytest.mark.parametrize("name", implementations(full=("chunked",)))
 def test_values_and_gradients_equal_each_continuation_alone(name, alone, small_chunks):
     model = replace(adapted().model, attention=name)
     logp, gradients = scores_and_gradients(model, adapted().params, put(GROUPS, LAYOUT), weights_of(GROUPS))
@@ -119,7 +125,7 @@ def test_values_and_gradients_equal_each_continuation_alone(name, alone, small_c
         assert_close(gradient, sums[parameter], 1e-5, parameter)
 
 
-@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("k", [1, pytest.param(3, marks=pytest.mark.full)])
 def test_values_equal_transformers(k):
     """On the concatenated sequence, with the adapter merged into the torch model. K = 1 takes each group's k-th."""
     checkpoint = adapted()

@@ -118,7 +118,9 @@ def test_group_equals_sequences_alone(name):
             assert_close(found[row, k, : len(continuation)], np.array(expected), 1e-5, f"{name}, {row}, {k}")
 
 
-@pytest.mark.parametrize("name", ["llama 3.1", "mistral", "qwen2"])
+@pytest.mark.parametrize(
+    "name", ["llama 3.1", *(pytest.param(name, marks=pytest.mark.full) for name in ("mistral", "qwen2"))]
+)
 def test_greedy_answers(name):
     ours = checkpoint(name)
     item = PROMPTS[1]

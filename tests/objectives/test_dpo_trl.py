@@ -177,7 +177,7 @@ def test_without_a_reference_its_log_probabilities_count_as_zero():
 SETTINGS = DpoSettings(("sigmoid", "ipo", "sft"), (1.0, 0.5, 2.0), ld_alpha=0.5, wpo=True)
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", [1, *(pytest.param(size, marks=pytest.mark.full) for size in (2, 4))])
 def test_every_cut_of_the_batch_adds_up_to_the_same(size):
     whole = ours(SETTINGS)
     cuts = [slice(i, i + size) for i in range(0, N, size)]

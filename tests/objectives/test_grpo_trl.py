@@ -246,6 +246,7 @@ def test_many_more_cases(loss, mode):
     compare_all(loss, mode, range(4, 104))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("loss", LOSSES)
 def test_in_float32_too(loss):
     """As trained: to 1e-6, with every default that TRL has."""

@@ -147,6 +147,7 @@ def test_what_was_kept_gives_way_where_an_arm_does_not_fit_beside_it(tmp_path, m
     assert "everything is chosen anew" in said[-1]
 
 
+@pytest.mark.full
 def test_a_file_that_says_auto_is_settled_for_the_devices_here(repository, tmp_path):
     """From YAML to numbers, as `vlmalign run` does it, with programs compiled for this device."""
     head, *_, grpo = (repository / "configs" / "align" / "tiny_text.yaml").read_text().split("\n  - kind: ")

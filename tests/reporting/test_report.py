@@ -22,6 +22,7 @@ from run_folders import (
 )
 
 from vlmalign.evaluation import comparison
+from vlmalign.evaluation.over_seeds import over_seeds
 from vlmalign.evaluation.results import evaluate_predictions
 from vlmalign.evaluation.samples import score_samples
 from vlmalign.reporting import curves, training
@@ -234,6 +235,25 @@ def test_subgroups_stand_with_their_cases_and_how_many_labels_they_have(own):
     results["subgroups"][0]["results"]["blocks"]["all"]["macro"] = 0.5
     write_json(own / SCORES, results)
     with pytest.raises(ValueError, match="subgroups, age below 60, blocks, all, macro: expected an object"):
+        read_run(own)
+
+
+def test_numbers_over_seeds_stand_with_interval_and_every_seeds_value(own):
+    results = json.loads((own / SCORES).read_text())
+    numbers = {"macro": over_seeds({0: 0.25, 5: 0.75}), "not valid": over_seeds({0: 0.0, 5: None})}
+    place = {"dataset": "home", "subset": "all"}
+    results["seeds"] = {
+        "results": [{"stage": "sft", **place, "numbers": numbers}],
+        "differences": [{"from": "base", "to": "sft", **place, "numbers": {"macro": over_seeds({0: 0.1, 5: 0.3})}}],
+    }
+    write_json(own / SCORES, results)
+    page = Page(read(own))
+    assert "seeds" in sections(page)
+    assert "sft all 0.500 -2.677 to 3.677 0.250 0.750 0.000 no interval 0.000" in page.text.replace("−", "-")
+    assert "sft - base all +0.200 -1.071 to +1.471 +0.100 +0.300" in page.text.replace("−", "-")
+    del results["seeds"]["results"][0]["numbers"]["macro"]["n"]
+    write_json(own / SCORES, results)
+    with pytest.raises(ValueError, match="seeds"):
         read_run(own)
 
 

@@ -135,7 +135,12 @@ def draws(key, sampling):
 
 
 @pytest.mark.parametrize(
-    "sampling", [Sampling(), Sampling(temperature=0.7), Sampling(temperature=1.3, top_p=0.8)], ids=str
+    "sampling",
+    [
+        *(pytest.param(each, marks=pytest.mark.full) for each in (Sampling(), Sampling(temperature=0.7))),
+        Sampling(temperature=1.3, top_p=0.8),
+    ],
+    ids=str,
 )
 def test_draws_follow_the_stated_distribution(sampling):
     found = draws(jax.random.key(5), sampling)

@@ -184,6 +184,7 @@ def metrics(folder: Path) -> dict[int, dict]:
     return {row["step"]: row for row in rows(folder / "metrics.jsonl")}
 
 
+@pytest.mark.full
 def test_run_folder_holds_every_stage(finished):
     assert sorted(path.name for path in finished.iterdir()) == [
         ".hashes.json", "environment.json", "report.html", "stages", "study.yaml", "timing.jsonl",
@@ -201,6 +202,7 @@ def test_run_folder_holds_every_stage(finished):
     }  # fmt: skip
 
 
+@pytest.mark.full
 def test_a_finished_stage_keeps_its_states_alone(finished):
     for name, states in (("01-sft", {"best", "last"}), ("02-dpo", {"last"}), ("03-grpo", {"last"})):
         folder = stage_of(finished, name)
@@ -214,6 +216,7 @@ def digest_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@pytest.mark.full
 def test_each_stage_begins_where_the_one_before_ended(finished):
     """Best state of SFT; its policy is DPO's reference, and DPO's is GRPO's."""
     losses = {step: row["validation/loss"] for step, row in metrics(stage_of(finished, "01-sft")).items()}
@@ -227,6 +230,7 @@ def test_each_stage_begins_where_the_one_before_ended(finished):
     assert abs(metrics(stage_of(finished, "03-grpo"))[1]["kl"]) < 1e-9 < metrics(stage_of(finished, "03-grpo"))[4]["kl"]
 
 
+@pytest.mark.full
 def test_adapter_is_what_the_last_stage_ended_with(finished, text):
     expected = load_file(stage_of(finished, "03-grpo") / "states" / "last.safetensors")
     found = load_adapter(stage_of(finished, "03-grpo") / "adapter", load_model_config(text))
@@ -238,6 +242,7 @@ def test_adapter_is_what_the_last_stage_ended_with(finished, text):
     assert find_base(stage_of(finished, "03-grpo")) == text
 
 
+@pytest.mark.full
 def test_validation_scores_greedy_answers_with_the_rewards(finished):
     """The mean and its error are those of the rewards on disk; memory and training see nothing of them."""
     found = metrics(stage_of(finished, "03-grpo"))
@@ -261,6 +266,7 @@ def test_validation_scores_greedy_answers_with_the_rewards(finished):
     assert done["validation/loss"] < np.log(2)
 
 
+@pytest.mark.full
 def test_the_users_reward_judges_every_completion(finished):
     found = rows(stage_of(finished, "03-grpo") / "completions.jsonl")
     assert len(found) == 4 * 2 * 2
@@ -273,11 +279,13 @@ def test_the_users_reward_judges_every_completion(finished):
         assert row["prompt"] == f"Is film {row['prompt_id'] - 1} clear?"
 
 
+@pytest.mark.full
 def test_names_that_rewards_cannot_have_are_those_of_the_metrics(finished):
     for row in metrics(stage_of(finished, "03-grpo")).values():
         assert {name for name in row if "/" not in name} - {"near", "seen", "count"} <= set(TAKEN)
 
 
+@pytest.mark.full
 def test_finished_run_does_nothing_again(finished, config_file):
     before = {path: path.read_bytes() for path in finished.rglob("*.jsonl") if path.name != "timing.jsonl"}
     align(config_file)
@@ -327,6 +335,7 @@ def same_files(one: Path, other: Path) -> list[str]:
 # ---------------------------------------------------------------- whose code runs, and what a run is continued with
 
 
+@pytest.mark.full
 def test_a_run_folders_config_never_runs_code(finished, config_file, text, tmp_path):
     """Neither by its name nor through a link; without Python files among its rewards it is a config like any other."""
     link = tmp_path / "link.yaml"
@@ -354,6 +363,7 @@ def begun(config_file, finished, files, tmp_path, monkeypatch):
     return own
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("file", "content", "expected"),
     [
@@ -369,6 +379,7 @@ def test_a_changed_file_is_refused(begun, file, content, expected):
         align(begun)
 
 
+@pytest.mark.full
 def test_a_changed_setting_is_refused_by_name_and_redo_makes_what_follows_again(begun):
     """Only the stage that differs is named; setting it aside sets what was made from it aside, and nothing else."""
     sft = made(stage_of(Path("run"), "01-sft"))
@@ -383,6 +394,7 @@ def test_a_changed_setting_is_refused_by_name_and_redo_makes_what_follows_again(
     assert sorted(path.name for path in Path("run/set-aside/1/stages").iterdir()) == ["02-dpo", "03-grpo"]
 
 
+@pytest.mark.full
 def test_a_free_setting_makes_nothing_stale(begun):
     """Rows of micro-batches change nothing but rounding; a finished run has nothing to do."""
     align(begun)  # the report is made again by every run
@@ -393,6 +405,7 @@ def test_a_free_setting_makes_nothing_stale(begun):
     assert not Path("run/set-aside").exists()
 
 
+@pytest.mark.full
 def test_an_earlier_layout_is_refused(begun):
     Path("old").mkdir()
     Path("old/config.yaml").write_text("run: old\n")
@@ -400,6 +413,7 @@ def test_an_earlier_layout_is_refused(begun):
         align(begun, "run=old")
 
 
+@pytest.mark.full
 def test_a_folder_of_another_study_is_refused(begun):
     Path("run/stages").rename("run/sets")
     with pytest.raises(ValueError, match=r"run holds another study: sets/01-sft, .*choose another run folder"):
@@ -519,6 +533,7 @@ def test_a_whole_model_keeps_names_dtypes_and_files(text, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 
+@pytest.mark.full
 def test_an_adapter_is_gone_on_from(finished, text, files, tmp_path):
     """Its values are the first policy, frozen as the reference; other settings than its own are refused."""
     folder = stage_of(finished, "03-grpo")

@@ -192,6 +192,7 @@ def copied(finished, config_file, tmp_path) -> Path:
     return path
 
 
+@pytest.mark.full
 def test_a_fourth_arm_runs_alone(finished, copied):
     data = read_yaml(copied.read_text())
     data["stages"]["f1"] = policy({"kind": "labels", "options": {"measure": "f1"}})
@@ -202,6 +203,7 @@ def test_a_fourth_arm_runs_alone(finished, copied):
     assert {name.split("/")[1] for name in same_files(folder, finished)} == {"f1"}
 
 
+@pytest.mark.full
 def test_a_changed_setting_is_refused_by_name_and_redo_makes_exactly_what_follows(finished, copied):
     rate = "stages.sft.optimiser.learning_rate=0.02"
     with pytest.raises(
@@ -227,6 +229,7 @@ def test_a_part_of_the_graph_can_be_asked_for(config_file, tmp_path):
     }
 
 
+@pytest.mark.full
 def test_a_torn_film_stops_the_run_or_is_left_out_and_listed(finished, copied, tmp_path):
     chosen = rows(finished / "sets" / "train" / "sft.jsonl")[0]["id"]
     (torn,) = (tmp_path / "run").rglob(f"{chosen}.jpg")
@@ -312,6 +315,7 @@ def test_damage_to_what_was_made_is_named_before_any_work(copied, name, gone):
         start(copied)
 
 
+@pytest.mark.full
 def test_damaged_scores_are_made_again(finished, copied):
     results = copied.parent / "run" / "scores" / "test" / "results.json"
     results.write_text(results.read_text().replace("0.", "1."))
@@ -361,6 +365,7 @@ def with_arms(study_file: Path, *names: str) -> None:
     study_file.write_text(write_yaml(data))
 
 
+@pytest.mark.full
 def test_films_that_are_others_than_a_set_was_drawn_with_are_refused(finished, copied):
     run_folder = copied.parent / "run"
     first, second = (row["id"] for row in rows(finished / "sets" / "near" / "cases.jsonl")[:2])

@@ -114,7 +114,7 @@ def whole(tmp_path_factory, trainer, model, base):
     return run_stage(folder, trainer, model, base), (folder / "metrics.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("stop", [1, 3, 4, 5])
+@pytest.mark.parametrize("stop", [1, 4, 5, pytest.param(3, marks=pytest.mark.full)])
 def test_interrupted_stage_continues_bit_for_bit(tmp_path, trainer, model, base, whole, stop):
     with pytest.raises(Interrupted):
         run_stage(tmp_path, trainer, model, base, source=StopAt(stop), checkpoint_every=3)
@@ -180,7 +180,13 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage if damage in ("one bit", "cut", "part gone") else pytest.param(damage, marks=pytest.mark.full)
+        for damage in DAMAGE
+    ],
+)
 def test_a_damaged_checkpoint_is_left_out_for_the_one_before(tmp_path, trainer, model, base, whole, damage, capfd):
     with pytest.raises(Interrupted):
         run_stage(tmp_path, trainer, model, base, source=StopAt(5))
@@ -402,8 +408,8 @@ def best_stage(folder, trainer, model, base, evaluate, *, source=None, **rule):
     [
         ({}, 5, 6),
         ({"patience": 2}, 2, 4),
-        ({"patience": 3}, 5, 6),
-        ({"mode": "max"}, 6, 6),
+        pytest.param({"patience": 3}, 5, 6, marks=pytest.mark.full),
+        pytest.param({"mode": "max"}, 6, 6, marks=pytest.mark.full),
         ({"mode": "max", "patience": 1}, 1, 2),
     ],
 )
@@ -416,7 +422,7 @@ def test_best_evaluation_is_returned(tmp_path, trainer, model, base, rule, best,
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, again), evaluate.seen[best])
 
 
-@pytest.mark.parametrize("stop", [1, 3, 5])
+@pytest.mark.parametrize("stop", [3, *(pytest.param(stop, marks=pytest.mark.full) for stop in (1, 5))])
 def test_interrupted_search_ends_the_same(tmp_path, trainer, model, base, stop):
     """Checkpoints come every two steps, so a best state may be newer than the checkpoint that is gone back to."""
     evaluate = Losses(CURVE)

@@ -2,6 +2,8 @@
 
 import pytest
 
+pytestmark = pytest.mark.full
+
 TOLERANCE = 1e-5
 
 
@@ -21,9 +23,9 @@ def rollouts(on_eight_devices) -> dict:
     return on_eight_devices("training/sharded_program.py", "rollouts")
 
 
-@pytest.fixture(params=["few", pytest.param("rest", marks=pytest.mark.full)])
+@pytest.fixture(params=["few", "rest"])
 def found(request) -> dict:
-    """Of text; in the full tests also of images."""
+    """Of text, and of images."""
     return request.getfixturevalue(request.param)
 
 
@@ -37,7 +39,6 @@ def test_every_mesh_makes_the_same_updates(found):
         assert case["moved"] > 30 * TOLERANCE, case
 
 
-@pytest.mark.full
 def test_every_pair_of_objective_input_parameters_and_mesh_occurs(few, rest):
     cases = [
         case["case"][:4]
@@ -51,7 +52,6 @@ def test_every_pair_of_objective_input_parameters_and_mesh_occurs(few, rest):
             assert len(pairs) == len({case[i] for case in cases}) * len({case[j] for case in cases})
 
 
-@pytest.mark.full
 def test_dropout_is_drawn_by_token_and_not_by_device(few, rest):
     """The same update on one and on eight devices (above), and another one than without dropout."""
     sizes = {tuple(case["case"][:3]): case["gradient_size"] for case in few["cases"] + rest["cases"]}
@@ -78,7 +78,6 @@ def test_an_adapter_on_copies_of_its_base_reduces_its_gradients_and_nothing_else
     assert sorted(sorted(shape) for shape in shapes if shape) == sorted(map(sorted, found["adapter"]["adapter"]))
 
 
-@pytest.mark.full
 def test_fsdp_gathers_weights_and_never_activations(rest):
     fsdp = rest["fsdp"]
     operations = {operation for operation, _ in fsdp["collectives"]}
@@ -89,7 +88,6 @@ def test_fsdp_gathers_weights_and_never_activations(rest):
         assert all(shape in ([], *fsdp["parameters"]) for shape in group), group
 
 
-@pytest.mark.full
 def test_samples_do_not_depend_on_the_mesh(rollouts):
     for kind in ("whole", "tensor"):
         assert rollouts[kind]["same"] == [True, True, True]
@@ -97,7 +95,6 @@ def test_samples_do_not_depend_on_the_mesh(rollouts):
         assert rollouts[kind]["different"] > 12
 
 
-@pytest.mark.full
 def test_decoding_moves_no_weights(rollouts):
     """With whole weights the devices only agree on when to stop; weights cut by tensor stay where they are."""
     assert rollouts["whole"]["cut"] == 0

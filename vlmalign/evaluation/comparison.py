@@ -10,8 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from vlmalign.evaluation.bootstrap import holm, paired_difference
-from vlmalign.evaluation.f1 import label_matrix
+import numpy as np
+
+from vlmalign.evaluation.bootstrap import bootstrap_ratio, holm, paired_difference
+from vlmalign.evaluation.f1 import jaccard, label_matrix
+from vlmalign.evaluation.results import says_something
 
 Row = Mapping[str, Any]
 
@@ -24,7 +27,8 @@ def compare(
     first: Sequence[Row], second: Sequence[Row], subsets: Mapping[str, tuple[str, ...]], **bootstrap: Any
 ) -> list[dict[str, Any]]:
     """What `second` answered against what `first` did, one entry per label subset, as {"subset", "macro", "micro",
-    "labels"}; each difference is a `Difference`.
+    "jaccard", "labels"}; each difference is a `Difference`, but that of the films' mean Jaccard, an `Interval` that belongs
+    to no family of tests.
 
     Both hold the same films in the same order. "labels" (label, support, f1) stands in the first subset alone: a label's
     F1 is the same in every subset.
@@ -37,7 +41,14 @@ def compare(
             for rows, key in ((first, "truth"), (first, "predicted"), (second, "predicted"))
         )
         gap = paired_difference(truth, one, two, patients, **bootstrap)
-        entry = {"subset": name, "macro": gap.macro._asdict(), "micro": gap.micro._asdict()}
+        overlap = [jaccard(truth, matrix, says_something(rows)) for matrix, rows in ((one, first), (two, second))]
+        overlap_gap = bootstrap_ratio((overlap[1] - overlap[0]).tolist(), [1.0] * len(truth), patients, **bootstrap)
+        entry = {
+            "subset": name,
+            "macro": gap.macro._asdict(),
+            "micro": gap.micro._asdict(),
+            "jaccard": overlap_gap._asdict(),
+        }
         if number == 0:
             entry["labels"] = [
                 {"label": label, "support": int(support), "f1": _tested(f1._asdict(), int(support))}

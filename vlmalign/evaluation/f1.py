@@ -108,10 +108,10 @@ def evaluate(
     labels: tuple[str, ...],
     *,
     valid: Bool[np.ndarray, "film"],
-    unknown_only: Bool[np.ndarray, "film"] | None = None,
+    says: Bool[np.ndarray, "film"] | None = None,
 ) -> F1Report:
     """All scores of one system. A film whose completion is not valid has an empty row in `predicted`, and so has one
-    that names nothing but what is no label (`unknown_only`; None: there is none).
+    that names nothing but what is no label. `says` is False of both (None: of the former alone).
 
     Both then cost recall, and never count as an exact match, not even where the true set is empty.
     Raises ValueError if there is no film or a name is missing for a column.
@@ -122,7 +122,7 @@ def evaluate(
         raise ValueError(
             f"expected one name per column, found {len(labels)} labels for {truth.shape[1]} columns; pass one schema"
         )
-    says = valid if unknown_only is None else valid & ~unknown_only
+    says = valid if says is None else says
     counts = Counts(*outcomes(truth, predicted).sum(axis=0))
     values = f1_values(counts)
     precision = _ratio(counts.tp, counts.tp + counts.fp)
@@ -150,6 +150,17 @@ def evaluate(
         exact_match=float((says & (truth == predicted).all(axis=1)).mean()),
         fail_rate=float((~valid).mean()),
     )
+
+
+def jaccard(
+    truth: Bool[np.ndarray, "film label"], predicted: Bool[np.ndarray, "film label"], says: Bool[np.ndarray, "film"]
+) -> Float[np.ndarray, "film"]:
+    """|T n P| / |T u P| of each film, 1 where both are empty; 0 where the answer says nothing (`says`).
+
+    What the rewards of label lists pay. scikit-learn's `jaccard_score(average="samples", zero_division=1)` is its mean.
+    """
+    both, either = (truth & predicted).sum(axis=1), (truth | predicted).sum(axis=1)
+    return np.where(says, np.where(either > 0, both / np.maximum(either, 1), 1.0), 0.0)
 
 
 def none_if_nan(value: np.ndarray | float) -> float | None:

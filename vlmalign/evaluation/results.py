@@ -21,8 +21,9 @@ from typing import Any, TypedDict
 import numpy as np
 
 from vlmalign.data.sources.json_lines import parse
-from vlmalign.evaluation.bootstrap import bootstrap_f1
-from vlmalign.evaluation.f1 import evaluate, label_matrix
+from vlmalign.evaluation.bootstrap import bootstrap_f1, bootstrap_ratio
+from vlmalign.evaluation.f1 import evaluate, jaccard, label_matrix
+from vlmalign.shapes import Bool
 
 Row = Mapping[str, Any]
 
@@ -49,7 +50,8 @@ class Block(TypedDict):
 
     labels: list[str]
     exact_match: float  #: of the subset's labels
-    micro: dict[str, Any]  #: an `Interval`, as are the two below
+    jaccard: dict[str, Any]  #: an `Interval`: mean over films of |truth n answer| / |truth u answer|
+    micro: dict[str, Any]  #: likewise, as are the two below
     macro: dict[str, Any]
     macro_labels: int  #: labels with support, which `macro` was taken over
     macro_all: dict[str, Any]
@@ -92,19 +94,22 @@ def evaluate_predictions(
     truth = label_matrix([row["truth"] for row in rows], labels)
     predicted = label_matrix([row["predicted"] for row in rows], labels)
     valid = np.array([row["valid"] for row in rows], bool)
-    unknown_only = np.array([bool(row.get("unknown")) and not row["predicted"] for row in rows], bool)
+    says = says_something(rows)
     patients = [row["patient"] for row in rows]
 
     blocks: dict[str, Block] = {}
     for name, subset in subsets.items():
         columns = [labels.index(label) for label in subset]
-        report = evaluate(truth[:, columns], predicted[:, columns], subset, valid=valid, unknown_only=unknown_only)
+        report = evaluate(truth[:, columns], predicted[:, columns], subset, valid=valid, says=says)
         intervals = bootstrap_f1(
             truth[:, columns], predicted[:, columns], patients, draws=draws, level=level, seed=seed
         )
+        overlap = jaccard(truth[:, columns], predicted[:, columns], says)
+        mean = bootstrap_ratio(overlap.tolist(), [1.0] * len(rows), patients, draws=draws, level=level, seed=seed)
         blocks[name] = Block(
             labels=list(subset),
             exact_match=report.exact_match,
+            jaccard=mean._asdict(),
             micro=intervals.micro._asdict(),
             macro=intervals.macro._asdict(),
             macro_labels=report.macro_labels,
@@ -125,6 +130,11 @@ def evaluate_predictions(
         seed=seed,
         blocks=blocks,
     )
+
+
+def says_something(rows: Sequence[Row]) -> Bool[np.ndarray, "film"]:
+    """Whether an answer is valid and not of unknown names only, which counts as no answer even where nothing is true."""
+    return np.array([row["valid"] and not (row.get("unknown") and not row["predicted"]) for row in rows], bool)
 
 
 def unknown_rate(rows: Sequence[Row]) -> float:

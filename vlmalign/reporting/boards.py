@@ -79,6 +79,8 @@ class Board:
     differences: list[Row]
     tests: Row  #: how the p-values of the differences were adjusted; empty where they have none
     groups: list[Group]
+    seeds: list[Row]  #: of siblings: their numbers over seeds
+    seed_differences: list[Row]  #: likewise, between two families, seed by seed
 
     @property
     def names(self) -> list[str]:
@@ -145,6 +147,8 @@ def _board(title: str, entry: str, first: bool, scores: Scores, dataset: Row, re
         differences=[row for row in scores.differences if row["dataset"] == name],
         tests=scores.tests,
         groups=_groups([row for row in scores.subgroups if row["dataset"] == name]),
+        seeds=[row for row in scores.seeds["results"] if row["dataset"] == name],
+        seed_differences=[row for row in scores.seeds["differences"] if row["dataset"] == name],
     )
 
 

@@ -21,6 +21,7 @@ from vlmalign.reporting.reliability import reliability_figure
 from vlmalign.reporting.run_folder import read_run
 from vlmalign.reporting.styles import BASELINE, Style, stage_styles
 
+SEED_NAMES = {"macro": "Macro-F1", "micro": "Micro-F1", "jaccard": "Jaccard"}
 SHOWN_LEFT_OUT = 50  # rows of the table of what was left out; the files have them all
 
 
@@ -58,6 +59,7 @@ def render(run: Run, completions: Sequence[StagePages] = ()) -> str:
             reading=boards.reading(scored),
             verdict=boards.verdict,
             numbers=score_file.numbers,
+            seed_names=SEED_NAMES,
             alpha=boards.ALPHA,
             fewest=boards.FEWEST,
             coverage=_coverage(run),

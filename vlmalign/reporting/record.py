@@ -40,6 +40,7 @@ class Scores:
     differences: list[Row]
     tests: Row  #: how their p-values were adjusted; empty in older files
     subgroups: list[Row]  #: scores of the cases of a group: "stage", "dataset", "column", "group", "results"
+    seeds: dict[str, list[Row]]  #: of siblings that differ by their seeds: "results" and "differences" over them
 
 
 @dataclass(frozen=True)

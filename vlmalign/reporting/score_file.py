@@ -24,6 +24,13 @@ RESULTS = {"n": int}
 #: of a label's difference, and of how p-values were adjusted; older files have neither
 LABEL_DIFFERENCE = {"label": str, "support": int, "f1": INTERVAL}
 TESTS = {"correction": str, "families": Values(int), "smallest_p": NUMBER, "fewest_positives": int}
+#: over the seeds of siblings: mean, t interval and each seed's value, by the name of the number
+OVER_SEEDS = {
+    "dataset": str,
+    "subset": Maybe(str),
+    "numbers": Values({**INTERVAL, "n": int, "seeds": Values(Maybe(NUMBER))}),
+}
+SEEDS = {"results": [{"stage": str, **OVER_SEEDS}], "differences": [{"from": str, "to": str, **OVER_SEEDS}]}
 SUBGROUP = {"stage": str, "dataset": str, "column": str, "group": str, "results": dict}
 #: of several samples of each case
 SAMPLES = {
@@ -65,6 +72,8 @@ def read_scores(path: Path) -> Scores | None:
     for row in subgroups:
         _check_results(row["results"], f"{path}, subgroups, {row['column']} {row['group']}")
     check_shape(tests, TESTS if tests else {}, f"{path}, tests")
+    seeds = found.get("seeds") or {"results": [], "differences": []}
+    check_shape(seeds, SEEDS, f"{path}, seeds")
 
     names = [dataset["name"] for dataset in found["datasets"]]
     for row in [*found["results"], *baselines, *differences, *subgroups]:
@@ -79,6 +88,7 @@ def read_scores(path: Path) -> Scores | None:
         differences,
         tests,
         subgroups,
+        seeds,
     )
 
 

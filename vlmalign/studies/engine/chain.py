@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from vlmalign.config import Config, ConfigError, load_config, read_yaml
 from vlmalign.studies.engine.config import StudyConfig
 from vlmalign.studies.engine.sections import Mesh, Reading
+from vlmalign.studies.engine.seeds import spread
 from vlmalign.studies.engine.stage_config import AdapterStage, Dpo, Grpo, ModelStage, Ppo, Sft
 
 #: what the chain's stages are called that nobody names
@@ -86,4 +87,4 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
         raise ConfigError(str(path), ["stages: expected at least one stage, found none"])
     if isinstance(found, dict) and isinstance(found.get("stages"), list):
         return load_config(ChainConfig, path, overrides).study()
-    return load_config(StudyConfig, path, overrides)
+    return spread(load_config(StudyConfig, path, overrides), str(path))

@@ -128,6 +128,7 @@ class StudyConfig(Config):
 
     run: Path
     seed: Annotated[int, Field(ge=0)] = 0
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = ()  #: of every stage that trains a sibling for each (`seeds`)
     readable_by: Literal["owner", "group"] = "owner"  #: who may read what the run writes
     mesh: Mesh | None = None  #: null: an adapter is trained on copies of its base, a whole decoder is cut over fsdp
     reading: Reading = Reading()  #: of images
@@ -179,6 +180,11 @@ class StudyConfig(Config):
         while not isinstance(self.stages[name], ModelStage):
             name = stage_ref(self.stages[name].from_).name
         return name
+
+    def seed_of(self, name: str) -> int:
+        """What a stage's draws follow from: its own seed, or the study's."""
+        own = getattr(self.stages[name], "seed", None)
+        return self.seed if own is None else own
 
     def depth_of(self, name: str) -> int:
         """How many stages of training lie before a stage."""

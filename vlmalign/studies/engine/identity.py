@@ -71,7 +71,7 @@ def _stage(study: Opened, node: Node, parents: Mapping[str, Parent]) -> Record:
     if isinstance(stage, Stage):
         spec = study.spec(node.key)
         settings |= {
-            "seed": config.seed,
+            "seed": config.seed_of(node.key),
             "depth": config.depth_of(node.key),
             "lora": None if spec is None else {**vars(spec), "targets": list(spec.targets)},
             "task": split_free(study.task_of_stage(node.key))[0],

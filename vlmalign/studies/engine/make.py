@@ -115,7 +115,7 @@ def make_stage(making: Making, base: Base, *, last_use: bool) -> None:
     config, stage, texts = study.config, study.config.stages[node.key], study.texts[node.key]
     from_first(lambda: _begin_stage(making, texts))
     # Siblings share their draws; two stages on the same prompts, one after the other, must not.
-    seed = int(np.random.SeedSequence([config.seed, config.depth_of(node.key)]).generate_state(1)[0] >> 1)
+    seed = int(np.random.SeedSequence([config.seed_of(node.key), config.depth_of(node.key)]).generate_state(1)[0] >> 1)
     start = state_of(study, base, node.parents["from"])
     work = Work(
         node.key,
@@ -127,7 +127,7 @@ def make_stage(making: Making, base: Base, *, last_use: bool) -> None:
         study.task_of_stage(node.key),
         folder,
         seed,
-        config.seed,
+        config.seed_of(node.key),
         last_use,
         making.progress,
         making.check,

@@ -8,7 +8,7 @@ entry's smallest label set shares with it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,23 @@ from vlmalign.data.sources.films import Films
 from vlmalign.evaluation.baselines import BASELINES
 from vlmalign.evaluation.comparison import adjust, compare
 from vlmalign.evaluation.metrics import headline, score
+from vlmalign.evaluation.over_seeds import over_seeds
 from vlmalign.evaluation.samples import majority_vote, score_samples
 from vlmalign.evaluation.subgroups import groups_of
 from vlmalign.reporting.json_shape import NUMBER, Maybe, check_shape
 from vlmalign.studies.engine.config import Answers, StudyConfig, set_ref, stage_ref
 from vlmalign.studies.engine.files import read_json, read_numbers, read_rows
 from vlmalign.studies.engine.opened import Opened
+from vlmalign.studies.engine.seeds import families
 from vlmalign.studies.engine.sets import Cases
 from vlmalign.studies.engine.stage_config import ModelStage, Policy
 from vlmalign.tasks.labels import LabelsTask
 from vlmalign.tasks.tasks import AnyTask
 
 Row = dict[str, Any]
+
+#: of a set of labels, what is told over seeds
+AVERAGES = ("macro", "micro", "jaccard")
 
 #: of `results.json`, what the terminal is told of it
 OF_STAGE, OF_BASELINE = ({key: str, "dataset": str, "results": {"n": int}} for key in ("stage", "name"))
@@ -89,6 +94,10 @@ def score_answers(study: Opened, name: str) -> dict[str, Any]:
                 )
             ]
     found["tests"] = adjust(found["differences"], draws=entry.draws)
+    found["seeds"] = {
+        "results": list(_over_seeds(config, entry, found["results"])),
+        "differences": list(_differences_over_seeds(config, entry, found["differences"])),
+    }
     return found
 
 
@@ -133,6 +142,50 @@ def steps_of(config: StudyConfig, entry: Answers) -> list[tuple[str, str]]:
                 break
             name = stage_ref(above).name
     return found
+
+
+def _over_seeds(config: StudyConfig, entry: Answers, results: Sequence[Row]) -> Iterator[Row]:
+    """Of siblings: each number over their seeds, by data set and set of labels (None for tasks without)."""
+    by_place = {(row["stage"], row["dataset"]): row["results"] for row in results}
+    for family, members in families(config, entry.stages).items():
+        for ref in entry.sets:
+            own = {seed: by_place[stage, ref] for seed, stage in members.items()}
+            first = next(iter(own.values()))
+            for subset in first.get("blocks", [None]):
+                told = {seed: _averages(each, subset) for seed, each in own.items()}
+                yield {
+                    "stage": family,
+                    "dataset": ref,
+                    "subset": subset,
+                    "numbers": {
+                        name: over_seeds({seed: each[name] for seed, each in told.items()})
+                        for name in _averages(first, subset)
+                    },
+                }
+
+
+def _averages(results: Row, subset: str | None) -> dict[str, float | None]:
+    if subset is None:
+        told = headline(results)
+        return {told.name: told.value, "not valid": results["fail_rate"]}
+    block = results["blocks"][subset]
+    return {name: block[name]["value"] for name in AVERAGES} | {"not valid": results["fail_rate"]}
+
+
+def _differences_over_seeds(config: StudyConfig, entry: Answers, differences: Sequence[Row]) -> Iterator[Row]:
+    """The paired differences of siblings and what they go on from, seed by seed."""
+    member = {
+        ref: (family, seed) for family, own in families(config, entry.stages).items() for seed, ref in own.items()
+    }
+    found: dict[tuple[str, str, str, str], dict[int, Row]] = {}
+    for row in differences:
+        if row["to"] in member:
+            family, seed = member[row["to"]]
+            above = member.get(row["from"], (row["from"], seed))[0]
+            found.setdefault((row["dataset"], row["subset"], above, family), {})[seed] = row
+    for (ref, subset, above, family), rows in found.items():
+        numbers = {name: over_seeds({s: row[name]["value"] for s, row in rows.items()}) for name in AVERAGES}
+        yield {"dataset": ref, "subset": subset, "from": above, "to": family, "numbers": numbers}
 
 
 def _dataset(config: StudyConfig, ref: str, cases: Cases, task: Any) -> dict[str, Any]:

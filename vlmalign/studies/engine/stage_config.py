@@ -78,6 +78,7 @@ class Stage(Config):
     from_: str | None = Field(None, alias="from")
     data: Data
     task: str | None = None  #: null: the study's only task; rows of turns need none
+    seed: Annotated[int, Field(ge=0)] | None = None  #: null: the study's; `seeds` gives each sibling its own
     shapes: Annotated[Batch, FREE]
     optimiser: Optimiser
     checkpoint_every: Annotated[Positive, FREE] = 50  #: updates

@@ -58,7 +58,7 @@ class Work:
     task: AnyTask
     folder: Path
     seed: int  #: the stage's own
-    adapter_seed: int  #: of an adapter's first values: the study's
+    adapter_seed: int  #: of an adapter's first values
     last_use: bool  #: of the base as it is
     progress: Progress
     check: Callable[[], None]  #: raises ValueError once the stage is another process's
