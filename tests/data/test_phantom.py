@@ -1,7 +1,7 @@
 """The phantom: same seed, same bytes; each finding changes the film where it should; traces tell the labels."""
 
 import re
-from time import perf_counter
+from time import process_time
 
 import numpy as np
 import pytest
@@ -111,10 +111,10 @@ def test_rendering_is_cheap():
     cases = [draw_case(rng) for _ in range(40)]
     best = np.inf
     for _ in range(3):
-        start = perf_counter()
+        start = process_time()
         for case in cases:
             render(case, MIMIC_LIKE.look, rng, 128)
-        best = min(best, (perf_counter() - start) / len(cases))
+        best = min(best, (process_time() - start) / len(cases))
     assert best < 0.010  # seconds; about 0.001 on an idle core
 
 
@@ -169,7 +169,7 @@ def test_trace_files_round_trip_and_bad_lines_are_named(tmp_path):
         ('{"id": "x", "trace": " "}', r"line 2: field 'trace' must be"),
         ('{"id": 3, "trace": "t"}', r"line 2: field 'id' must be"),
         ("[1]", r"line 2: missing field 'id'"),
-        ("{", r"line 2: no JSON"),
+        ("{", r"line 2: not a line of JSON"),
     ]:
         path.write_text('{"id": "film0", "trace": "seen"}\n' + line + "\n")
         with pytest.raises(ValueError, match=message):

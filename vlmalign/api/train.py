@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from vlmalign.api.loaded import LoadedModel, copied
+from vlmalign.data.sources.json_lines import parse
 from vlmalign.models.model import Params
 from vlmalign.models.network import DECODER
 from vlmalign.progress import Progress
@@ -131,7 +132,10 @@ def _record(folder: Path, settings: Mapping[str, Any]) -> None:
     path = folder / RECORD
     if not path.exists() and folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no {RECORD} of a training; give a new folder")
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
+    try:
+        before = parse(path.read_bytes()) if path.exists() else settings
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; restore it, or give a new folder") from None
     differ = [name for name, value in settings.items() if before.get(name) != value]
     saved = any(found.name.isdigit() for found in (folder / NEWEST).glob("*"))
     if differ and saved:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from vlmalign.data.phantoms.institutions import WIDE_MEDIASTINUM
+from vlmalign.data.sources.json_lines import parse
 
 #: From this many sentences on, findings are told in the short form, so that a trace stays under about 60 words.
 _MANY = 5
@@ -228,15 +229,15 @@ def read_traces(path: str | Path) -> dict[str, str]:
 
 
 def _json_lines(path: Path, fields: tuple[str, ...]) -> Iterable[tuple[int, dict[str, Any]]]:
-    with path.open() as file:
+    with path.open("rb") as file:
         for line, text in enumerate(file, start=1):
             if not text.strip():
                 continue
             try:
-                row = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {line}: no JSON ({error})") from error
-            missing = [name for name in fields if not isinstance(row, dict) or name not in row]
+                row = parse(text)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {line}: {error}") from None
+            missing = [name for name in fields if name not in row]
             if missing:
                 raise ValueError(f"{path}, line {line}: missing field {missing[0]!r}; expected {', '.join(fields)}")
             yield line, row

@@ -73,6 +73,8 @@ def draw(config: StudyConfig, name: str, source: Source, left_out: set[str], fol
     skipped = [{"dataset": section.from_, **row} for row in source.skipped]
     bad: set[int] = set()
     marks: dict[int, dict[str, Any]] = {}
+    for note in source.notes if isinstance(source, Films) else ():
+        progress.say(f"set {name}: {note}")
     while True:
         drawn = _drawn(name, section, source, left_out, bad, seed)
         fresh = sorted({int(place) for part in drawn.values() for place in part} - marks.keys())
