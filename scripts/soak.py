@@ -34,7 +34,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODELS = REPOSITORY / "configs" / "models"
 #: files that hold time and place, and differ between a run and its repetition
-RECORDS = {".hashes.json", "environment.json", "timing.jsonl", "study.yaml", "begun.json", "made.json"}
+RECORDS = {".hashes.json", "environment.json", "timing.jsonl", "study.yaml", "begun.json", "made.json", "model_card.md"}
 #: files by whose appearance a phase is known
 ENDING = ("states", "adapter", "predictions.jsonl", "results.json", "report.html", "best")
 KINDS = ("sft", "dpo", "grpo", "ppo", "films")

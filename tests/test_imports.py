@@ -53,7 +53,7 @@ ALLOWED: dict[str, set[str]] = {
     "reporting": {"config_yaml"},
     "review": CONFIGS | {"data", "reporting"},
     "preview": {"types", "data", "models", "weights", "reporting"},
-    "exporting": RECORDS | {"config_yaml", "quoting", "training"} | MODELS,
+    "exporting": RECORDS | {"config_yaml", "quoting", "training", "reporting"} | MODELS,
     "studies": BELOW_TRAINING | {"distributed", "exchange", "stopping", "training", "evaluation", "reporting"},
     "planning": CORE
     | CONFIGS

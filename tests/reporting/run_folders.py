@@ -114,7 +114,14 @@ def write_stage(
 ) -> None:
     """A finished stage of a study, with what it recorded."""
     parents = {"from": {"node": f"stages/{parent}", "id": "0" * 64, "which": "last"}}
-    made = {"node": f"stages/{folder.name}", "kind": kind, "format": 1, "settings": {}, "parents": parents}
+    made = {
+        "node": f"stages/{folder.name}",
+        "kind": kind,
+        "format": 1,
+        "settings": {},
+        "parents": parents,
+        "versions": {},
+    }
     write_json(folder / "made.json", made)
     write_lines(folder / "metrics.jsonl", metrics(kind, rng, steps, gain))
     if kind in ("grpo", "ppo"):

@@ -313,7 +313,7 @@ def test_killed_run_continues_with_the_same_command(finished, config_file, tmp_p
 
 
 #: what a run folder holds of time and place; pages show them
-RECORDS = {".hashes.json", "environment.json", "timing.jsonl", "study.yaml"}
+RECORDS = {".hashes.json", "environment.json", "timing.jsonl", "study.yaml", "model_card.md"}
 
 
 def same_files(one: Path, other: Path) -> list[str]:

@@ -106,8 +106,8 @@ def finished(config_file) -> Path:
 
 def test_every_artefact_is_there_and_whole(finished):
     assert {path.name for path in finished.iterdir()} == {
-        ".hashes.json", "answers", "environment.json", "report.html", "scores", "sets", "sources", "stages", "study.yaml",
-        "timing.jsonl",
+        ".hashes.json", "answers", "environment.json", "galleries", "report.html", "scores", "sets", "sources", "stages",
+        "study.yaml", "timing.jsonl",
     }  # fmt: skip
     assert {path.name for path in (finished / "stages").iterdir()} == {"sft", *ARMS}
     assert not list(finished.rglob("begun.json"))

@@ -48,6 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError("--dtype and --max-shard-gb are for merged models; add --merge, or leave them out")
     if arguments.max_shard_gb is not None and not arguments.max_shard_gb > 0:
         raise ValueError(f"--max-shard-gb must be above 0, found {arguments.max_shard_gb:g}")
+    from vlmalign.exporting.model_card import README, card_of
     from vlmalign.exporting.report import describe, report
     from vlmalign.exporting.sources import check_base, find_base, open_adapter
     from vlmalign.models.model import Model
@@ -56,6 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     from vlmalign.weights.new_folder import check_new
 
     check_new(arguments.out)  # before anything large is read
+    card = card_of(arguments.adapter, merged=arguments.merge)
     base = arguments.base or find_base(arguments.adapter)
     config = load_config(base)
     check_base(arguments.adapter, base)
@@ -70,3 +72,6 @@ def run(arguments: argparse.Namespace) -> None:
         params = load_params(base, model)
         done = export_adapter(arguments.out, model, params, found.params, base_path=str(base))
     print(report(arguments.out, done, arithmetic=arguments.check_dtype))
+    if card is not None:
+        (arguments.out / README).write_text(card, encoding="utf-8")
+        print(f"card     {arguments.out / README}: data, scores, limits; read it before you pass the model on")

@@ -5,7 +5,7 @@ Averages over different label sets cannot be compared, so a board of labels has 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -81,6 +81,7 @@ class Board:
     groups: list[Group]
     seeds: list[Row]  #: of siblings: their numbers over seeds
     seed_differences: list[Row]  #: likewise, between two families, seed by seed
+    readers: dict[str, dict[str, Row]]  #: of the CheXpert test films: human reader -> subset of a line -> block
 
     @property
     def names(self) -> list[str]:
@@ -110,7 +111,15 @@ class Board:
 def boards(run: Run) -> list[Board]:
     """Every data set on which some state has been scored."""
     return [
-        _board(title(run, entry, dataset["name"]), entry.name, place == 0, entry.scores, dataset, results)
+        _board(
+            title(run, entry, dataset["name"]),
+            entry.name,
+            place == 0,
+            entry.scores,
+            dataset,
+            results,
+            readers_of(run, dataset),
+        )
         for entry in run.entries
         if entry.scores is not None
         for place, dataset in enumerate(entry.scores.datasets)
@@ -124,7 +133,22 @@ def title(run: Run, entry: Entry, dataset: str) -> str:
     return f"{dataset}, {entry.name}" if len(answered) > 1 else dataset
 
 
-def _board(title: str, entry: str, first: bool, scores: Scores, dataset: Row, results: dict[str, Row]) -> Board:
+def readers_of(run: Run, dataset: Row) -> Mapping[str, Row]:
+    """Human readers who have read the studies of a data set: those of the CheXpert test set, as it was released."""
+    source = run.source_of(dataset["name"])
+    read = source.get("kind") == "chexpert" and source.get("split") == "test" and not source["invented"]
+    return run.readers["readers"] if run.readers and read else {}
+
+
+def _board(
+    title: str,
+    entry: str,
+    first: bool,
+    scores: Scores,
+    dataset: Row,
+    results: dict[str, Row],
+    readers: Mapping[str, Row],
+) -> Board:
     name = dataset["name"]
     blocks = {state: each["blocks"] for state, each in results.items() if "blocks" in each}
     trivial = {name: each["blocks"] for name, each in scores.baselines[name].items() if "blocks" in each}
@@ -149,6 +173,7 @@ def _board(title: str, entry: str, first: bool, scores: Scores, dataset: Row, re
         groups=_groups([row for row in scores.subgroups if row["dataset"] == name]),
         seeds=[row for row in scores.seeds["results"] if row["dataset"] == name],
         seed_differences=[row for row in scores.seeds["differences"] if row["dataset"] == name],
+        readers={reader: _lines_of(each["blocks"], lines) for reader, each in readers.items()},
     )
 
 
@@ -157,6 +182,13 @@ def _line(subset: str, blocks: Mapping[str, Mapping[str, Row]], trivial: Mapping
     first = next(iter(own.values()))
     baselines = [Trivial(name, each[subset]) for name, each in trivial.items() if subset in each]
     return Line(subset, first["labels"], first["macro_labels"], own, baselines)
+
+
+def _lines_of(blocks: Mapping[str, Row], lines: Sequence[Line]) -> dict[str, Row]:
+    """Subset of a line -> the block of just its labels."""
+    return {
+        line.subset: block for line in lines for block in blocks.values() if set(block["labels"]) == set(line.labels)
+    }
 
 
 def _groups(rows: list[Row]) -> list[Group]:

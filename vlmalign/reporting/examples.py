@@ -12,8 +12,9 @@ import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -60,12 +61,35 @@ def choose_examples(rows: Sequence[Row], order: Sequence[str], run: Path, *, per
     )
     others = {(row["stage"], row["id"]): row for row in rows if row["stage"] != last}
     stages = [stage for stage in order if stage != last]
-    place = image_places(run)
+    film = films(run)
     return [
-        _example(row, {stage: others[stage, row["id"]] for stage in stages if (stage, row["id"]) in others}, place)
+        example(row, {stage: others[stage, row["id"]] for stage in stages if (stage, row["id"]) in others}, film)
         for right in (True, False, None)
         for row in _new_truths_first(row for row in shuffled if _right(row) is right)[:per_kind]
     ]
+
+
+class Film(NamedTuple):
+    """A film for a page."""
+
+    picture: str | None  #: data URI; None for a case without an image
+    problem: str | None  #: why there is no picture of its image
+
+
+def films(run: Path) -> Callable[[str | None], Film]:
+    """From the name of an image to its film; each is read once."""
+    place = image_places(run)
+
+    @cache
+    def film(image: str | None) -> Film:
+        try:
+            return Film(film_uri(place(image)) if image else None, None)
+        except FileNotFoundError:
+            return Film(None, "image not found")
+        except (OSError, ValueError):
+            return Film(None, "image not readable")
+
+    return film
 
 
 def film_uri(path: Path) -> str:
@@ -86,7 +110,8 @@ def film_uri(path: Path) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def _example(row: Row, others: Mapping[str, Row], place: Callable[[str], Path]) -> Example:
+def example(row: Row, others: Mapping[str, Row], film: Callable[[str | None], Film]) -> Example:
+    """One answer as it is shown; `others` are those of other states to the same case."""
     truth, predicted = row.get("truth"), row.get("predicted")
     lists = isinstance(truth, list) and isinstance(predicted, list)
     if lists and _checks(row):
@@ -101,13 +126,7 @@ def _example(row: Row, others: Mapping[str, Row], place: Callable[[str], Path]) 
     else:
         hits, missed, false = [], [], []
     text = (row["reasoning"] if row["valid"] else "") or row["completion"]
-    picture, problem = None, None
-    try:
-        picture = film_uri(place(row["image"])) if row["image"] else None
-    except FileNotFoundError:
-        problem = "image not found"
-    except (OSError, ValueError):
-        problem = "image not readable"
+    picture, problem = film(row["image"])
     return Example(
         id=row["id"],
         stage=row["stage"],

@@ -15,7 +15,10 @@ from typing import Any
 from vlmalign.reporting import boards, figures, score_file, training, words
 from vlmalign.reporting.completions import StagePages, write_completions
 from vlmalign.reporting.examples import PER_KIND, choose_examples
+from vlmalign.reporting.gallery import Gallery, write_galleries
+from vlmalign.reporting.model_card import write_cards
 from vlmalign.reporting.pages import environment, stylesheet, write_page
+from vlmalign.reporting.published import beside
 from vlmalign.reporting.record import KIND_NAMES, Run, Stage
 from vlmalign.reporting.reliability import reliability_figure
 from vlmalign.reporting.run_folder import read_run
@@ -26,19 +29,22 @@ SHOWN_LEFT_OUT = 50  # rows of the table of what was left out; the files have th
 
 
 def write_report(run: Path) -> Path:
-    """Write `report.html` into the run folder `run` and return its path; completions.py says which pages it links to.
+    """Write `report.html` into the run folder `run` and return its path; completions.py and gallery.py say which pages it
+    links to, model_card.py what is written beside each finished stage.
 
     Sections that the run does not have, or not yet, are left out. The old report stays until the new one is complete.
     Raises ValueError, naming file and line, if a file of the folder is malformed.
     """
     found = read_run(run)
     path = run / "report.html"
-    write_page(path, render(found, write_completions(run, [stage.folder for stage in found.stages if stage.folder])))
+    completions = write_completions(run, [stage.folder for stage in found.stages if stage.folder])
+    write_page(path, render(found, completions, write_galleries(found)))
+    write_cards(found)
     return path
 
 
-def render(run: Run, completions: Sequence[StagePages] = ()) -> str:
-    """The page as text, with links to the pages of `completions`."""
+def render(run: Run, completions: Sequence[StagePages] = (), galleries: Sequence[Gallery] = ()) -> str:
+    """The page as text, with links to the pages of `completions` and to `galleries`."""
     styles = stage_styles(run)
     scored = boards.boards(run)
     return (
@@ -62,9 +68,11 @@ def render(run: Run, completions: Sequence[StagePages] = ()) -> str:
             seed_names=SEED_NAMES,
             alpha=boards.ALPHA,
             fewest=boards.FEWEST,
+            beside=beside(run, boards.FEWEST),
             coverage=_coverage(run),
             examples=_examples(run, styles),
             per_kind=PER_KIND,
+            galleries=galleries,
             left_out_counts=Counter(row["where"] for row in run.left_out),
             shown_left_out=SHOWN_LEFT_OUT,
             environment=_flatten(run.environment),

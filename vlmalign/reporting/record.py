@@ -66,13 +66,24 @@ class Run:
     command: str | None  #: of version 0.1 that wrote the folder, such as "vlmalign align"; None: of this version
     config_name: str
     config: str  #: as written
+    settings: Mapping[str, Any]  #: what it says
     stages: list[Stage]  #: in graph order
     coverage: dict[str, Row]  #: source -> labels, their floors and caps as shares, and the films of each set drawn
     left_out: list[Row]  #: films and rows that could not be used: "where", "id", "reason"
     entries: list[Entry]
     peeked: list[str]  #: test sets that were used to choose or to watch
     environment: Row
+    readers: Row | None  #: human readers of the CheXpert test studies: "studies", and "readers": name -> results
     timing: dict[str, float]  #: artefact -> seconds, resumed parts added up
+
+    def source_of(self, ref: str) -> Row:
+        """The section of the source that a set (`test`, `train.rl`) is drawn from, and whether it is "invented"; of version
+        0.1 that alone."""
+        sets, sources = (self.settings.get(name) or {} for name in ("sets", "sources"))
+        found = sources.get((sets.get(ref.partition(".")[0]) or {}).get("from")) or {}
+        # A source can read another split of what is invented for one.
+        roots = [each.get("root") for each in sources.values() if each.get("phantom")]
+        return {**found, "invented": found.get("root") is not None and found["root"] in roots}
 
     def place(self, state: str) -> int:
         """Where a state (`sft`, `sft@last`) stands in graph order."""

@@ -7,6 +7,7 @@ Written by this version                       Written by version 0.1, only read
                 metrics.jsonl  left_out.jsonl         metrics.jsonl  left_out.jsonl
     answers/ENTRY/STAGE/SET/predictions.jsonl     evaluation/predictions.jsonl
     scores/ENTRY/results.json                     evaluation/results.json
+    readers.json
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 from vlmalign.reporting.json_files import read_object, read_rows, read_yaml
 from vlmalign.reporting.json_shape import NUMBER, Maybe, Values, check_shape
 from vlmalign.reporting.record import Entry, Row, Run, Stage
-from vlmalign.reporting.score_file import read_scores
+from vlmalign.reporting.score_file import LABELS, read_scores
 
 STUDY, CONFIG = "study.yaml", "config.yaml"
 
@@ -28,6 +29,7 @@ PREDICTION = {
     **{"valid": bool, "reason": Maybe(str), "image": Maybe(str)},
 }
 MADE = {"kind": str, "parents": dict}
+READERS = {"studies": int, "readers": Values(LABELS)}
 COVERAGE = {
     "labels": [str],
     "floor": Maybe(NUMBER),
@@ -61,12 +63,14 @@ def read_run(run: Path) -> Run:
         command=command,
         config_name=name,
         config=text,
+        settings=config,
         stages=stages,
         coverage=_coverage(sets, _section(config, "sets") if name == STUDY else {}),
         left_out=[*_left_out(sets, "skipped.jsonl"), *_left_out((run / s.folder for s in stages), "left_out.jsonl")],
         entries=entries,
         peeked=[name for name, drawn in _section(config, "sets").items() if _section(drawn, "peek")],
         environment=read_object(run / "environment.json", dict) or {},
+        readers=read_object(run / "readers.json", READERS),
         timing=timing,
     )
 

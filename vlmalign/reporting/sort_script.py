@@ -1,15 +1,13 @@
 """The one script of the completions pages: a click on a column's heading sorts the completions of every prompt by it.
 
-Without it the page is whole, in the order of sampling. The page's security policy allows this script alone, by its
-hash: should a model's text ever become markup, it still could not run.
+Without it the page is whole, in the order of sampling. The page's security policy allows this script alone, by its hash.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-
 from markupsafe import Markup
+
+from vlmalign.reporting.pages import allowed
 
 # Headings become buttons only here: without the script they would be buttons that do nothing. Numbers that are not
 # there (data-value="") go last in both directions.
@@ -69,5 +67,4 @@ _SOURCE = """
 """
 
 SCRIPT = Markup(_SOURCE)
-#: the source that a Content-Security-Policy's script-src names
-ALLOWED = "sha256-" + base64.b64encode(hashlib.sha256(_SOURCE.encode()).digest()).decode("ascii")
+ALLOWED = allowed(_SOURCE)

@@ -4,6 +4,7 @@ sources  what lies on disk              sets     what is drawn from a source
 tasks    what is asked, and how it is read
 stages   models, adapters, and training that goes on `from` another stage
 answers  answers of stages to sets, which are scored and reported
+report   what the page of the run shows beside them
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from vlmalign.config import FREE, Config
 from vlmalign.config_tree import nearest
 from vlmalign.data.sources.formats import AnySource
 from vlmalign.evaluation.subgroups import Grouping
+from vlmalign.studies.engine.report_config import Report
+from vlmalign.studies.engine.report_config import problems as report_problems
 from vlmalign.studies.engine.reward_config import FileReward
 from vlmalign.studies.engine.sections import Bound, Mesh, Positive, Reading
 from vlmalign.studies.engine.stage_config import AdapterStage, AnyStage, ModelStage, Policy, Stage, Trains
@@ -137,6 +140,7 @@ class StudyConfig(Config):
     tasks: dict[str, AnyTask] = Field(default_factory=dict)
     stages: Annotated[dict[str, AnyStage], Field(min_length=1)]
     answers: dict[str, Answers] = Field(default_factory=dict)
+    report: Annotated[Report, FREE] = Report()  #: what stands beside the study's own numbers
 
     def place(self, path: str | Path) -> Path:
         """A path of the config with "{run}" filled in."""
@@ -215,7 +219,7 @@ class StudyConfig(Config):
         problems = [*self._names(), *self._unknown_stages()]
         problems = problems or [*self._cycles()]
         problems = problems or [*self._bases(), *self._references_to_sets()]
-        problems = problems or [*self._needs_tasks(), *self._roles()]
+        problems = problems or [*self._needs_tasks(), *self._roles(), *report_problems(self.report, self.answers)]
         if problems:
             raise ValueError("; ".join(problems))
         return self

@@ -44,7 +44,7 @@ from vlmalign.weights.whole import export_whole
 #: files of a stage that say when and where, and differ between a run and its repetition
 RECORDS = (BEGUN, MADE)
 #: what `vlmalign report` writes beside a stage's files, and writes again
-PAGES = ("completions.html", "completions")
+PAGES = ("completions.html", "completions", "model_card.md")
 PREDICTIONS, RESULTS, LEFT_OUT = "predictions.jsonl", "results.json", "left_out.jsonl"
 
 

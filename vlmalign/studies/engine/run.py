@@ -13,6 +13,7 @@ from pathlib import Path
 
 from vlmalign.config import dump_config
 from vlmalign.distributed import is_writer
+from vlmalign.evaluation.human_readers import read_readings
 from vlmalign.exchange import agree, from_first
 from vlmalign.progress import Progress
 from vlmalign.studies.engine.base import base_devices
@@ -148,6 +149,8 @@ def _open_files(study: Opened, nodes: Mapping[str, Node], wanted: set[str], prog
         root = config.place(getattr(section, "root", ""))
         if needed and (not invented or from_first(root.exists)):
             study.source(name)
+    if config.report.readers is not None:
+        read_readings(config.place(config.report.readers))  # what is wrong with them is said before hours of work
     check_labels(config, study.sources)
     check_subgroups(config, study.sources)
     for name, stage in config.trained.items():

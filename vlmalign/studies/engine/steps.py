@@ -27,6 +27,7 @@ from vlmalign.studies.engine.make import Making, make_answers, make_scores, make
 from vlmalign.studies.engine.opened import Opened
 from vlmalign.studies.engine.overlaps import check_overlaps
 from vlmalign.studies.engine.owner import SILENT_SECONDS, TOUCH_SECONDS, Held, Owners
+from vlmalign.studies.engine.readers import write_readers
 from vlmalign.studies.engine.record import CONTINUED, Record, damage, differences, read_record, refuse_unrecorded
 from vlmalign.studies.engine.sets import check_images
 from vlmalign.studies.engine.stage_config import ModelStage
@@ -273,11 +274,17 @@ class Steps:
             elif node.kind == "scores":
                 make_scores(making)
             elif node.kind == REPORT:
-                from_first(lambda: str(write_report(study.config.run)))
+                from_first(self._write_report)
             else:
                 if node.key not in study.texts:
                     study.open_stage(node.key, progress.say)
                 make_stage(making, base, last_use=self._last_use(node))
+
+    def _write_report(self) -> None:
+        config = self.study.config
+        readers = None if config.report.readers is None else config.place(config.report.readers)
+        write_readers(config.run, readers, self.study.hashes)
+        write_report(config.run)
 
     def _last_use(self, node: Node) -> bool:
         """Whether nothing after this stage needs its base without an adapter."""
