@@ -168,7 +168,7 @@ def test_trace_files_round_trip_and_bad_lines_are_named(tmp_path):
         ('{"id": "x"}', r"line 2: missing field 'trace'"),
         ('{"id": "x", "trace": " "}', r"line 2: field 'trace' must be"),
         ('{"id": 3, "trace": "t"}', r"line 2: field 'id' must be"),
-        ("[1]", r"line 2: missing field 'id'"),
+        ("[1]", r"line 2: expected an object, found list"),
         ("{", r"line 2: not a line of JSON"),
     ]:
         path.write_text('{"id": "film0", "trace": "seen"}\n' + line + "\n")

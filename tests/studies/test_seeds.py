@@ -40,6 +40,12 @@ def test_every_stage_that_trains_has_siblings_that_go_on_from_siblings(tmp_path)
     }  # fmt: skip
 
 
+def test_beside_a_paper_stands_the_first_seed(tmp_path):
+    rows = {"chexpert": {"ChexReason": "test/hard/near", "MedGemma": "test/base/near"}}
+    config = load(tmp_path, report={"beside": "chexreason", "rows": rows})
+    assert config.report.rows == {"chexpert": {"ChexReason": "test/hard-s0/near", "MedGemma": "test/base/near"}}
+
+
 def test_a_study_of_seeds_reads_back_from_its_run_folder(tmp_path):
     config = load(tmp_path)
     (tmp_path / "again.yaml").write_text(dump_config(config))

@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from vlmalign.evaluation.bootstrap import bootstrap_ratio, holm, paired_difference
 from vlmalign.evaluation.f1 import jaccard, label_matrix
 from vlmalign.evaluation.results import says_something

@@ -47,7 +47,8 @@ def spread(config: StudyConfig, where: str) -> StudyConfig:
         raise ConfigError(where, problems)
     answers = {name: _answered(config, entry) for name, entry in config.answers.items()}
     fields = {name: getattr(config, name) for name in StudyConfig.model_fields}
-    return StudyConfig(**{**fields, "seeds": (), "stages": stages, "answers": answers})
+    report = config.report.model_copy(update={"rows": _beside(config)})
+    return StudyConfig(**{**fields, "seeds": (), "stages": stages, "answers": answers, "report": report})
 
 
 def sibling(name: str, seed: int) -> str:
@@ -80,6 +81,16 @@ def _of_seed(config: StudyConfig, ref: str, seed: int) -> str:
     name, which = stage_ref(ref)
     own = sibling(name, seed) if isinstance(config.stages[name], Stage) else name
     return own if which is None else f"{own}@{which}"
+
+
+def _beside(config: StudyConfig) -> dict[str, dict[str, str]]:
+    """What stands beside a paper's systems: of siblings that of the first seed, a point as the printed one is."""
+
+    def first(ref: str) -> str:
+        entry, state, each = ref.split("/")
+        return f"{entry}/{_of_seed(config, state, config.seeds[0])}/{each}"
+
+    return {table: {system: first(ref) for system, ref in rows.items()} for table, rows in config.report.rows.items()}
 
 
 def _answered(config: StudyConfig, entry: Answers) -> Answers:
