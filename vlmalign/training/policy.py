@@ -66,6 +66,19 @@ class Memory(Protocol):
         ...
 
 
+@runtime_checkable
+class Control(Protocol):
+    """Weights of rewards that move while training."""
+
+    def multipliers(self) -> Mapping[str, float]:
+        """Reward -> the factor of its weight in this rollout; 1 for those that are not there."""
+        ...
+
+    def numbers(self) -> Mapping[str, float | None]:
+        """For the metrics of this rollout."""
+        ...
+
+
 class PolicySource:
     """Rolls out the trained policy, merged once per rollout, and turns rewards into advantages over whole groups."""
 
@@ -83,10 +96,12 @@ class PolicySource:
         shapes: Shapes,
         settings: RolloutSettings,
         memory: Memory | None = None,
+        control: Control | None = None,
         log: CompletionLog | None = None,
         bring: Callable[[dict[str, Array]], dict[str, Array]] = lambda merged: merged,
     ):
-        """`base` are the frozen parameters (none where the whole model is trained); `memory` is that of `score`.
+        """`base` are the frozen parameters (none where the whole model is trained); `memory` is that of `score`, and
+        `control` moves its weights.
 
         `bring` moves the merged parameters from the trainer's mesh to where the generator reads them, once per rollout.
 
@@ -100,7 +115,7 @@ class PolicySource:
         self._prompts = Prompts(tasks, most=settings.prompts, seed=settings.seed)
         self._generator, self._trainer, self._base = generator, trainer, base
         self._shapes, self._settings = shapes, settings
-        self._memory, self._log = memory, log
+        self._memory, self._control, self._log = memory, control, log
         self._merge, self._bring = merge_program(trainer.model, trainer.mesh, generator.mesh), bring
         self._warm = not generator.prompt_lengths  #: without known lengths, programs compile as they are met
         self._warned = False
@@ -143,6 +158,8 @@ class PolicySource:
             self._log.write(step + 1, sampled.rollouts, advantages)
         self._ids = [rollout.task.prompt.id for rollout in sampled.rollouts]
         metrics = {"update": 1, **rollout_metrics(sampled, self._stats, self._gap)}
+        if self._control is not None:
+            metrics |= self._control.numbers()
         return Work(self._held, metrics, self._options(), self._ids)
 
     def observe(self, line: Mapping[str, Any]) -> None:
@@ -235,7 +252,8 @@ class PolicySource:
             return leave_one_out_advantages(rewards)
         if settings.normalise_first is None:
             return group_advantages(rewards, scale=settings.scale, ddof=settings.ddof)
-        weights = dict(settings.normalise_first)
+        moved = {} if self._control is None else self._control.multipliers()
+        weights = {name: weight * moved.get(name, 1.0) for name, weight in settings.normalise_first.items()}
         for name in weights:
             require_known("reward in normalise_first", name, tuple(rollouts[0].parts))
         if OVERLONG in rollouts[0].parts and OVERLONG not in weights:

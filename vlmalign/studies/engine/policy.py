@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
 
 from vlmalign import exchange
@@ -15,6 +16,7 @@ from vlmalign.studies.engine.stage_config import Grpo, Ppo
 from vlmalign.studies.engine.validate import greedy_rewards, watching
 from vlmalign.studies.engine.work import Work
 from vlmalign.training.completion_log import CompletionLog
+from vlmalign.training.controlled_rewards import ControlledRewards
 from vlmalign.training.loop import Finished, train_states
 from vlmalign.training.optimiser import build_optimiser
 from vlmalign.training.policy import PolicySource
@@ -47,6 +49,7 @@ def run_policy(stage: Grpo | Ppo, work: Work, rewards: Rewards) -> Finished:
         )
         outcomes = open_files.enter_context(closing(OutcomeFile(work.folder / OUTCOMES, exchange)))
         recorded = RecordedRewards(runner, outcomes)
+        control = controlled(stage, recorded, {name: weight for name, (_, weight) in rewards.items()})
         source = PolicySource(
             tasks,
             generator=base.generator(
@@ -61,10 +64,11 @@ def run_policy(stage: Grpo | Ppo, work: Work, rewards: Rewards) -> Finished:
             trainer=trainer,
             base=work.frozen,
             decode=base.front.chat.decode,
-            score=recorded,
+            score=control or recorded,
             shapes=work.shapes(stage),
             settings=stage.rollout_settings(work.seed),
-            memory=recorded,
+            memory=control or recorded,
+            control=control,
             log=open_files.enter_context(closing(CompletionLog(work.folder / COMPLETIONS, work.name_image))),
             bring=lambda merged: base.devices.bring(merged, where),
         )
@@ -75,5 +79,16 @@ def run_policy(stage: Grpo | Ppo, work: Work, rewards: Rewards) -> Finished:
         shown = ("reward", *list(rewards)[:2], "length", "kl")
         stretch = work.stretch(stage, stage.steps, shown=shown, rewards=runner.weighted)
         found = train_states(stretch, trainer, params, work.frozen, source, work.progress, evaluate)
+        for note in () if control is None else control.notes():
+            work.progress.say(f"stage {work.name}: {note}")
     best = None if found.best is None else split_value_head(found.best)[0]
     return found._replace(last=split_value_head(found.last)[0], best=best)
+
+
+def controlled(stage: Grpo | Ppo, recorded: RecordedRewards, weights: Mapping[str, float]) -> ControlledRewards | None:
+    """The rewards with weights that follow a controller, where the stage has one."""
+    if not isinstance(stage, Grpo) or stage.control is None:
+        return None
+    capabilities = stage.control.grouped([name for name, weight in weights.items() if weight])
+    controller = stage.control.controller(capabilities)
+    return ControlledRewards(recorded, controller, capabilities, weights, attempts=stage.attempts)

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from vlmalign.config import FREE, Config
 from vlmalign.models.attention import IMPLEMENTATIONS
+from vlmalign.studies.engine.control_config import Control
 from vlmalign.studies.engine.data_config import Data
 from vlmalign.studies.engine.objective_config import DpoObjective, GrpoObjective, PpoObjective
 from vlmalign.studies.engine.reward_config import AnyReward, Scoring
@@ -191,6 +192,11 @@ class Policy(Stage):
         return [each for name, reward in self.rewards.items() for each in reward.names(name)]
 
     @property
+    def reward_weights(self) -> dict[str, float]:
+        """Reward -> its weight, by the names of `reward_names`; that of a set goes to all of its parts."""
+        return {each: reward.weight for name, reward in self.rewards.items() for each in reward.names(name)}
+
+    @property
     def needs_reference(self) -> bool:
         """Whether anything compares with a reference policy."""
         return self.objective.beta > 0 or self.kl_in_reward > 0
@@ -205,6 +211,7 @@ class Grpo(Policy):
     scale: Literal["none", "group", "batch"] = "none"  #: what group advantages are divided by the deviation of
     ddof: Literal[0, 1] = 1
     normalise_first: dict[str, float] | None = None  #: GDPO: normalise these rewards apart, with these weights
+    control: Control | None = None  #: weights of rewards that follow what succeeds; null: they stand still
     objective: GrpoObjective = GrpoObjective()
 
     def rollout_settings(self, seed: int) -> RolloutSettings:
@@ -240,6 +247,8 @@ class Grpo(Policy):
                     f"overlong_buffer is set: give the penalty a weight in normalise_first, {OVERLONG}: 1.0"
                 )
         self.rollout_settings(0)
+        if self.control is not None:
+            self.control.check(self.reward_weights)
         return self
 
 

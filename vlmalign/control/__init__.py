@@ -1,0 +1,1 @@
+"""Feedback on training: (init, update) pairs whose state is in the checkpoint."""
