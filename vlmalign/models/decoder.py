@@ -21,6 +21,7 @@ from vlmalign.models.dropout import Noise
 from vlmalign.models.initial import Rngs, init_normal
 from vlmalign.models.linear import PRODUCT, Linear, joined_product
 from vlmalign.models.norms import RMSNorm
+from vlmalign.models.product import wide
 from vlmalign.models.repeated import each_kind_once
 from vlmalign.models.rope import rotary_tables, rotate
 from vlmalign.shapes import Array, Float, Int
@@ -105,20 +106,24 @@ def _products(x: Array, parts: tuple[Linear, ...], joined: Array | None, noise: 
     return joined_product(x, joined, parts)
 
 
+def _plain_gated(gate: Array, up: Array, kind: str) -> Array:
+    return ACTIVATIONS[kind](gate) * up
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def gated(gate: Float[Array, "*batch ffn"], up: Float[Array, "*batch ffn"], kind: str) -> Float[Array, "*batch ffn"]:
     """act(gate) * up. The backward pass keeps these two alone and works in float32 within one kernel: left to autodiff,
     a layer of MedGemma-4B keeps the activation's inner steps too, one of them in float32."""
-    return ACTIVATIONS[kind](gate) * up
+    return _plain_gated(gate, up, kind)
 
 
 def _gated_forward(gate: Array, up: Array, kind: str) -> tuple[Array, tuple[Array, Array]]:
-    return gated(gate, up, kind), (gate, up)
+    return _plain_gated(gate, up, kind), (gate, up)
 
 
 def _gated_backward(kind: str, kept: tuple[Array, Array], out: Array) -> tuple[Array, Array]:
-    gate, up, out = (x.astype(jnp.float32) for x in (*kept, out))
-    slopes = jax.vjp(lambda gate, up: ACTIVATIONS[kind](gate) * up, gate, up)[1](out)
+    gate, up, out = (x.astype(wide(x.dtype)) for x in (*kept, out))
+    slopes = jax.vjp(lambda gate, up: _plain_gated(gate, up, kind), gate, up)[1](out)
     return tuple(slope.astype(value.dtype) for slope, value in zip(slopes, kept, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""Normalisations, computed in float32 whatever the dtype of their input."""
+"""Normalisations, computed in float32 (`product.wide`) whatever the dtype of their input."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vlmalign.models.initial import Rngs, init_constant
+from vlmalign.models.product import wide
 from vlmalign.shapes import Array, Float
 
 
@@ -19,9 +20,9 @@ class RMSNorm(nnx.Module):
         self.offset = offset
 
     def __call__(self, x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
-        wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (normed * (self.offset + self.weight[...].astype(jnp.float32))).astype(x.dtype)
+        wider = x.astype(wide(x.dtype))
+        normed = wider * jax.lax.rsqrt(jnp.mean(wider * wider, axis=-1, keepdims=True) + self.eps)
+        return (normed * (self.offset + self.weight[...].astype(wider.dtype))).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -33,7 +34,7 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
-        wide = x.astype(jnp.float32)
-        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wider = x.astype(wide(x.dtype))
+        centred = wider - jnp.mean(wider, axis=-1, keepdims=True)
         normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.eps)
-        return (normed * self.weight[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+        return (normed * self.weight[...].astype(wider.dtype) + self.bias[...].astype(wider.dtype)).astype(x.dtype)

@@ -1,4 +1,8 @@
-"""Products in two precisions: factors in the dtype of activations, sums in float32 where a result or gradient wants it."""
+"""Products in two precisions: factors in the dtype of activations, sums in float32 where a result or gradient wants it.
+
+Rules for gradients call the plain functions, never the ones that have such rules: a gradient can then be differentiated
+forwards, as Hessian-vector products do.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,20 @@ import jax
 import jax.numpy as jnp
 
 from vlmalign.shapes import Array, Float
+
+
+def wide(dtype: jnp.dtype) -> jnp.dtype:
+    """What sums and slopes are taken in: float32, or `dtype` itself where it is wider.
+
+    >>> wide(jnp.bfloat16).name
+    'float32'
+    """
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def plain_product(x: Array, weight: Array, dtype: jnp.dtype) -> Array:
+    """`product` without its rule for gradients."""
+    return jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype), preferred_element_type=dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -22,11 +40,11 @@ def product(
     batch add up float32. Cotangents are rounded to the dtype of x: left to JAX, a float32 cotangent of bfloat16
     factors makes a float32 copy of W (2.5 GiB for Gemma's head) and a product at the rate of float32.
     """
-    return jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype), preferred_element_type=dtype)
+    return plain_product(x, weight, dtype)
 
 
 def _forward(x: Array, weight: Array, dtype: jnp.dtype) -> tuple[Array, tuple[Array, Array]]:
-    return product(x, weight, dtype), (x, weight)
+    return plain_product(x, weight, dtype), (x, weight)
 
 
 def _backward(dtype: jnp.dtype, kept: tuple[Array, Array], out: Array) -> tuple[Array, Array]:
@@ -64,18 +82,22 @@ def product_of_few(
     return jax.lax.optimization_barrier(turned).T.reshape(*x.shape[:-1], -1)
 
 
+def _plain_contract(left: Array, right: Array, names: str) -> Array:
+    return jnp.einsum(names, left, right, preferred_element_type=wide(left.dtype))
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def contract(left: Array, right: Array, names: str) -> Array:
-    """`jnp.einsum` of two activations of one dtype, in float32.
+    """`jnp.einsum` of two activations of one dtype, in float32 (`wide`).
 
     Cotangents are rounded to the factors' dtype, as in fused attention kernels: left to JAX, those of bfloat16 factors
     are multiplied at the rate of float32.
     """
-    return jnp.einsum(names, left, right, preferred_element_type=jnp.float32)
+    return _plain_contract(left, right, names)
 
 
 def _contract_forward(left: Array, right: Array, names: str) -> tuple[Array, tuple[Array, Array]]:
-    return contract(left, right, names), (left, right)
+    return _plain_contract(left, right, names), (left, right)
 
 
 def _contract_backward(names: str, kept: tuple[Array, Array], out: Array) -> tuple[Array, Array]:

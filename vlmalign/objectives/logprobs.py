@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from vlmalign.mesh import per_shard
-from vlmalign.models.product import product
+from vlmalign.models.product import plain_product, product, wide
 from vlmalign.shapes import Array, Float, Int
 
 
@@ -29,7 +29,7 @@ def score_logits(logits: Float[Array, "m vocab"], tokens: Int[Array, "m"], *, co
     >>> [round(float(x[0]), 4) for x in found]
     [-1.3863, 1.3863, -1.3863]
     """
-    z = logits.astype(jnp.float32)
+    z = logits.astype(wide(logits.dtype))
     top = jax.lax.stop_gradient(jnp.max(z, axis=-1, keepdims=True))
     # One array of exponentials serves all sums, and the gradient: on CPUs its making costs as much as a product.
     below = z - top
@@ -69,6 +69,10 @@ def token_logprobs(
     return jax.tree.map(lambda s: s.reshape(tokens.shape), scores)
 
 
+#: (states, head, dtype) -> logits
+Multiply = Callable[[Array, Array, jnp.dtype], Array]
+
+
 class _How(NamedTuple):
     temperature: float
     softcap: float | None
@@ -82,8 +86,12 @@ class _How(NamedTuple):
 
 
 def _plain_scores(states: Float[Array, "m embed"], head: Array, tokens: Int[Array, "m"], how: _How) -> TokenScores:
+    return _scores_by(product, states, head, tokens, how)
+
+
+def _scores_by(multiply: Multiply, states: Array, head: Array, tokens: Array, how: _How) -> TokenScores:
     def one(x: Array, y: Array, head: Array) -> TokenScores:
-        return how.scores(product(x, head, jnp.dtype("float32")), y)
+        return how.scores(multiply(x, head, wide(x.dtype)), y)
 
     return _in_chunks(jax.checkpoint(one), states, tokens, head, how.chunk)
 
@@ -95,7 +103,7 @@ def _scores_and_slopes(states: Any, head: Any, tokens: Any, how: _How) -> tuple[
     """The arguments say whether they are differentiated (`symbolic_zeros`)."""
 
     def one(x: Array, y: Array, head: Array) -> tuple[TokenScores, Array]:
-        raw = product(x, head, jnp.dtype("float32"))
+        raw = plain_product(x, head, wide(x.dtype))
         scores, back = jax.vjp(lambda raw: how.scores(raw, y), raw)
         zeros = jax.tree.map(jnp.zeros_like, scores)
         (slope,) = back(zeros._replace(logp=jnp.ones_like(scores.logp)))
@@ -103,7 +111,7 @@ def _scores_and_slopes(states: Any, head: Any, tokens: Any, how: _How) -> tuple[
 
     kept = (states.value, head.value, tokens.value)
     if head.perturbed:
-        return _scores(*kept, how), (*kept, None)
+        return _scores_by(plain_product, *kept, how), (*kept, None)
     scores, slopes = _in_chunks(one, *(kept[i] for i in (0, 2, 1)), how.chunk)
     return scores, (*kept, slopes)
 
