@@ -12,7 +12,6 @@ from vlmalign.config_yaml import read_yaml
 from vlmalign.data.sources.formats import SOURCES
 from vlmalign.exporting.model_card import card_of
 from vlmalign.reporting import model_card
-from vlmalign.reporting.html import write_report
 from vlmalign.reporting.model_card import TERMS, card, write_cards
 from vlmalign.reporting.run_folder import read_run
 
@@ -134,9 +133,9 @@ def test_a_name_cannot_break_the_table(run):
     assert "| &lt;b>a&#124;b' # c (in-schema) |" in said
 
 
-def test_the_report_writes_a_card_of_every_finished_stage_alone(run):
+def test_every_finished_stage_has_a_card_and_no_other(run):
     (run / "stages/dpo/made.json").rename(run / "stages/dpo/begun.json")
-    write_report(run)
+    write_cards(read_run(run))
     assert {path.parent.name for path in run.glob("stages/*/model_card.md")} == {"sft", "grpo-hard", "grpo-nuanced"}
     shutil.rmtree(run / "scores")
     assert "Not scored on any set." in write_cards(read_run(run))[0].read_text()

@@ -72,7 +72,7 @@ def test_printed_averages_are_the_means_of_the_printed_labels():
 def test_what_the_headline_hides_is_computed_from_the_printed_numbers(run):
     told = tables(run)["chexpert"].sentences[0]
     assert "mean of 14 0.282 → 0.346, +0.064 (+23 %); mean of the 9 shared 0.264 → 0.274, +0.010 (+4 %)" in told
-    assert "Lung Opacity alone is 65 % of the gain" in told
+    assert "Lung Opacity alone is 65 % of the gain over 14 labels." in told
     first, _, third, _ = tables(run)["nih"].sentences
     assert "(+23 %)" in first  # SFT's NIH gain is one label's
     assert "Pneumothorax alone is 83 % of the gain" in first

@@ -381,8 +381,13 @@ def test_labels_have_floors_and_caps_of_their_own(run, tmp_path):
     path.write_text(json.dumps(record | {"floors": {first: 0.9}, "caps": {second: 0.4}}))
     (coverage,) = read_run(own).coverage.values()
     assert (coverage["floors"][first], coverage["floors"][second], coverage["caps"][second]) == (0.9, 0.05, 0.4)
-    page = write_report(own).read_text()
-    assert "below the floor</caption>" in page
+    text = write_report(own).read_text()
+    assert "below the set's floor</caption>" in text
+    (row,) = re.findall(rf'<tr><th scope="row">{first}</th>(.*?)</tr>', text[text.index('id="coverage"') :], re.S)[:1]
+    home = coverage["sets"]["home"]
+    below = home["counts"][first] / home["films"] < 0.05
+    # The pool has no floor, train.sft and train.rl are far below theirs, and home has one of its own.
+    assert [" low" in cell for cell in re.findall("<td.*?</td>", row, re.S)] == [False, True, True, below]
 
 
 def test_every_stage_has_its_curves(text):

@@ -1,7 +1,7 @@
 """Several answers to each film: majority vote, pass@k, and label probabilities with AUROC and calibration.
 
-With K samples of a film, a label's **probability** is the share of them that name it; one that is not valid names nothing
-and counts. The **majority vote** names the labels that more than half name (a tie does not), and is valid where more than
+With K samples of a film, a label's **probability** is the share of them that name it, or the mean of the probabilities that
+their rows give; one that is not valid names nothing and counts. The **majority vote** names the labels that more than half name (a tie does not), and is valid where more than
 half are. **pass@k** is the chance that one of k samples is exactly right; with c right ones among K its unbiased estimate
 (Chen et al., Evaluating Large Language Models Trained on Code, 2021, eq. 1), averaged over films, is
 
@@ -25,6 +25,7 @@ from vlmalign.evaluation.f1 import label_matrix
 Row = Mapping[str, Any]
 
 PROBABILITY = "share of the samples that name the label"
+FIRST_TOKEN = "probability of the label's first token at <solution>, given the reasoning; the mean over samples"
 
 
 def majority_vote(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -57,16 +58,16 @@ def score_samples(
     draws: int = 1000,
     level: float = 0.95,
     seed: int = 0,
+    given: bool = False,
 ) -> dict[str, Any]:
     """What several samples of a film tell beyond their vote: "n" samples, "fail_rate" of single samples, "pass_at_k" (a
     list of intervals with their k), what "probability" means, and "blocks", one per label subset, of "macro_auroc",
-    "macro_labels", "ece", "bins" and "per_label"."""
+    "macro_labels", "ece", "bins" and "per_label". `given`: a label's probability is the mean of those in the rows
+    ("probability": label -> number, null counting as 0), not the share of samples that name it."""
     films = _by_film(rows)
     patients = [samples[0]["patient"] for samples in films]
     truth = label_matrix([samples[0]["truth"] for samples in films], tuple(labels))
-    votes = np.stack(
-        [label_matrix([row["predicted"] for row in samples], tuple(labels)).mean(axis=0) for samples in films]
-    )
+    votes = np.stack([(_given if given else _shares)(samples, tuple(labels)) for samples in films])
     settings = {"draws": draws, "level": level, "seed": seed}
     blocks = {}
     for name, subset in ({"all": tuple(labels)} if subsets is None else subsets).items():
@@ -105,9 +106,19 @@ def score_samples(
             }
             for k in _ks(count)
         ],
-        "probability": PROBABILITY,
+        "probability": FIRST_TOKEN if given else PROBABILITY,
         "blocks": blocks,
     }
+
+
+def _shares(samples: Sequence[Row], labels: tuple[str, ...]) -> np.ndarray:
+    """Of a film's samples, those that name each label."""
+    return label_matrix([row["predicted"] for row in samples], labels).mean(axis=0)
+
+
+def _given(samples: Sequence[Row], labels: tuple[str, ...]) -> np.ndarray:
+    """The mean of the probabilities in a film's rows; an answer that is not valid has none."""
+    return np.mean([[(row["probability"] or {}).get(label, 0.0) for label in labels] for row in samples], axis=0)
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:

@@ -246,18 +246,20 @@ def gain(
     """What the mean F1 gains over each set of labels, and how much of the gain over the first is one label's.
 
     >>> gain({"a": 0.2, "b": 0.4}, {"a": 0.6, "b": 0.5}, {"mean of 2": ("a", "b"), "mean of 1": ("b",)}, "SFT", "GRPO")
-    'GRPO against SFT: mean of 2 0.300 → 0.550, +0.250 (+83 %); mean of 1 0.400 → 0.500, +0.100 (+25 %). a alone is 80 % of the gain of mean of 2.'
+    'GRPO against SFT: mean of 2 0.300 → 0.550, +0.250 (+83 %); mean of 1 0.400 → 0.500, +0.100 (+25 %). a alone is 80 % of the gain over 2 labels.'
     """
     told = []
     for name, labels in subsets.items():
         low, high = _mean(before, labels), _mean(after, labels)
         part = f" ({100 * (high / low - 1):+.0f} %)".replace("-", "\u2212") if low else ""
         told.append(f"{name} {number(low)} → {number(high)}, {signed(high - low)}{part}")
-    name, labels = next(iter(subsets.items()))
+    labels = next(iter(subsets.values()))
     gains = {label: after[label] - before[label] for label in labels}
     most, total = max(gains, key=gains.__getitem__), sum(gains.values())
     # Of a sum that does not grow no label has a share.
-    alone = f" {most} alone is {share(gains[most] / total, 0)} of the gain of {name}." if total > 0 else ""
+    alone = (
+        f" {most} alone is {share(gains[most] / total, 0)} of the gain over {len(labels)} labels." if total > 0 else ""
+    )
     return f"{second} against {first}: {'; '.join(told)}.{alone}"
 
 

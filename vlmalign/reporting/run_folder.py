@@ -158,8 +158,8 @@ def _coverage(folders: Iterable[Path], sections: Mapping[str, Any]) -> dict[str,
         if source in found and found[source]["labels"] != coverage["labels"]:
             source = folder.name
         joined = found.setdefault(source, {"labels": coverage["labels"], "floors": {}, "caps": {}, "sets": {}})
-        for label in coverage["labels"]:
-            floor = coverage["floors"].get(label, coverage["floor"] or 0)
+        floors = {label: coverage["floors"].get(label, coverage["floor"] or 0) for label in coverage["labels"]}
+        for label, floor in floors.items():
             joined["floors"][label] = max(joined["floors"].get(label, 0), floor)
             joined["caps"][label] = min(joined["caps"].get(label, 1), coverage["caps"].get(label, 1))
         for part, drawn in coverage["sets"].items():
@@ -171,7 +171,8 @@ def _coverage(folders: Iterable[Path], sections: Mapping[str, Any]) -> dict[str,
             plain = part == POOL or folder.name not in sections
             name = folder.name if part == WHOLE else part if plain else f"{folder.name}.{part}"
             if drawn["films"]:
-                joined["sets"][name] = drawn
+                # The floor of one set is none of the others that are drawn from its source.
+                joined["sets"][name] = {**drawn, "floors": {} if part == POOL else floors}
     return found
 
 

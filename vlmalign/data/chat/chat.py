@@ -76,6 +76,10 @@ class Chat:
             continuation = _join(pieces[first:])
             return Group(group_id, _join(pieces[:first]), (continuation,), _distinct(image_keys(kept)))
 
+    def begun(self, text: str) -> list[int]:
+        """Token ids of the beginning of an answer, to stand behind a prompt; no stop token ends it."""
+        return self._ids(text, "\n")
+
     def never_drawn(self, vocab: int) -> tuple[tuple[int, int], ...]:
         """Ranges [first, end) of the model's `vocab` ids that no answer may hold: those that the tokenizer does not know, and
         those that stand for images."""

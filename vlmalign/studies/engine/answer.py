@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,10 +75,13 @@ def predictions(
     dataset: str,
     labels: Sequence[str],
     name_image: Callable[[Path], str],
+    probabilities: Sequence[Sequence[Mapping[str, float] | None]] | None = None,
 ) -> list[Row]:
-    """One row for each answer. `labels`: the names that the set's truth is told in, where it has labels."""
+    """One row for each answer. `labels`: the names that the set's truth is told in, where it has labels; `probabilities`:
+    of these labels, for each answer, where they were computed."""
     rows = []
-    for question, case, own in zip(questions.items, questions.cases, answers, strict=True):
+    given = [None] * len(answers) if probabilities is None else probabilities
+    for question, case, own, likely in zip(questions.items, questions.cases, answers, given, strict=True):
         for sample, (completion, text) in enumerate(own):
             facts = task.read(text, question.columns)
             said = facts.values
@@ -100,5 +103,7 @@ def predictions(
                 "stopped": completion.stopped,
                 "image": None if case.image is None else name_image(case.image),
             }
+            if likely is not None:  # an answer that is not valid names nothing
+                row["probability"] = likely[sample] if facts.valid else None
             rows.append(row if len(own) == 1 else {**row, "sample": sample})
     return rows

@@ -76,6 +76,8 @@ class Answers(Config):
     task: str | None = None  #: null: the study's only task
     completion: Positive  #: longest answer, tokens
     samples: Positive = 1  #: answers to each case; several are scored where they are label lists
+    #: of a label: the share of the samples that name it, or of its first token at <solution> given the reasoning
+    probability: Literal["samples", "first-token"] = "samples"
     temperature: Annotated[float, Field(ge=0)] = 0.0  #: 0: greedy
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     draws: Positive = 1000  #: of the bootstrap
@@ -219,7 +221,11 @@ class StudyConfig(Config):
         problems = [*self._names(), *self._unknown_stages()]
         problems = problems or [*self._cycles()]
         problems = problems or [*self._bases(), *self._references_to_sets()]
-        problems = problems or [*self._needs_tasks(), *self._roles(), *report_problems(self.report, self.answers)]
+        problems = problems or [
+            *(*self._needs_tasks(), *self._roles()),
+            *report_problems(self.report, self.answers),
+        ]
+        problems = problems or [*self._probabilities()]
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -317,6 +323,14 @@ class StudyConfig(Config):
             elif len(self.tasks) != 1 and self.needs_task(ref):
                 known = ", ".join(self.tasks) or "none"
                 yield f"{where}: required, but not given: what is asked about the set {ref}; tasks of this study: {known}"
+
+    def _probabilities(self) -> Iterable[str]:
+        for name, entry in self.answers.items():
+            task = self.task_of(entry.task)
+            if entry.probability == "first-token" and not (
+                task is not None and isinstance(task[1], LabelsTask) and task[1].form != "plain"
+            ):
+                yield f"answers.{name}.probability: first-token is of label lists in a <solution> block (form: think or solution)"
 
     def needs_task(self, ref: str) -> bool:
         """Rows of turns are questions already; all other cases need a task to be asked about."""

@@ -15,6 +15,7 @@ from vlmalign.studies.engine.stage_config import Stage
 
 #: settings younger than a kind's first records: kind -> the values that they had when nobody could set them
 BEFORE: Mapping[str, Mapping[str, Any]] = {
+    "answers": {"probability": "samples"},
     "scores": {"subgroups": {}},
     "set": {"floors": {}, "cap": None, "caps": {}, "source": {"labels": {"lists": False, "blank": "none"}}},
 }

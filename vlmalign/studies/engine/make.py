@@ -23,6 +23,7 @@ from vlmalign.studies.engine.base import Base, State
 from vlmalign.studies.engine.config import stage_ref
 from vlmalign.studies.engine.data_config import Data
 from vlmalign.studies.engine.files import digest_of, manifest, write_json, write_rows
+from vlmalign.studies.engine.first_token import first_token_probabilities
 from vlmalign.studies.engine.folder import open_to_group
 from vlmalign.studies.engine.graph import Edge, Node
 from vlmalign.studies.engine.image_names import image_names
@@ -222,8 +223,23 @@ def make_answers(making: Making, base: Base) -> None:
     policy = base.policy(state_of(study, base, node.parents["stage"]), where)
     answers = answer(base, generator, policy, found, seed=config.seed, advance=advance)
     labels = study.cases(node.set).labels
+    probabilities = None
+    if entry.probability == "first-token":
+        progress.stage(f"first tokens {node.set}, {node.stage}", max(1, sum(map(len, answers))))
+        done = 0
+        probabilities = first_token_probabilities(
+            base.model(None), policy, found.groups, answers, labels,
+            chat=base.front.chat, features=base.features, advance=advance,
+        )  # fmt: skip
     rows = predictions(
-        task, found, answers, stage=node.stage, dataset=node.set, labels=labels, name_image=image_names(config)
+        task,
+        found,
+        answers,
+        stage=node.stage,
+        dataset=node.set,
+        labels=labels,
+        name_image=image_names(config),
+        probabilities=probabilities,
     )
 
     def write() -> None:

@@ -17,7 +17,7 @@ from vlmalign.evaluation.human_readers import read_readings
 from vlmalign.exchange import agree, from_first
 from vlmalign.progress import Progress
 from vlmalign.studies.engine.base import base_devices
-from vlmalign.studies.engine.config import StudyConfig
+from vlmalign.studies.engine.config import StudyConfig, stage_ref
 from vlmalign.studies.engine.devices import Devices
 from vlmalign.studies.engine.files import Hashes
 from vlmalign.studies.engine.folder import (
@@ -132,6 +132,15 @@ def _devices(study: Opened, base: str) -> Devices:
     trained = {name: stage for name, stage in config.trained.items() if config.base_of(name) == base}
     whole = any(study.spec(name) is None for name in trained)
     devices = base_devices(section, study.front(base), config.mesh, whole=whole)
+    if devices.mesh is not None:
+        for name, entry in config.answers.items():
+            if entry.probability == "first-token" and any(
+                config.base_of(stage_ref(ref).name) == base for ref in entry.stages
+            ):
+                raise ValueError(
+                    f"answers.{name}.probability: first-token is computed on one device, found {devices.mesh.size}; use the "
+                    "share of the samples, or start the run on one"
+                )
     for name, stage in trained.items():
         devices.require_rows(stage.shapes.rows, f"stages.{name}.shapes.rows")
         if isinstance(stage, Policy):

@@ -75,8 +75,9 @@ def score_answers(study: Opened, name: str) -> dict[str, Any]:
             options |= {"labels": cases.labels, "subsets": subsets(cases.labels, [c.labels for c in sets.values()])}
         for stage in entry.stages:
             results = score(task, rows[stage, ref], **options)
-            if entry.samples > 1:
-                results["samples"] = score_samples(sampled[stage, ref], **options)
+            if entry.samples > 1 or entry.probability == "first-token":
+                given = entry.probability == "first-token"
+                results["samples"] = score_samples(sampled[stage, ref], **options, given=given)
             found["results"].append({"stage": stage, "dataset": ref, "results": results})
         for column, grouping in entry.subgroups.items():
             groups = groups_of(cases.column(column), grouping)
