@@ -86,6 +86,16 @@ def test_a_stage_becomes_a_peft_folder(run, capsys):
     assert_close(torch_logits(module), probe_logits(model, {**family("gemma3").params, **found.params}), 1e-5)
 
 
+def test_the_card_of_the_stage_goes_with_the_weights(run, capsys, monkeypatch):
+    monkeypatch.setattr(
+        "vlmalign.exporting.model_card.card_of", lambda adapter, merged: f"{adapter.name}, merged: {merged}"
+    )
+    assert export("--adapter", run / "sft", "--out", run.parent / "out") == 0
+    assert (run.parent / "out" / "README.md").read_text() == "sft, merged: False"
+    assert f"card     {run.parent}/out/README.md" in capsys.readouterr().out
+    assert load_adapter(run.parent / "out", family("gemma3").model.config).params
+
+
 def test_a_stage_becomes_a_merged_model_of_its_best_state(run, capsys):
     out = run.parent / "out"
     assert export("--adapter", run / "grpo", "--out", out, "--merge", "--max-shard-gb", 3e-5) == 0

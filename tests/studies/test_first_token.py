@@ -2,7 +2,6 @@
 
 import itertools
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,7 +31,7 @@ class Words(dict):
         super().__init__()
         self.pattern = pattern
 
-    def begun(self, text: str) -> list[int]:
+    def answer_ids(self, text: str) -> list[int]:
         return [self.setdefault(piece, len(self)) for piece in re.findall(self.pattern, text, re.DOTALL)]
 
     def text(self, ids) -> str:
@@ -51,8 +50,8 @@ class Words(dict):
 )  # fmt: skip
 def test_the_place_is_where_labels_begin(pattern, answer, lead, first):
     chat = Words(pattern)
-    prompt = Group(7, text_segment(chat.begun("Q")), (), ("film.png",))
-    place = place_of(prompt, chat, answer, LABELS)
+    prompt = Group(7, text_segment(chat.answer_ids("Q")), (), ("film.png",))
+    place = place_of(prompt, chat.answer_ids, answer, LABELS)
     assert chat.text(place.group.prompt.tokens) == "Q<think>Fluid.</think>" + lead
     assert [chat.text(each.tokens) for each in place.group.continuations] == first
     assert place.token == {"Edema": 0, "Fracture": 1, "Pleural Other": 2, "Pleural Effusion": 2}
@@ -61,11 +60,11 @@ def test_the_place_is_where_labels_begin(pattern, answer, lead, first):
 
 @pytest.mark.parametrize("answer", ["Edema", "<solution>a</solution><solution>b</solution>", ""])
 def test_an_answer_without_one_solution_has_no_place(answer):
-    assert place_of(Group(0, text_segment([1]), (), ()), Words("."), answer, LABELS) is None
+    assert place_of(Group(0, text_segment([1]), (), ()), Words(".").answer_ids, answer, LABELS) is None
 
 
 def test_a_label_that_begins_another_shares_its_token():
-    place = place_of(Group(0, text_segment([1]), (), ()), Words("."), ANSWER, ("a", "ab"))
+    place = place_of(Group(0, text_segment([1]), (), ()), Words(".").answer_ids, ANSWER, ("a", "ab"))
     assert [*place.token.values()] == [0, 0]
 
 
@@ -78,10 +77,16 @@ def test_probabilities_are_the_models_own(tmp_path):
         chat.prompt([{"role": "user", "content": text}], group_id=i) for i, text in enumerate(("Which?", "And now?"))
     ]
     texts = [[ANSWER, "nothing"], [ANSWER.replace("Fluid.", "Clear."), ANSWER]]
-    answers = [[SimpleNamespace(text=text) for text in own] for own in texts]
     told: list[int] = []
     found = first_token_probabilities(
-        model, load_params(folder, model), prompts, answers, LABELS, chat=chat, features=None, advance=told.append
+        model,
+        load_params(folder, model),
+        prompts,
+        texts,
+        LABELS,
+        answer_ids=chat.answer_ids,
+        features=None,
+        advance=told.append,
     )
     assert sum(told) == 3
     assert found[0][1] is None

@@ -76,7 +76,7 @@ class Chat:
             continuation = _join(pieces[first:])
             return Group(group_id, _join(pieces[:first]), (continuation,), _distinct(image_keys(kept)))
 
-    def begun(self, text: str) -> list[int]:
+    def answer_ids(self, text: str) -> list[int]:
         """Token ids of the beginning of an answer, to stand behind a prompt; no stop token ends it."""
         return self._ids(text, "\n")
 

@@ -4,7 +4,8 @@
 
 The answer is cut after `<solution>`, and each label is written there. Where their tokens first differ from one another, or
 from the answer as cut, is the place at which the model chooses: the label's token there is its first one. Labels that begin
-with one token have one probability. Only one label can stand at that place, so probabilities of all labels sum to at most 1.
+with one token have one probability. Only one token can stand at that place, so the probabilities of all of them sum to at
+most 1.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vlmalign.data.chat.chat import Chat
 from vlmalign.evaluation.scoring import score_groups, text_segment
 from vlmalign.models.model import Model, Params
 from vlmalign.rollout.features import FeatureStore
-from vlmalign.training.shared_rollouts import Answer
 from vlmalign.types import Group, Segment
 
 #: an answer up to where its labels begin, white space of its own included
 BEFORE = re.compile(r".*<solution>\s*", re.DOTALL)
+
+#: the beginning of an answer -> its token ids (`Chat.answer_ids`)
+AnswerIds = Callable[[str], list[int]]
 
 
 class Place(NamedTuple):
@@ -33,13 +35,13 @@ class Place(NamedTuple):
     token: Mapping[str, int]  #: label -> place of its token among the continuations
 
 
-def place_of(prompt: Group, chat: Chat, answer: str, labels: Sequence[str]) -> Place | None:
+def place_of(prompt: Group, answer_ids: AnswerIds, answer: str, labels: Sequence[str]) -> Place | None:
     """The place of an answer's first label; None for one that has not exactly one `<solution>`."""
     before = BEFORE.match(answer)
     if before is None or answer.count("<solution>") != 1:
         return None
-    written = {label: chat.begun(before[0] + label) for label in labels}
-    at = _differ([chat.begun(before[0]), *written.values()])
+    written = {label: answer_ids(before[0] + label) for label in labels}
+    at = _differ([answer_ids(before[0]), *written.values()])
     at = min(at, *(len(ids) - 1 for ids in written.values()))
     first = {label: ids[at] for label, ids in written.items()}
     tokens = list(dict.fromkeys(first.values()))
@@ -60,16 +62,16 @@ def first_token_probabilities(
     model: Model,
     params: Params,
     prompts: Sequence[Group],
-    answers: Sequence[Sequence[Answer]],
+    answers: Sequence[Sequence[str]],
     labels: Sequence[str],
     *,
-    chat: Chat,
+    answer_ids: AnswerIds,
     features: FeatureStore | None,
     advance: Callable[[int], None] = lambda done: None,
 ) -> list[list[dict[str, float] | None]]:
     """Label -> probability for every answer to every prompt; None where there is no place for a label."""
     places = [
-        [place_of(prompt, chat, each.text, labels) for each in own]
+        [place_of(prompt, answer_ids, each, labels) for each in own]
         for prompt, own in zip(prompts, answers, strict=True)
     ]
     known = [place for own in places for place in own if place is not None]

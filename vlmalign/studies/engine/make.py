@@ -228,8 +228,8 @@ def make_answers(making: Making, base: Base) -> None:
         progress.stage(f"first tokens {node.set}, {node.stage}", max(1, sum(map(len, answers))))
         done = 0
         probabilities = first_token_probabilities(
-            base.model(None), policy, found.groups, answers, labels,
-            chat=base.front.chat, features=base.features, advance=advance,
+            base.model(None), policy, found.groups, [[each.text for each in own] for own in answers], labels,
+            answer_ids=base.front.chat.answer_ids, features=base.features, advance=advance,
         )  # fmt: skip
     rows = predictions(
         task,
