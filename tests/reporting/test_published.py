@@ -155,3 +155,16 @@ def test_the_study_answers_every_system_and_a_report_makes_nothing_stale(monkeyp
     bare = study.model_copy(update={"report": type(study.report)()})
     assert build_graph(bare) == build_graph(study)
     assert load_study(STUDY.with_name("small.yaml")).report.beside == "chexreason"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("{nih: {MedGemma: test}}", "study.yaml: report.rows.nih.MedGemma: expected ENTRY/STATE/SET"),
+        ("{nih: [MedGemma]}", "study.yaml: report.rows, nih: expected an object, found a list"),
+    ],
+)
+def test_a_run_folder_that_does_not_fit_is_named(tmp_path, rows, message):
+    (tmp_path / "study.yaml").write_text(f"report: {{beside: chexreason, rows: {rows}}}\n")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        write_report(tmp_path)

@@ -21,7 +21,7 @@ from vlmalign.reporting import filter_script
 from vlmalign.reporting.boards import title
 from vlmalign.reporting.examples import Example, example, films
 from vlmalign.reporting.pages import environment, stylesheet, write_page
-from vlmalign.reporting.record import Entry, Row, Run
+from vlmalign.reporting.record import Entry, Row, Run, inner
 from vlmalign.reporting.styles import stage_styles
 
 FOLDER = "galleries"
@@ -112,15 +112,14 @@ def choose_films(rows: Iterable[Row], seed: int, most: int = MOST) -> list[str]:
 
 def question(run: Run, entry: str) -> str:
     """What the answers of an entry were asked, as the study has it; empty where it does not say it."""
-    tasks = run.settings.get("tasks") or {}
-    name = ((run.settings.get("answers") or {}).get(entry) or {}).get("task")
-    task = tasks.get(name) if name else next(iter(tasks.values())) if len(tasks) == 1 else None
-    return str((task or {}).get("prompt") or "")
+    tasks = inner(run.settings, "tasks")
+    only = next(iter(tasks)) if isinstance(tasks, Mapping) and len(tasks) == 1 else ""
+    return str(inner(tasks, str(inner(run.settings, "answers", entry, "task") or only), "prompt") or "")
 
 
 def _write(run: Run, entry: Entry, dataset: str, place: int) -> Gallery | None:
     rows = [row for row in entry.predictions if row["dataset"] == dataset and not row.get("sample")]
-    rows = [row for row in rows if isinstance(row.get("truth"), list) and isinstance(row.get("predicted"), list)]
+    rows = [row for row in rows if _is_labels(row.get("truth")) and _is_labels(row.get("predicted"))]
     if not rows:
         return None
     styles = stage_styles(run)
@@ -162,6 +161,10 @@ def _write(run: Run, entry: Entry, dataset: str, place: int) -> Gallery | None:
     (run.path / file).parent.mkdir(parents=True, exist_ok=True)
     write_page(run.path / file, page)
     return Gallery(name, file, len(chosen), len(by_case))
+
+
+def _is_labels(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
 
 
 def _labels(entry: Entry, dataset: str) -> list[str]:

@@ -18,7 +18,7 @@ from vlmalign.reporting.boards import FEWEST
 from vlmalign.reporting.json_files import read_object, read_rows
 from vlmalign.reporting.json_shape import Values
 from vlmalign.reporting.pages import write_page
-from vlmalign.reporting.record import KIND_NAMES, Row, Run, Stage
+from vlmalign.reporting.record import KIND_NAMES, Row, Run, Stage, inner
 from vlmalign.reporting.score_file import numbers
 from vlmalign.reporting.visible_text import plain
 from vlmalign.reporting.words import bounds, number, share
@@ -118,8 +118,7 @@ def _line(run: Run, stage: Stage) -> list[Stage]:
 
 def _base(run: Run, first: Stage) -> str:
     """The last part of the base's folder: all of its name that is not of this machine."""
-    section = (run.settings.get("stages") or {}).get(first.name) or {}
-    return PurePath(str(section.get("path") or first.name)).name
+    return PurePath(str(inner(run.settings, "stages", first.name, "path") or first.name)).name
 
 
 def _record(run: Run, stage: Stage) -> Row:
@@ -156,8 +155,8 @@ def _sets(run: Run, stage: Stage, line: Sequence[Stage]) -> list[_Set]:
         if each.folder:
             settings = _record(run, each)["settings"]
             for role, section in (("training", settings), ("validation", settings.get("validation"))):
-                if ref := ((section or {}).get("data") or {}).get("set"):
-                    wanted[ref, f"{role} of {each.name}"] = None
+                if ref := inner(section, "data", "set"):
+                    wanted[str(ref), f"{role} of {each.name}"] = None
     for entry in run.entries:
         for dataset, results in entry.scores.results.items() if entry.scores else ():
             if stage.name in results:
@@ -218,7 +217,7 @@ def _scores(run: Run, stage: Stage) -> list[str]:
         return [*lines, "Not scored on any set.", ""]
     lines += _table(("answers", "set", "score", "value [interval]", "cases", "patients", "not valid"), rows)
     said = f"Intervals resample patients ({'; '.join(sorted(made))})." if made else ""
-    return [*lines, f"{said}{f' Run of {date}.' if date else ''}".strip(), ""]
+    return [*lines, f"{said}{f' Run of {_text(date)}.' if date else ''}".strip(), ""]
 
 
 def _interval(score: Row) -> str:
@@ -230,7 +229,7 @@ def _limits(run: Run, stage: Stage, line: Sequence[Stage]) -> list[str]:
     lines = [
         "- Not for clinical use: no score here says how the model would do on the films or records of your clinic.",
         "- The reasoning is text that the model writes; it may be wrong where the answer is right, and was not checked.",
-        f"- One run of seed {run.settings.get('seed', 0)}: another seed gives other numbers.",
+        f"- One run of seed {_text(run.settings.get('seed', 0))}: another seed gives other numbers.",
     ]
     if any(each.source.get("invented") for each in _sets(run, stage, line)):
         lines.append(
@@ -263,7 +262,7 @@ def _repeat(stage: Stage, made: Row) -> list[str]:
         f"With vlmalign {made['versions'].get('vlmalign', '(version not recorded)')} and `study.yaml` of the run folder, whose paths "
         "name the data and the base:",
         "",
-        f"    vlmalign run study.yaml --run NEW_FOLDER --only stages/{stage.name}",
+        f"    vlmalign run study.yaml --run NEW_FOLDER --only stages/{_text(stage.name)}",
         "",
     ]
 
@@ -282,7 +281,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in lines] + [""]
 
 
-def _text(text: str) -> str:
+def _text(text: object) -> str:
     """A name of a run's files, which must not become markup."""
     one = " ".join(plain(str(text)).split())
     return one.replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;").replace("`", "'")

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vlmalign.reporting.json_files import read_yaml
-from vlmalign.reporting.record import Row, Run
+from vlmalign.reporting.json_shape import Values, check_shape
+from vlmalign.reporting.record import Row, Run, inner
 from vlmalign.reporting.words import listed, number, share, signed
 
 #: the papers whose tables are in FOLDER
@@ -93,11 +94,18 @@ def systems(table: Row) -> tuple[str, ...]:
 
 def beside(run: Run, fewest: int) -> Beside | None:
     """The tables of the paper that the study names; None where it names none. Labels with fewer than `fewest` positive
-    cases are marked."""
-    section = (run.settings or {}).get("report") or {}
-    if section.get("beside") not in PAPERS:
+    cases are marked.
+
+    Raises:
+        ValueError: naming the run's file, where its `report` section does not fit the paper.
+    """
+    chosen, rows = inner(run.settings, "report", "beside"), inner(run.settings, "report", "rows") or {}
+    if chosen not in PAPERS:
         return None
-    paper, rows = read_paper(section["beside"]), section.get("rows") or {}
+    check_shape(rows, Values(Values(str)), f"{run.path / run.config_name}: report.rows")
+    if wrong := [*problems(chosen, rows)]:
+        raise ValueError(f"{run.path / run.config_name}: {wrong[0]}; correct the file")
+    paper = read_paper(chosen)
     shared = min((tuple(table["labels"]) for table in paper["tables"].values() if "labels" in table), key=len)
     made = []
     for name, table in paper["tables"].items():
@@ -267,14 +275,14 @@ def _unknown(name: str, known: Iterable[str]) -> str:
     return f"{name!r}; known: {listed([*known])}"
 
 
-def problems(section: Row) -> Iterator[str]:
-    """What of a study's `report` section names a paper, table or system that is not there, and how references are written."""
-    rows = section["rows"]
-    if section["beside"] is None:
+def problems(paper: str | None, rows: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
+    """What of a study's `report.rows` names a table or system that the paper has not, or answers in another way than
+    ENTRY/STATE/SET."""
+    if paper is None:
         if rows:
             yield "report.rows: needs report.beside, the paper whose tables they stand in"
         return
-    tables = read_paper(section["beside"])["tables"]
+    tables = read_paper(paper)["tables"]
     for name, chosen in rows.items():
         if name not in tables:
             yield f"report.rows: no table {_unknown(name, tables)}"

@@ -14,6 +14,17 @@ KIND_NAMES = {"model": "model", "adapter": "adapter", "sft": "SFT", "dpo": "DPO"
 Row = Mapping[str, Any]
 
 
+def inner(value: Any, *names: str) -> Any:
+    """What stands in nested sections under these names; None where there is no such thing.
+
+    >>> inner({"sets": {"test": {"from": "films"}}}, "sets", "test", "from"), inner({"sets": []}, "sets", "test")
+    ('films', None)
+    """
+    for name in names:
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
 @dataclass(frozen=True)
 class Stage:
     """A model, an adapter, or a stage of training."""
@@ -79,10 +90,12 @@ class Run:
     def source_of(self, ref: str) -> Row:
         """The section of the source that a set (`test`, `train.rl`) is drawn from, and whether it is "invented"; of version
         0.1 that alone."""
-        sets, sources = (self.settings.get(name) or {} for name in ("sets", "sources"))
-        found = sources.get((sets.get(ref.partition(".")[0]) or {}).get("from")) or {}
+        sources = inner(self.settings, "sources")
+        names = sources if isinstance(sources, Mapping) else {}
+        found = inner(sources, str(inner(self.settings, "sets", ref.partition(".")[0], "from")))
+        found = found if isinstance(found, Mapping) else {}
         # A source can read another split of what is invented for one.
-        roots = [each.get("root") for each in sources.values() if each.get("phantom")]
+        roots = [inner(sources, name, "root") for name in names if inner(sources, name, "phantom")]
         return {**found, "invented": found.get("root") is not None and found["root"] in roots}
 
     def place(self, state: str) -> int:

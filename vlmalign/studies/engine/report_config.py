@@ -22,7 +22,7 @@ class Report(Config):
 
 def problems(report: Report, answers: Mapping[str, Any]) -> Iterable[str]:
     """What the section names that the paper, or the study, does not have. `answers` is the study's section of that name."""
-    found = [*published.problems(report.model_dump())]
+    found = [*published.problems(report.beside, report.rows)]
     yield from found
     if not found:
         for table, rows in report.rows.items():
