@@ -193,3 +193,24 @@ def test_an_interval_of_a_share_takes_patients_whole():
         bootstrap_ratio(hits, [1] * 4, ["p"])
     with pytest.raises(ValueError, match="draws must be >= 1"):
         bootstrap_ratio(hits, [1] * 4, patients, draws=0)
+
+
+def test_reasoning_is_held_against_the_solution():
+    """By label and not by answer; with the task's synonyms; among the labels of the set; and only where there is any."""
+    task = LabelsTask(prompt="?", labels=("Edema", "Fracture"), synonyms={"Edema": ("wet lungs",)})
+    rows = [
+        row("1", "p", [], ["Edema", "Fracture"], reasoning="Wet lungs. No fracture."),
+        row("2", "q", [], ["Edema"], reasoning="Edema and a fracture."),
+        row("3", "r", [], [], reasoning="", valid=False),
+    ]
+    named, kept = 2 / 3, 2 / 3
+    curve, found = numbers(task, rows), score(task, rows, draws=20)["reasoning"]
+    assert (curve["reasoning_named"], curve["reasoning_kept"]) == pytest.approx((named, kept))
+    assert (found["named"]["value"], found["kept"]["value"]) == pytest.approx((named, kept))
+    assert (found["named"]["n"], found["kept"]["n"]) == (2, 2)
+    narrow = [{**each, "predicted": [label for label in each["predicted"] if label == "Edema"]} for each in rows]
+    assert numbers(task, narrow, labels=("Edema",))["reasoning_named"] == 1
+    plain = LabelsTask(prompt="?", labels=("Edema", "Fracture"), form="solution")
+    for own, lines in ((plain, rows), (task, [row("1", "p", [], ["Edema"])])):
+        assert "reasoning" not in score(own, lines, draws=20)
+        assert "reasoning_named" not in numbers(own, lines)

@@ -9,11 +9,11 @@ from vlmalign.data.phantoms.institutions import MIMIC_LIKE
 from vlmalign.data.phantoms.synthetic import plan_studies, truth_row
 from vlmalign.data.phantoms.traces import reason
 from vlmalign.data.sources.schema import CHEXPERT
+from vlmalign.tasks.mentions import claimed, label_faults, named
 from vlmalign.teaching.command import INSTRUCTIONS
 from vlmalign.teaching.films import Film
 from vlmalign.teaching.forms import FORMS, form_faults
 from vlmalign.teaching.leaks import LEAKS, leaks
-from vlmalign.teaching.mentions import claimed, label_faults, named
 from vlmalign.teaching.teacher import Teacher, read_instruction
 
 LEAKING = [

@@ -18,6 +18,7 @@ from vlmalign.tasks.choice import ChoiceTask
 from vlmalign.tasks.free import FreeTask
 from vlmalign.tasks.instructions import InstructionsTask
 from vlmalign.tasks.labels import LabelsTask
+from vlmalign.tasks.reasoning import Agreement, agreement, together
 from vlmalign.tasks.tasks import Task
 
 Row = Mapping[str, Any]
@@ -74,7 +75,8 @@ def score(
 
 
 def numbers(task: Task, rows: Sequence[Row], *, labels: Sequence[str] | None = None) -> dict[str, float | None]:
-    """Numbers for curves while training, without intervals: "n", "valid", "unknown" (shares of answers) and the kind's.
+    """Numbers for curves while training, without intervals: "n", "valid", "unknown" (shares of answers), "length" (mean
+    tokens of an answer) and the kind's.
 
     None where a number is undefined. `labels` as in `score`.
     """
@@ -82,6 +84,7 @@ def numbers(task: Task, rows: Sequence[Row], *, labels: Sequence[str] | None = N
         **METRICS[task.kind].numbers(task, rows, labels),
         "valid": sum(bool(row["valid"]) for row in rows) / len(rows),
         "unknown": unknown_rate(rows),
+        "length": sum(row["tokens"] for row in rows) / len(rows),
         "n": len(rows),
     }
 
@@ -102,17 +105,41 @@ def _score_labels(
     subsets: Mapping[str, tuple[str, ...]] | None,
     **bootstrap: Any,
 ) -> Results:
-    found = evaluate_predictions(rows, tuple(labels or task.names), subsets=subsets, **bootstrap)
+    names = tuple(labels or task.names)
+    found = evaluate_predictions(rows, names, subsets=subsets, **bootstrap)
     normal = task.excludes
     both = sum(normal in row["predicted"] and len(row["predicted"]) > 1 for row in rows)
-    return {**found, "contradiction_rate": None if normal is None else both / len(rows)}
+    agreed = _agreements(task, rows, names)
+    return {
+        **found,
+        "contradiction_rate": None if normal is None else both / len(rows),
+        **({"reasoning": _reasoning(agreed, [row["patient"] for row in rows], **bootstrap)} if agreed else {}),
+    }
+
+
+def _reasoning(agreed: Sequence[Agreement], patients: Sequence[str], **bootstrap: Any) -> Results:
+    """ "named" and "kept" of `tasks.reasoning`, with intervals."""
+    named = bootstrap_ratio([a.named for a in agreed], [a.solution for a in agreed], patients, **bootstrap)
+    kept = bootstrap_ratio([a.kept for a in agreed], [a.claimed for a in agreed], patients, **bootstrap)
+    return {"named": named._asdict(), "kept": kept._asdict()}
+
+
+def _agreements(task: LabelsTask, rows: Sequence[Row], names: Sequence[str]) -> list[Agreement]:
+    """Of every answer; none where the task asks for no reasoning, or rows hold none, as those of a vote."""
+    if task.form != "think" or not all("reasoning" in row for row in rows):
+        return []
+    return [agreement(row["reasoning"], row["predicted"], names, task.synonyms) for row in rows]
 
 
 def _label_numbers(task: LabelsTask, rows: Sequence[Row], labels: Sequence[str] | None) -> dict[str, float | None]:
     names = tuple(labels or task.names)
     truth, predicted = (label_matrix([row[key] for row in rows], names) for key in ("truth", "predicted"))
     values = f1_values(Counts(*outcomes(truth, predicted).sum(axis=0)))
-    return {"macro_f1": none_if_nan(values.macro), "micro_f1": none_if_nan(values.micro)}
+    found = {"macro_f1": none_if_nan(values.macro), "micro_f1": none_if_nan(values.micro)}
+    if agreed := _agreements(task, rows, names):
+        total = together(agreed)
+        found |= {"reasoning_named": total.named_share, "reasoning_kept": total.kept_share}
+    return found
 
 
 def _score_choice(

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vlmalign.tasks.mentions import label_faults
 from vlmalign.tasks.prompts import fill
 from vlmalign.teaching.films import Film
 from vlmalign.teaching.forms import FORMS, form_faults
 from vlmalign.teaching.leaks import leaks
-from vlmalign.teaching.mentions import label_faults
 
 _AGAIN = "This cannot be used: {faults}. Write the whole text again, by the same rules, without a word about this one."
 

@@ -240,7 +240,7 @@ def _baselines(task: LabelsTask, ref: str, cases: Cases, rows: Sequence[Row], op
         predicted = baseline(matrix, len(rows), seed=options["seed"])
         answers = [
             {
-                **row,
+                **{key: value for key, value in row.items() if key != "reasoning"},
                 "predicted": [label for label, hit in zip(cases.labels, hits, strict=True) if hit],
                 "valid": True,
                 "unknown": [],

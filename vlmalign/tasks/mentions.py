@@ -68,22 +68,23 @@ _AFTER = re.compile(
 )
 
 
-def claimed(text: str, labels: Sequence[str]) -> tuple[str, ...]:
-    """The labels that the text says are present, by their own names and the words of `SAID`, in the order given.
+def claimed(text: str, labels: Iterable[str], synonyms: Mapping[str, Sequence[str]] = {}) -> tuple[str, ...]:
+    """The labels that the text says are present, by their own names, their `synonyms` and the words of `SAID`, in the order
+    given.
 
     >>> claimed("No pneumothorax or edema. The heart is enlarged.", ["Cardiomegaly", "Edema", "Pneumothorax"])
     ('Cardiomegaly',)
     """
-    return _present(text, {label: _words(label, wide=False) for label in labels})
+    return _present(text, {label: _words(label, tuple(synonyms.get(label, ())), wide=False) for label in labels})
 
 
-def named(text: str, labels: Iterable[str]) -> tuple[str, ...]:
+def named(text: str, labels: Iterable[str], synonyms: Mapping[str, Sequence[str]] = {}) -> tuple[str, ...]:
     """As `claimed`, with the words of `SAID_WIDELY` as well: what is enough for a label that is true.
 
     >>> named("An opacity covers the left base.", ["Lung Opacity"])
     ('Lung Opacity',)
     """
-    return _present(text, {label: _words(label, wide=True) for label in labels})
+    return _present(text, {label: _words(label, tuple(synonyms.get(label, ())), wide=True) for label in labels})
 
 
 def label_faults(text: str, truth: Iterable[str], labels: Sequence[str]) -> list[str]:
@@ -118,9 +119,14 @@ def _claims(label: str, pattern: re.Pattern[str], clause: str) -> bool:
 
 
 @lru_cache(maxsize=256)
-def _words(label: str, *, wide: bool) -> re.Pattern[str]:
-    if label == NORMAL:  # its own name begins many a sentence that is about something else
-        return re.compile(rf"(?<!\w)(?:{SAID[NORMAL]})(?!\w)", re.IGNORECASE)
-    own = re.escape(label.replace("_", " ")).replace(r"\ ", r"[\s_-]+") + ("" if label in SAID else "s?")
-    parts = [own, *(table[label] for table in (SAID, SAID_WIDELY)[: 1 + wide] if label in table)]
+def _words(label: str, synonyms: tuple[str, ...] = (), *, wide: bool) -> re.Pattern[str]:
+    parts = [_name(synonym) for synonym in synonyms]
+    parts += [table[label] for table in (SAID, SAID_WIDELY)[: 1 + wide] if label in table]
+    if label != NORMAL:  # whose own name begins many a sentence that is about something else
+        parts.append(_name(label) + ("" if label in SAID else "s?"))
     return re.compile(rf"(?<!\w)(?:{'|'.join(parts)})(?!\w)", re.IGNORECASE)
+
+
+def _name(name: str) -> str:
+    """A name as a pattern, however its words are joined."""
+    return re.escape(name.replace("_", " ")).replace(r"\ ", r"[\s_-]+")
