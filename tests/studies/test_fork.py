@@ -137,7 +137,9 @@ def test_sets_share_no_patient(finished):
 def test_validation_reads_answers_through_the_task(finished):
     for line in metrics(stage_of(finished, "sft")).values():
         assert 0 <= line["validation/valid"] <= 1
-        assert "validation/macro_f1" in line
+        tracked = ("macro_f1", "micro_f1", "reasoning_named", "reasoning_kept", "length")
+        assert {f"validation/{name}" for name in tracked} <= line.keys()
+        assert line["entropy"] > 0
         assert line["validation/n"] == 4
 
 

@@ -28,6 +28,14 @@ class Curve(NamedTuple):
     values: np.ndarray  #: [step] float64, NaN where nothing was recorded
 
 
+class Drawn(NamedTuple):
+    """A curve as a figure draws it."""
+
+    line: Curve
+    colour: str  #: of CSS
+    dash: str = ""  #: of SVG; empty: unbroken
+
+
 class Fifths(NamedTuple):
     """Means over the first and the last fifth of what was recorded."""
 
@@ -115,9 +123,19 @@ def curve_figure(line: Curve, title: str, colour: str) -> Markup:
     `colour` is a CSS colour. Written out here and not by matplotlib, which takes 70 ms for a figure: a study of a few
     stages has fifty of these.
     """
-    known = ~np.isnan(line.values)
-    across = _Axis(line.steps[0], line.steps[-1], _LEFT, _WIDTH - _RIGHT, integer=True)
-    up = _Axis(np.nanmin(line.values), np.nanmax(line.values), _HEIGHT - _BOTTOM, _TOP)
+    ends = fifths(line)
+    alt = (
+        f"{title} over {line.steps[-1]:.0f} steps: mean {measured(ends.first)} in the first fifth, "
+        f"{measured(ends.last)} in the last."
+    )
+    return lines_figure([Drawn(line, colour)], alt, first=line.steps[0], last=line.steps[-1])
+
+
+def lines_figure(drawn: Sequence[Drawn], alt: str, *, first: float, last: float) -> Markup:
+    """Curves that are measured alike in one `<svg>`, over the steps `first` to `last`."""
+    across = _Axis(first, last, _LEFT, _WIDTH - _RIGHT, integer=True)
+    low, high = (end([end(each.line.values[~np.isnan(each.line.values)]) for each in drawn]) for end in (min, max))
+    up = _Axis(low, high, _HEIGHT - _BOTTOM, _TOP)
     right, floor = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
     marks = []
     for value in up.ticks:
@@ -129,25 +147,31 @@ def curve_figure(line: Curve, title: str, colour: str) -> Markup:
         marks.append(f'<text x="{across.place(value):.1f}" y="{floor + 16}" text-anchor="middle">{value:.0f}</text>')
     marks.append(f'<text x="{(_LEFT + right) / 2}" y="{_HEIGHT - 4}" text-anchor="middle">step</text>')
     marks.append(f'<path d="M{_LEFT} {_TOP}V{floor}H{right}" fill="none" stroke="var(--faint)" stroke-width=".8"/>')
-    pen = f'fill="none" stroke="{colour}" stroke-linejoin="round"'
-    if known.sum() < _FEW or known.mean() <= 0.5:
-        dots = thin(Curve(line.steps[known], line.values[known]))
-        marks.append(f'<path d="{_path(dots, across, up)}" {pen} stroke-width="1.4"/>')
-        spots = ((across.place(x), up.place(y)) for x, y in zip(*dots, strict=True))
-        marks += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6" fill="{colour}"/>' for x, y in spots]
-    else:
-        smooth = Curve(line.steps, rolling_mean(line.values, rolling_window(len(line.values))))
-        marks.append(f'<path d="{_path(thin(line), across, up)}" {pen} stroke-opacity=".35"/>')
-        marks.append(f'<path d="{_path(thin(smooth), across, up)}" {pen} stroke-width="2.2"/>')
-    ends = fifths(line)
-    alt = (
-        f"{title} over {line.steps[-1]:.0f} steps: mean {measured(ends.first)} in the first fifth, "
-        f"{measured(ends.last)} in the last."
-    )
+    for each in drawn:
+        marks += _strokes(each, across, up)
     head = (
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(alt)}" font-size="11" fill="var(--ink)">'
     )
     return Markup(head + "".join(marks) + "</svg>")
+
+
+def _strokes(drawn: Drawn, across: _Axis, up: _Axis) -> list[str]:
+    """A curve: dots that are joined, or its values, faint, and their rolling mean."""
+    line, known = drawn.line, ~np.isnan(drawn.line.values)
+    pen = f'fill="none" stroke="{drawn.colour}" stroke-linejoin="round"'
+    pen += f' stroke-dasharray="{drawn.dash}"' if drawn.dash else ""
+    if known.sum() < _FEW or known.mean() <= 0.5:
+        dots = thin(Curve(line.steps[known], line.values[known]))
+        spots = ((across.place(x), up.place(y)) for x, y in zip(*dots, strict=True))
+        return [
+            f'<path d="{_path(dots, across, up)}" {pen} stroke-width="1.4"/>',
+            *(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6" fill="{drawn.colour}"/>' for x, y in spots),
+        ]
+    smooth = Curve(line.steps, rolling_mean(line.values, rolling_window(len(line.values))))
+    return [
+        f'<path d="{_path(thin(line), across, up)}" {pen} stroke-opacity=".35"/>',
+        f'<path d="{_path(thin(smooth), across, up)}" {pen} stroke-width="2.2"/>',
+    ]
 
 
 class _Axis:

@@ -23,6 +23,7 @@ from vlmalign.reporting.record import KIND_NAMES, Run, Stage
 from vlmalign.reporting.reliability import reliability_figure
 from vlmalign.reporting.run_folder import read_run
 from vlmalign.reporting.styles import BASELINE, Style, stage_styles
+from vlmalign.reporting.tracked import tracked
 
 SEED_NAMES = {"macro": "Macro-F1", "micro": "Micro-F1", "jaccard": "Jaccard"}
 SHOWN_LEFT_OUT = 50  # rows of the table of what was left out; the files have them all
@@ -61,6 +62,7 @@ def render(run: Run, completions: Sequence[StagePages] = (), galleries: Sequence
             facts=_facts(run, scored),
             stages=_stages(run, scored, styles, {pages.folder: pages for pages in completions}),
             scored=_scored(scored, styles),
+            roles={board.dataset: board.role for board in scored},
             legend=[state for state in styles if any(board.lines and state in board.results for board in scored)],
             reading=boards.reading(scored),
             verdict=boards.verdict,
@@ -113,13 +115,17 @@ def _stages(
     for stage in run.stages:
         trains = stage.kind not in ("model", "adapter")
         log = pages.get(stage.folder)
+        seen = tracked(stage, styles[stage.name].css) if trains else None
         found.append(
             {
                 "stage": stage,
                 "trains": trains,
                 "sentences": training.sentences(stage, scored) if trains else [],
                 "numbers": training.headline_numbers(stage),
-                "figures": training.figures(stage, styles[stage.name], log.parts if log else ()),
+                "tracked": seen,
+                "figures": training.figures(
+                    stage, styles[stage.name], log.parts if log else (), seen.columns if seen else ()
+                ),
                 "window": training.window(stage),
                 "recorded": training.recorded(stage),
                 "seconds": _seconds(run, stage),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from vlmalign.reporting import curves
@@ -63,10 +63,12 @@ def sentences(stage: Stage, found: Sequence[Board]) -> list[Sentence]:
     return said if stage.done else [Sentence(f"Under way: {_updates(stage.updates)} so far."), *said]
 
 
-def figures(stage: Stage, style: Style, parts: Sequence[str]) -> list[dict[str, Any]]:
-    """The curves of a stage, what matters most first."""
+def figures(stage: Stage, style: Style, parts: Sequence[str], but: Collection[str] = ()) -> list[dict[str, Any]]:
+    """The curves of a stage, what matters most first, without those that are drawn elsewhere (`but`)."""
     found = []
     for column in _shown(stage, parts):
+        if column in but:
+            continue
         line = curves.curve(stage.metrics, column)
         svg = curves.curve_figure(line, f"{stage.name}: {column}", style.css)
         meaning = MEANING.get(column, "a reward by itself, before its weight" if column in parts else "")
