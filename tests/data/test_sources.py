@@ -74,6 +74,23 @@ def test_an_invented_archive_is_written_once_and_whole(tmp_path, kind):
     assert len(changed.open(place(tmp_path))) == 10  # what is there is left as it is
 
 
+def test_the_same_films_under_the_convention_of_another_institution(tmp_path):
+    phantom = {"films": {"train": 40}, "seed": 3, "size": 16}
+    own = source(tmp_path, kind="chexpert", root="own", phantom=phantom)
+    other = source(tmp_path, kind="chexpert", root="other", phantom={**phantom, "convention": "mimic-like"})
+    films = []
+    for each in (own, other):
+        each.invent(place(tmp_path))
+        films.append(each.open(place(tmp_path)))
+    assert [a.image.read_bytes() for a in films[0]] == [b.image.read_bytes() for b in films[1]]
+    pairs = [(set(a.labels), set(b.labels)) for a, b in zip(*films, strict=True)]
+    assert any("Lung Opacity" in a - b for a, b in pairs), "the parent is named by its own convention alone"
+    refused(
+        tmp_path, "mimic-like labels in chexpert", kind="nih-cxr14", root="x",
+        phantom={"films": 3, "convention": "mimic-like"},
+    )  # fmt: skip
+
+
 def test_options_reach_the_reader(tmp_path):
     SOURCES["mimic-cxr-jpg"].write(tmp_path / "mimic", films={"train": 30, "test": 6}, seed=7, size=16)
     every = source(tmp_path, kind="mimic-cxr-jpg", root="mimic", split=None, views=["AP", "PA", "LATERAL", ""])

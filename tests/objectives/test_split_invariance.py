@@ -3,6 +3,7 @@
 And the two references a policy can be held against: the adapter switched off, or an earlier adapter kept frozen.
 """
 
+from copy import copy
 from functools import cache, partial
 from unittest.mock import patch
 
@@ -27,6 +28,8 @@ from vlmalign.models.lora import LoraSpec, is_adapter
 from vlmalign.models.model import Model
 from vlmalign.objectives.grpo import GrpoSettings, grpo_counts, grpo_loss
 from vlmalign.objectives.sft import sft_counts, sft_loss
+from vlmalign.studies.engine.objective import objective_beside
+from vlmalign.studies.engine.stage_config import SftBeside
 from vlmalign.training.step import MicroBatch, Objective, StepMetrics, Trainer, token_scores
 from vlmalign.types import GroupBatch, Layout
 
@@ -206,6 +209,28 @@ def test_the_step_is_the_gradient_of_the_whole_formula(kind):
     assert_close(metrics.grad_norm, optax.tree.norm(gradients), 1e-5)
     for name, gradient in gradients.items():
         assert_close(params[name], adapter(1)[name] - 0.5 * gradient, 1e-5, name)
+
+
+@pytest.mark.parametrize("split", ["1x8", "8 + padding"])
+def test_a_second_objective_adds_its_own_gradient(split):
+    """Each over counts of its own, however it is cut: with SGD, what the two steps move by themselves."""
+    first, second = "grpo, adapter off", "sft"
+    weight = 0.25
+    mix = objective_beside(SftBeside(data="any", batch=8, weight=weight))
+    mixed = copy(trainer(first))
+    with patch.object(jax, "jit", partial(jax.jit, compiler_options=QUICK)):
+        mixed.beside = Trainer(model(), mix, optax.sgd(0.5))
+    state = mixed.init({name: jnp.array(value) for name, value in adapter(1).items()})
+    state, metrics = mixed.step(
+        state, base().params, micro_batches("1x8", old_logp), beside=micro_batches(split, nothing)
+    )
+    (alone, known), (taught, loss) = stepped(first, "1x8"), stepped(second, "1x8")
+    assert_close(metrics.loss, known.loss + weight * loss.loss, 1e-5)
+    assert metrics.parts.keys() == known.parts.keys() | {"sft/loss", "sft/entropy"}
+    assert_close(metrics.parts["sft/loss"][0], loss.parts["loss"][0], 1e-5)
+    for name, value in state.params.items():
+        expected = alone[name] + weight * (taught[name] - np.asarray(adapter(1)[name]))
+        assert_close(value, expected, 1e-5, name)
 
 
 def test_the_two_references_differ():

@@ -52,8 +52,11 @@ class Texts:
 
     def number(self, data: Data) -> int | None:
         """How many cases there are; None where neither config nor data says it."""
-        if data.set is not None:
-            name, part = set_ref(data.set)
+        if len(data.sets) > 1:
+            sizes = [self.number(part) for part in data.parts]
+            return None if None in sizes else sum(sizes)
+        for ref in data.sets:
+            name, part = set_ref(ref)
             size = self.config.sets[name].parts.get(part or "", self.config.sets[name].size)
             if size is not None:
                 return size
@@ -127,7 +130,7 @@ class Texts:
                 sum(int((piece.image >= 0).sum()) for piece in (each.prompt, *each.continuations)) for each in groups
             )
         found = shape.vision.tokens if self.given.image is None else self.given.image
-        if found is None and data.set is not None and self._source(data.set).kind != "rows":
+        if found is None and self._are_films(data):
             raise UnknownLength(
                 "how many tokens an image has follows from its size in this family: give --image-tokens, or put the "
                 "checkpoint's tokenizer and the films where the config says"
@@ -147,6 +150,8 @@ class Texts:
         self, data: Data, task: str | None, name: str, shape: ModelConfig, learns: Epochs | None
     ) -> Sequence[Group]:
         """Texts as the stage makes them, with answers for one that `learns`; none where they cannot be made here."""
+        if len(data.sets) > 1:
+            return [each for part in data.parts for each in self._groups(part, task, name, shape, learns)]
         path = self._base(name)
         if not (path / "tokenizer.json").is_file():
             return []
@@ -175,17 +180,19 @@ class Texts:
     def _labels_task(self, data: Data, task: str | None) -> Any | None:
         """The task, where it asks the same question about every film."""
         found = self.config.task_of(task)
-        films = data.set is not None and self._source(data.set).kind != "rows"
-        return found[1] if films and found is not None and found[1].kind == "labels" else None
+        return found[1] if self._are_films(data) and found is not None and found[1].kind == "labels" else None
+
+    def _are_films(self, data: Data) -> bool:
+        return any(self._source(ref).kind != "rows" for ref in data.sets)
 
     def _cases(self, data: Data) -> Any:
         """Of a file of rows all, of a set those of its source; None where they are not here (yet)."""
         from vlmalign.data.sources.rows import RowSource
 
-        if data.set is None:
+        if data.path is not None:
             section = RowSource(kind="rows", path=data.path, images=data.images, on_bad=data.on_bad)
         else:
-            section = self._source(data.set)
+            section = self._source(data.sets[0])
         if isinstance(section, RowSource):
             section = section.model_copy(update={"cache": self.folder})
         key = section.model_dump_json()

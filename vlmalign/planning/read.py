@@ -46,7 +46,8 @@ def read_workload(
     data = {
         each.set or str(each.path): each
         for name, stage in trained.items()
-        for each in (stage.data, *([] if stage.validation is None else [stage.validation.data]))
+        for data in stage.reads.values()
+        for each in data.parts
         if updates[name].lengths.images
     }
     films = {name: texts.number(each) for name, each in data.items()}
@@ -161,6 +162,8 @@ def _left_out(stage: Trains, name: str, update: Update) -> Iterable[str]:
     """What a stage does that is in no figure."""
     if stage.validation is not None:
         yield f"validation in stage {name}"
+    if "sft.data" in stage.learns_from:
+        yield f"the SFT loss beside stage {name}"
     if isinstance(stage, Dpo) and update.recorded:
         yield f"scoring the pairs of stage {name} with its reference, once, before it is trained"
     if not update.epoch:

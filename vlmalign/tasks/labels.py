@@ -25,6 +25,8 @@ _SEPARATORS = {
     "; ": "Separate the labels with semicolons.",
     "\n": "Write one label per line.",
 }
+#: column of a case that is asked for some of the labels only: those that its source knows
+ASKED = "asked"
 _NAMES_A_SEPARATOR = re.compile(
     r"comma|semicolon|separat|per line|each on|line break|bullet|JSON|逗号|分号", re.IGNORECASE
 )
@@ -85,13 +87,16 @@ class LabelsTask(Config):
     @property
     def question(self) -> str:
         """The prompt with {labels} filled in and the separator stated."""
-        text = self.prompt.replace("{labels}", self.separator.join(self.names))
+        return self._question(self.names)
+
+    def _question(self, names: Sequence[str]) -> str:
+        text = self.prompt.replace("{labels}", self.separator.join(names))
         if self.state_separator and not _NAMES_A_SEPARATOR.search(self.prompt):
             text = f"{text.rstrip()} {_SEPARATORS[self.separator]}"
         return text
 
     def ask(self, example: Example) -> list[Message]:
-        return user_turn(example, fill(self.question, example.meta))
+        return user_turn(example, fill(self._question(example.meta.get(ASKED, self.names)), example.meta))
 
     def write(self, example: Example) -> str:
         """The example's trace, or where nobody has written traces a sentence that names its labels, and the labels.

@@ -37,6 +37,7 @@ class Work(NamedTuple):
     metrics: Mapping[str, float | None]
     options: Mapping[str, Any] = {}  #: of this step, for the objective's counts
     ids: Sequence[int] = ()  #: of its groups, written down where their gradient is not finite
+    beside: Sequence[MicroBatch] = ()  #: of a second objective, whose gradient is added (`Trainer.step`)
 
 
 @runtime_checkable
@@ -165,7 +166,7 @@ def train_states(
                 skipped = _read(unread, stage, source, writer, progress, guards, skipped)
                 unread = None
             work = source.work(step, state.params)
-            state, found = trainer.step(state, frozen, work.batches, work.options)
+            state, found = trainer.step(state, frozen, work.batches, work.options, work.beside)
             if unread is not None:
                 skipped = _read(unread, stage, source, writer, progress, guards, skipped)
             unread, done = _Unread(step, found, work.metrics, work.ids), step + 1

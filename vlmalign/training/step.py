@@ -59,6 +59,14 @@ class StepMetrics(NamedTuple):
     skipped: Array  #: [] bool: loss or gradient was not finite and nothing was updated
 
 
+class _Found(NamedTuple):
+    """Of an objective's micro-batches together, as in `StepMetrics`."""
+
+    loss: Float[Array, ""]
+    parts: dict[str, tuple[Array, Array]]
+    maxima: dict[str, Array]
+
+
 def token_scores(
     model: Model,
     params: Params,
@@ -90,7 +98,8 @@ class Trainer:
 
     Trained parameters and their moments are float32; where the model runs in bfloat16 they are cast as they are used.
     `reference` is (model, parameters it adds to the frozen ones): the base alone when the adapter starts from zero,
-    or a frozen copy of an earlier adapter. `seed` is what dropout masks are drawn from.
+    or a frozen copy of an earlier adapter. `seed` is what dropout masks are drawn from. `beside` is the trainer of a second
+    objective of the same model, whose gradient a step may add.
 
     With a `placement` the same programs run on its mesh: batches are cut by rows, the trained parameters, their
     gradients and their moments live where it says, and so must the frozen ones.
@@ -105,11 +114,12 @@ class Trainer:
         reference: tuple[Model, Params] | None = None,
         seed: int = 0,
         placement: Placement | None = None,
+        beside: Trainer | None = None,
     ):
         if objective.needs_reference and reference is None:
             raise ValueError(f"objective {objective.name} compares with a reference policy; none was given")
         self.model, self.objective, self.optimiser = model, objective, optimiser
-        self.reference, self.seed = reference, seed
+        self.reference, self.seed, self.beside = reference, seed, beside
         self.placement, self.mesh = placement, None if placement is None else placement.mesh
         if reference is not None and placement is not None:
             self.reference = (reference[0], reshard(reference[1], placement))
@@ -131,10 +141,36 @@ class Trainer:
         return TrainState(params, opt_state, jax.device_put(jnp.zeros((), jnp.int32), where.step))
 
     def step(
-        self, state: TrainState, frozen: Params, batches: Sequence[MicroBatch], options: Mapping[str, Any] = {}
+        self,
+        state: TrainState,
+        frozen: Params,
+        batches: Sequence[MicroBatch],
+        options: Mapping[str, Any] = {},
+        beside: Sequence[MicroBatch] = (),
     ) -> tuple[TrainState, StepMetrics]:
         """One update from all micro-batches. `state` is donated. A loss or gradient that is not
-        finite changes nothing. `options` go to the objective's counts."""
+        finite changes nothing. `options` go to the objective's counts.
+
+        `beside` are micro-batches of the second objective. Each objective is divided by counts of its own, and the update is
+        that of the sum of their gradients."""
+        grads = jax.tree.map(jnp.zeros_like, state.params)
+        grads, (loss, parts, maxima) = self._gradients(grads, state, frozen, batches, options)
+        if beside:
+            assert self.beside is not None, "micro-batches of a second objective need its trainer"
+            grads, more = self.beside._gradients(grads, state, frozen, beside, {})
+            loss, parts, maxima = loss + more.loss, parts | more.parts, maxima | more.maxima
+        state, norm, skipped = self._apply(state, grads, loss)
+        return state, StepMetrics(parts, maxima, loss, norm, skipped)
+
+    def _gradients(
+        self,
+        grads: dict[str, Array],
+        state: TrainState,
+        frozen: Params,
+        batches: Sequence[MicroBatch],
+        options: Mapping[str, Any],
+    ) -> tuple[dict[str, Array], _Found]:
+        """`grads`, which are donated, with those of these micro-batches added, and what was measured."""
         counts = self.objective.counts([b.groups for b in batches], **options)
         empty = [part for part, count in counts.items() if not count > 0]
         if empty:
@@ -142,7 +178,6 @@ class Trainer:
                 f"nothing to learn from in this optimiser batch: the count of {', '.join(empty)} is 0; "
                 "check that examples have loss tokens"
             )
-        grads = jax.tree.map(jnp.zeros_like, state.params)
         losses, parts, maxima = [], [], []
         for batch in self._placed(batches, frozen):
             known = self._with_reference(batch, frozen)
@@ -152,8 +187,7 @@ class Trainer:
             losses.append(loss)
             parts.append(metrics)
             maxima.append(largest)
-        state, norm, skipped = self._apply(state, grads, sum(losses))
-        return state, StepMetrics(_summed(parts), _largest(maxima), sum(losses), norm, skipped)
+        return grads, _Found(sum(losses), _summed(parts), _largest(maxima))
 
     def evaluate(self, params: Params, frozen: Params, batches: Sequence[MicroBatch]) -> dict[str, tuple[Array, Array]]:
         """The objective's metrics as (sum, count) over these batches, without dropout and without an update."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, ClassVar, Literal
@@ -9,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import model_validator
 
 from vlmalign.config import FREE, Config
+from vlmalign.data.phantoms.institutions import CHEXPERT_LIKE, INSTITUTIONS, MIMIC_LIKE, NIH_LIKE, Institution
 from vlmalign.data.phantoms.traces import write_traces
 from vlmalign.data.sources import chexpert, mimic, nih
 from vlmalign.data.sources.films import Films
@@ -27,6 +29,8 @@ class Phantom(Config):
     films: Positive | dict[str, Positive]  #: in all, or per split
     seed: int = 0
     size: Positive = 128  #: pixels per side
+    #: an institution by whose convention the same films are labelled; None: the format's own
+    convention: Literal[*INSTITUTIONS] | None = None
     workers: Annotated[Positive, FREE] = 1
 
 
@@ -36,6 +40,7 @@ class Archive(FilmSource):
     schema_: ClassVar[LabelSchema]
     splits: ClassVar[tuple[str, ...]] = ()
     write: ClassVar[Any]  #: writes an invented archive
+    institution: ClassVar[Institution]  #: whose films it invents
 
     root: Annotated[Path, FREE]  #: the archive's folder
     phantom: Phantom | None = None
@@ -46,6 +51,12 @@ class Archive(FilmSource):
             label_map_of(self.label_map, self.schema_)
         films = None if self.phantom is None else self.phantom.films
         unknown = sorted(set(films) - set(self.splits)) if isinstance(films, dict) else []
+        own = self.phantom and self.phantom.convention and INSTITUTIONS[self.phantom.convention].convention.schema
+        if own and own != self.schema_:
+            raise ValueError(
+                f"phantom.convention: {self.phantom.convention} labels in {own.name}, and this format holds "
+                f"{self.schema_.name}"
+            )
         if unknown:
             known = f"its splits are {', '.join(self.splits)}" if self.splits else "it has no splits: give one number"
             raise ValueError(f"phantom.films: this format has no split {unknown[0]!r}; {known}")
@@ -74,12 +85,16 @@ class Archive(FilmSource):
         if self.phantom is None or root.exists():
             return
         root.parent.mkdir(parents=True, exist_ok=True)
-        made = self.phantom
+        made, place_of = self.phantom, self.institution
+        if made.convention is not None:
+            place_of = replace(place_of, convention=INSTITUTIONS[made.convention].convention)
         with TemporaryDirectory(
             prefix=f"{root.name}.", suffix=PARTIAL, dir=root.parent, ignore_cleanup_errors=True
         ) as own:
             beside = Path(own) / root.name
-            rows = type(self).write(beside, films=made.films, seed=made.seed, size=made.size, workers=made.workers)
+            rows = type(self).write(
+                beside, films=made.films, seed=made.seed, size=made.size, workers=made.workers, institution=place_of
+            )
             for telling, name in TRACES.items():
                 write_traces(beside / name, rows, telling=telling)
             try:
@@ -95,6 +110,7 @@ class MimicFilms(Archive):
     schema_ = CHEXPERT
     splits = mimic.SPLITS
     write = mimic.write_synthetic
+    institution = MIMIC_LIKE
 
     kind: Literal["mimic-cxr-jpg"]
     split: Literal["train", "validate", "test"] | None = "train"  #: None: all
@@ -123,6 +139,7 @@ class CheXpertFilms(Archive):
     schema_ = CHEXPERT
     splits = ("train", "valid", "test")
     write = chexpert.write_synthetic
+    institution = CHEXPERT_LIKE
 
     kind: Literal["chexpert"]
     split: Literal["train", "valid", "test"] = "train"
@@ -147,6 +164,7 @@ class NihFilms(Archive):
     schema_ = NIH14
     splits = tuple(nih.SPLITS)
     write = nih.write_synthetic
+    institution = NIH_LIKE
 
     kind: Literal["nih-cxr14"]
     split: Literal["train_val", "test"] | None = None  #: None: all
@@ -161,6 +179,7 @@ class NihExtractFilms(Archive):
 
     schema_ = NIH14
     write = nih.write_synthetic_extract
+    institution = NIH_LIKE
 
     kind: Literal["nih-extract"]
     views: tuple[str, ...] | None = None  #: None: all

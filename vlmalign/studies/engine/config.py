@@ -293,11 +293,8 @@ class StudyConfig(Config):
         """(place in the config, reference) of every set that a stage or an answers entry reads."""
         for name, stage in self.stages.items():
             if isinstance(stage, Stage):
-                if stage.data.set is not None:
-                    yield f"stages.{name}.data", stage.data.set
+                yield from ((f"stages.{name}.{place}", ref) for place, data in stage.reads.items() for ref in data.sets)
                 if stage.validation is not None:
-                    if stage.validation.data.set is not None:
-                        yield f"stages.{name}.validation.data", stage.validation.data.set
                     yield from ((f"stages.{name}.validation.watch", ref) for ref in stage.validation.watch)
         for name, entry in self.answers.items():
             yield from ((f"answers.{name}.sets", ref) for ref in entry.sets)
@@ -340,9 +337,9 @@ class StudyConfig(Config):
         """(place in the config, set, task) of every question that a stage or an answers entry asks."""
         for name, stage in self.stages.items():
             if isinstance(stage, Stage):
-                held_out = [] if stage.validation is None else [stage.validation.data.set, *stage.validation.watch]
-                for ref in (stage.data.set, *held_out):
-                    if ref is not None and stage.kind != "dpo":
+                watched = () if stage.validation is None else stage.validation.watch
+                for ref in (*(ref for data in stage.reads.values() for ref in data.sets), *watched):
+                    if stage.kind != "dpo":
                         yield f"stages.{name}.task", ref, stage.task
         for name, entry in self.answers.items():
             yield from ((f"answers.{name}.task", ref, entry.task) for ref in entry.sets)

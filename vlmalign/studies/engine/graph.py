@@ -104,11 +104,11 @@ def _parents_of_stage(config: StudyConfig, name: str) -> dict[str, Edge]:
     if isinstance(stage, Stage):
         if getattr(stage, "reference", None) is not None:
             parents["reference"] = _state(config, stage.reference)
-        if stage.data.set is not None:
-            parents["data"] = _part(stage.data.set)
+        for place, data in stage.reads.items():
+            role = place.removesuffix(".data")
+            for ref in data.sets:
+                parents[role if len(data.sets) == 1 else f"{role} {ref}"] = _part(ref)
         if stage.validation is not None:
-            if stage.validation.data.set is not None:
-                parents["validation"] = _part(stage.validation.data.set)
             parents |= {f"watch {ref}": _part(ref) for ref in stage.validation.watch}
     return parents
 

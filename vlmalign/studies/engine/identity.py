@@ -17,6 +17,9 @@ from vlmalign.studies.engine.stage_config import Stage
 BEFORE: Mapping[str, Mapping[str, Any]] = {
     "answers": {"probability": "samples"},
     "scores": {"subgroups": {}},
+    "source": {"convention": None},
+    "grpo": {"label_dropout": 0.0, "sft": None},
+    "ppo": {"label_dropout": 0.0},
     "set": {"floors": {}, "cap": None, "caps": {}, "source": {"labels": {"lists": False, "blank": "none"}}},
 }
 

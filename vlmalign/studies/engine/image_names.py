@@ -36,7 +36,6 @@ def _folders(config: StudyConfig) -> Iterator[tuple[str, Path]]:
     for name, section in config.sources.items():
         yield f"sources.{name}", section.folder
     for name, stage in config.trained.items():
-        places = {"data": stage.data} | ({} if stage.validation is None else {"validation.data": stage.validation.data})
-        for place, data in places.items():
+        for place, data in stage.reads.items():
             if data.path is not None:
                 yield f"stages.{name}.{place}", data.path.parent if data.images is None else data.images

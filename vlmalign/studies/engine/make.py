@@ -157,8 +157,8 @@ def make_stage(making: Making, base: Base, *, last_use: bool) -> None:
 
 def _begin_stage(making: Making, texts: StageTexts) -> None:
     making.begin()
-    parts = {"train": texts.train} | ({} if texts.validation is None else {"validation": texts.validation})
-    rows = [{"set": name, **left._asdict()} for name, part in parts.items() for left in part.left_out]
+    parts = {"train": texts.train, "sft": texts.beside, "validation": texts.validation}
+    rows = [{"set": name, **left._asdict()} for name, part in parts.items() if part for left in part.left_out]
     write_rows(making.folder / LEFT_OUT, rows)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property, partial
@@ -23,11 +23,11 @@ from vlmalign.studies.engine.data_config import Data
 from vlmalign.studies.engine.files import Hashes, digest_of
 from vlmalign.studies.engine.rewards import Built, build_rewards, check_columns, count_labels, needs_turns
 from vlmalign.studies.engine.sets import Cases, images_in, open_cases
-from vlmalign.studies.engine.stage_config import AdapterStage, Dpo, ModelStage, Policy, Sft, Stage, Trains
+from vlmalign.studies.engine.stage_config import AdapterStage, Dpo, Grpo, ModelStage, Policy, Sft, Stage, Trains
 from vlmalign.studies.engine.texts import LeftOut, Numbered, Texts, answers_to_learn, pairs_to_learn, prompts, questions
 from vlmalign.studies.engine.work import StageTexts, Watched
 from vlmalign.tasks.free import FreeTask
-from vlmalign.tasks.labels import LabelsTask
+from vlmalign.tasks.labels import ASKED, LabelsTask
 from vlmalign.tasks.tasks import AnyTask
 from vlmalign.weights.adapter import Adapter, load_adapter
 
@@ -131,17 +131,19 @@ class Opened:
         found = self.config.task_of(name)
         if found is None:
             raise ValueError(
-                f"{_origin(data)}: nothing says what is asked about its cases; give `task`, one of "
+                f"{data.origin}: nothing says what is asked about its cases; give `task`, one of "
                 f"{', '.join(self.config.tasks) or 'tasks, a section that this study does not have'}"
             )
         return found[1]
 
     def _has_turns(self, data: Data) -> bool:
         """Whether these cases say themselves what is asked. Archives of films never do, and need not be there yet."""
-        if data.set is None:
+        if data.path is not None:
             return self.rows(data).layout != "records"
-        name = self.config.sets[set_ref(data.set).name].from_
-        return isinstance(self.config.sources[name], RowSource) and self.source(name).layout != "records"
+        names = [self.config.sets[set_ref(ref).name].from_ for ref in data.sets]
+        return all(
+            isinstance(self.config.sources[name], RowSource) and self.source(name).layout != "records" for name in names
+        )
 
     def task_of_stage(self, name: str) -> AnyTask:
         stage = self.config.stages[name]
@@ -151,15 +153,19 @@ class Opened:
         return self.task(entry.task, Data(set=ref))
 
     def numbered(self, data: Data) -> Numbered:
-        """The cases that a stage reads, with the numbers that their draws are derived from; all processes call this."""
-        if data.set is not None:
-            cases = self.cases(data.set)
+        """The cases that a stage reads, with the numbers that their draws are derived from; all processes call this.
+
+        Of several sets that tell their truth in different labels, a case is asked for those of its own.
+        """
+        if data.path is not None:
+            rows = self.rows(data)
+            return ((i + 1, rows[i]) for i in range(len(rows)))
+        drawn = [self.cases(ref) for ref in data.sets]
+        for cases in drawn:
             # Other cases would make other batches: processes would compute different things, or wait for ever.
-            agree(digest_of([row["sha256"] for row in cases.rows]), f"the cases of set {data.set}")
-            found = ((int(place), cases[i]) for i, place in enumerate(cases.places))
-            return found if data.traces is None else self._with_traces(found, data.traces)
-        rows = self.rows(data)
-        return ((i + 1, rows[i]) for i in range(len(rows)))
+            agree(digest_of([row["sha256"] for row in cases.rows]), f"the cases of set {cases.name}")
+        found = _together(drawn)
+        return found if data.traces is None else self._with_traces(found, data.traces)
 
     def _with_traces(self, numbered: Numbered, file: Path) -> Numbered:
         traces = read_texts(self.config.place(file), "id", "trace")
@@ -195,14 +201,15 @@ class Opened:
         needed, unit = (stage.prompts, "prompts") if isinstance(stage, Policy) else (stage.batch, "batch")
         if len(train.items) < needed:
             raise ValueError(
-                f"{where}: {_origin(stage.data)} gives {len(train.items)} rows, fewer than {unit} = {needed}{_because(train)}"
+                f"{where}: {stage.data.origin} gives {len(train.items)} rows, fewer than {unit} = {needed}{_because(train)}"
             )
+        beside = self._beside(stage, task, name)
         validation, watched = None, []
         if stage.validation is not None:
             data = stage.validation.data
             validation = self._texts(stage, data, task, name)
             if not validation.items:
-                raise ValueError(f"{where}: {_origin(data)} gives no row to validate on{_because(validation)}")
+                raise ValueError(f"{where}: {data.origin} gives no row to validate on{_because(validation)}")
             if stage.validation.answers and not isinstance(stage, Policy):
                 watched.append(Watched("validation", self.questions(data, task, name), self._labels(data)))
             for ref in stage.validation.watch:
@@ -210,12 +217,16 @@ class Opened:
                 watched.append(Watched(ref, self.questions(shown, task, name), self._labels(shown)))
         if isinstance(stage, Policy):
             rewards = self.built[name].rewards
-            check_columns(stage, rewards, train, _origin(stage.data))
+            check_columns(stage, rewards, train, stage.data.origin)
+            if stage.label_dropout and not isinstance(task, LabelsTask):
+                raise ValueError(
+                    f"{where}.label_dropout drops true labels, and task {task.kind} has none; leave it out"
+                )
             truth = [item.columns.get("truth") for item in train.items]
             self.built[name] = count_labels(self.built[name], stage, task, truth, where)
             if validation is not None:
-                check_columns(stage, rewards, validation, _origin(stage.validation.data))
-        self.texts[name] = StageTexts(train, validation, tuple(watched))
+                check_columns(stage, rewards, validation, stage.validation.data.origin)
+        self.texts[name] = StageTexts(train, validation, tuple(watched), beside)
         say(f"stage {name} ({stage.kind}): {_counts(stage, self.texts[name])}")
         if (warning := _extreme(name, train)) is not None:
             say(warning)
@@ -224,8 +235,27 @@ class Opened:
         """Cases as questions to the base of a stage."""
         return questions(self.numbered(data), data, self.front(stage).chat, task, self._check_image)
 
+    def _beside(self, stage: Trains, task: AnyTask, name: str) -> Texts | None:
+        """The answers of an SFT loss beside a policy's."""
+        mix = stage.sft if isinstance(stage, Grpo) else None
+        if mix is None:
+            return None
+        found = answers_to_learn(self.numbered(mix.data), mix.data, self.front(name).chat, task, self._check_image)
+        if len(found.items) < mix.batch:
+            raise ValueError(
+                f"stages.{name}.sft: {mix.data.origin} gives {len(found.items)} rows, fewer than batch = {mix.batch}"
+                f"{_because(found)}"
+            )
+        return found
+
+    def _columns(self, data: Data) -> list[str]:
+        """What is known of some film of several sets, and must be told of all of them."""
+        sources = [self.cases(ref).source for ref in data.sets] if len(data.sets) > 1 else []
+        return sorted({column for source in sources if isinstance(source, Films) for column in source.columns})
+
     def _texts(self, stage: Trains, data: Data, task: AnyTask, name: str) -> Texts:
-        policy = partial(prompts, turns_too=isinstance(stage, Policy) and needs_turns(stage))
+        turns_too = isinstance(stage, Policy) and needs_turns(stage)
+        policy = partial(prompts, turns_too=turns_too, columns=self._columns(data))
         make = {Sft: answers_to_learn, Dpo: pairs_to_learn}.get(type(stage), policy)
         found = make(self.numbered(data), data, self.front(name).chat, task, self._check_image)
         if data.path is None:
@@ -234,7 +264,7 @@ class Opened:
         return found._replace(left_out=[*skipped, *found.left_out])
 
     def _labels(self, data: Data) -> tuple[str, ...]:
-        return () if data.set is None else self.cases(data.set).labels
+        return self.cases(data.sets[0]).labels if data.sets else ()
 
     def _check_image(self, key: str) -> None:
         """Decode an image once, at a fraction of its size; drawn films have been."""
@@ -250,8 +280,7 @@ class Opened:
         if isinstance(stage, AdapterStage):
             return {"adapter": self.hashes.of_folder(self.config.place(stage.path))}
         found = {} if name not in self.built else dict(self.built[name].files)
-        files = {"data": stage.data} | ({} if stage.validation is None else {"validation.data": stage.validation.data})
-        for role, data in files.items():
+        for role, data in stage.reads.items():
             if data.traces is not None:
                 found[f"{role} traces"] = self.hashes.of(self.config.place(data.traces))
             if data.path is not None:
@@ -303,8 +332,16 @@ def _check_adapter(where: str, stage: AdapterStage, spec: LoraSpec) -> None:
         )
 
 
-def _origin(data: Data) -> str:
-    return f"set {data.set}" if data.set is not None else str(data.path)
+def _together(drawn: Sequence[Cases]) -> Numbered:
+    """The cases of all sets. Numbers go on from source to source, so that no two cases have the same draws."""
+    differ = len({cases.labels for cases in drawn}) > 1
+    first = 0
+    for cases in drawn:
+        asked = {ASKED: list(cases.labels)} if differ else {}
+        for i, place in enumerate(cases.places):
+            case = cases[i]
+            yield first + int(place), replace(case, meta={**case.meta, **asked}) if asked else case
+        first += len(cases.source)
 
 
 def _because(texts: Texts) -> str:
@@ -315,16 +352,14 @@ def _because(texts: Texts) -> str:
 
 
 def _counts(stage: Stage, texts: StageTexts) -> str:
-    parts = [(stage.data, texts.train)]
-    if texts.validation is not None:
-        parts.append((stage.validation.data, texts.validation))
+    found = {"data": texts.train, "sft.data": texts.beside, "validation.data": texts.validation}
     said = []
-    for data, part in parts:
+    for data, part in ((data, found[place]) for place, data in stage.reads.items()):
         counts = {what: sum(left.what == what for left in part.left_out) for what in ("skipped", "truncated")}
         left = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
         longest, median = _lengths(part)
         tokens = f", {median:g} tokens in the median, {longest} at most"
-        said.append(f"{len(part.items)} rows of {_origin(data)}" + (f" ({left})" if left else "") + tokens)
+        said.append(f"{len(part.items)} rows of {data.origin}" + (f" ({left})" if left else "") + tokens)
     return "; ".join(said)
 
 

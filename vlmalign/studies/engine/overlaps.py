@@ -41,12 +41,11 @@ def _pairs(config: StudyConfig, stages: Iterable[str]) -> Iterator[tuple[str, st
     answered = [ref for entry in config.answers.values() for ref in entry.sets]
     for name in stages:
         stage = config.stages[name]
-        if not isinstance(stage, Stage) or stage.data.set is None:
+        if not isinstance(stage, Stage):
             continue
-        held_out = [] if stage.validation is None else [stage.validation.data.set, *stage.validation.watch]
-        for ref in (*held_out, *answered):
-            if ref is not None and not _allowed(config, stage.data.set, ref):
-                yield stage.data.set, ref
+        held_out = () if stage.validation is None else (*stage.validation.data.sets, *stage.validation.watch)
+        for learnt in (ref for data in stage.learns_from.values() for ref in data.sets):
+            yield from ((learnt, ref) for ref in (*held_out, *answered) if not _allowed(config, learnt, ref))
 
 
 def _drawn(config: StudyConfig, ref: str) -> bool:

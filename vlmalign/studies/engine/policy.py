@@ -10,18 +10,21 @@ from vlmalign.mesh import Placement
 from vlmalign.rewards.outcomes import OutcomeFile
 from vlmalign.rewards.runner import RewardRunner
 from vlmalign.rollout.sampling import Sampling
-from vlmalign.studies.engine.objective import objective_of
+from vlmalign.studies.engine.objective import BESIDE, objective_beside, objective_of
 from vlmalign.studies.engine.reward_config import Rewards
 from vlmalign.studies.engine.stage_config import Grpo, Ppo
 from vlmalign.studies.engine.validate import greedy_rewards, watching
 from vlmalign.studies.engine.work import Work
+from vlmalign.training.beside import BesideSource
 from vlmalign.training.completion_log import CompletionLog
 from vlmalign.training.controlled_rewards import ControlledRewards
-from vlmalign.training.loop import Finished, train_states
+from vlmalign.training.label_dropout import with_label_dropout
+from vlmalign.training.loop import Finished, Source, train_states
 from vlmalign.training.optimiser import build_optimiser
 from vlmalign.training.policy import PolicySource
 from vlmalign.training.recorded_rewards import PRINTED, RecordedRewards
 from vlmalign.training.step import Trainer
+from vlmalign.training.supervised import SupervisedSource
 from vlmalign.training.value_head import init_value_head, split_value_head
 
 #: in a stage's folder: every completion; what each was given while training, and in validation
@@ -31,13 +34,18 @@ COMPLETIONS, OUTCOMES, HELD_OUT = "completions.jsonl", "rewards.jsonl", "validat
 def run_policy(stage: Grpo | Ppo, work: Work, rewards: Rewards) -> Finished:
     """GRPO or PPO, without PPO's value head in what it ends with."""
     base, rollout, tasks = work.base, stage.rollout, work.texts.train.items
+    mix = stage.sft if isinstance(stage, Grpo) else None
+    optimiser, placement = build_optimiser(stage.optimiser.settings, stage.steps), base.devices.training_of(work.model)
     trainer = Trainer(
         work.model,
         objective_of(stage),
-        build_optimiser(stage.optimiser.settings, stage.steps),
+        optimiser,
         reference=base.reference(work.reference) if stage.needs_reference else None,
         seed=work.seed,
-        placement=base.devices.training_of(work.model),
+        placement=placement,
+        beside=None
+        if mix is None
+        else Trainer(work.model, objective_beside(mix), optimiser, seed=work.seed, placement=placement),
     )
     where: Placement | None = base.devices.sampling(rollout.tensor)
     params = work.first()
@@ -50,7 +58,8 @@ def run_policy(stage: Grpo | Ppo, work: Work, rewards: Rewards) -> Finished:
         outcomes = open_files.enter_context(closing(OutcomeFile(work.folder / OUTCOMES, exchange)))
         recorded = RecordedRewards(runner, outcomes)
         control = controlled(stage, recorded, {name: weight for name, (_, weight) in rewards.items()})
-        source = PolicySource(
+        score = control or recorded
+        source: Source = PolicySource(
             tasks,
             generator=base.generator(
                 [task.prompt for task in tasks],
@@ -64,14 +73,20 @@ def run_policy(stage: Grpo | Ppo, work: Work, rewards: Rewards) -> Finished:
             trainer=trainer,
             base=work.frozen,
             decode=base.front.chat.decode,
-            score=control or recorded,
+            score=with_label_dropout(score, stage.label_dropout, seed=work.seed) if stage.label_dropout else score,
             shapes=work.shapes(stage),
             settings=stage.rollout_settings(work.seed),
-            memory=control or recorded,
+            memory=score,
             control=control,
             log=open_files.enter_context(closing(CompletionLog(work.folder / COMPLETIONS, work.name_image))),
             bring=lambda merged: base.devices.bring(merged, where),
         )
+        if mix is not None:
+            answers = work.texts.beside.items
+            more = SupervisedSource(
+                answers, batch=mix.batch, shapes=work.shapes(stage), features=base.features, seed=work.seed
+            )
+            source = BesideSource(source, more, prefix=BESIDE)
         evaluate = None
         if work.texts.validation is not None:
             held_out = open_files.enter_context(closing(OutcomeFile(work.folder / HELD_OUT, exchange)))

@@ -166,11 +166,7 @@ def _open_files(study: Opened, nodes: Mapping[str, Node], wanted: set[str], prog
         if f"stages/{name}" in wanted and isinstance(stage, Policy):
             study.build_rewards(name)
     for name, stage in config.trained.items():
-        if (
-            f"stages/{name}" in wanted
-            and stage.data.set is None
-            and (stage.validation is None or stage.validation.data.set is None)
-        ):
+        if f"stages/{name}" in wanted and not any(data.sets for data in stage.reads.values()):
             study.open_stage(name, progress.say)
     # Other rows would make other batches: processes would compute different things, or wait for each other for ever.
     agree([study.inputs(name) for name in study.texts], "the rows that they read")

@@ -212,7 +212,8 @@ def _dataset(config: StudyConfig, ref: str, cases: Cases, task: Any) -> dict[str
 
 def _maps_of_training(config: StudyConfig) -> list[Any]:
     """The label maps of the sources that stages are trained on; None for one without."""
-    sets = [config.sets[set_ref(stage.data.set).name] for stage in config.trained.values() if stage.data.set]
+    read = [data for stage in config.trained.values() for data in stage.learns_from.values()]
+    sets = [config.sets[set_ref(ref).name] for data in read for ref in data.sets]
     return [getattr(config.sources[each.from_], "label_map", None) for each in sets]
 
 

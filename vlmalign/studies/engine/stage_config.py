@@ -66,6 +66,12 @@ class Validation(Config):
     patience: Positive | None = None  #: evaluations in a row without a better one before the stage ends
 
     @model_validator(mode="after")
+    def _of_one_set(self) -> Validation:
+        if len(self.data.sets) > 1:
+            raise ValueError(f"data: expected one set, found {self.data.origin}; list the others in watch")
+        return self
+
+    @model_validator(mode="after")
     def _better_than_what(self) -> Validation:
         if self.patience is not None and self.best is None:
             raise ValueError("patience needs to know what is better: set best to the number that decides")
@@ -88,6 +94,17 @@ class Stage(Config):
 
     #: numbers that its validation measures without a task
     MEASURES: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def learns_from(self) -> dict[str, Data]:
+        """Place in its section -> what is learnt from."""
+        return {"data": self.data}
+
+    @property
+    def reads(self) -> dict[str, Data]:
+        """Place in its section -> what is read: to learn from, and to be validated on."""
+        held_out = {} if self.validation is None else {"validation.data": self.validation.data}
+        return self.learns_from | held_out
 
     @model_validator(mode="after")
     def _a_number_that_is_measured(self) -> Stage:
@@ -153,6 +170,7 @@ class Policy(Stage):
     prompts: Positive  #: per update
     updates: Positive = 1  #: optimiser steps on one rollout
     overlong_buffer: Positive | None = None  #: tokens before the limit from which length costs reward
+    label_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  #: share of true labels that rewards are not shown
     rollout: Rollout
     rewards: Annotated[dict[str, AnyReward], Field(min_length=1)]
     scoring: Annotated[Scoring, FREE] = Scoring()
@@ -202,10 +220,19 @@ class Policy(Stage):
         return self.objective.beta > 0 or self.kl_in_reward > 0
 
 
+class SftBeside(Config):
+    """The SFT loss of given answers, added to a policy's: L = L_policy + weight x L_sft, each over counts of its own."""
+
+    data: Data
+    batch: Positive  #: examples per update
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
+
+
 class Grpo(Policy):
     """Group-relative policy optimisation on prompts {"messages": [...], columns}, or on the questions of the task."""
 
     kind: Literal["grpo"]
+    sft: SftBeside | None = None  #: an SFT loss beside it
     attempts: Positive = 1  #: rounds of dynamic sampling; 1: none
     advantage: Literal["group", "leave_one_out"] = "group"
     scale: Literal["none", "group", "batch"] = "none"  #: what group advantages are divided by the deviation of
@@ -213,6 +240,10 @@ class Grpo(Policy):
     normalise_first: dict[str, float] | None = None  #: GDPO: normalise these rewards apart, with these weights
     control: Control | None = None  #: weights of rewards that follow what succeeds; null: they stand still
     objective: GrpoObjective = GrpoObjective()
+
+    @property
+    def learns_from(self) -> dict[str, Data]:
+        return super().learns_from | ({} if self.sft is None else {"sft.data": self.sft.data})
 
     def rollout_settings(self, seed: int) -> RolloutSettings:
         return RolloutSettings(

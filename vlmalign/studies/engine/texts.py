@@ -73,10 +73,17 @@ def pairs_to_learn(cases: Numbered, data: Data, chat: Chat, task: AnyTask, check
 
 
 def questions(
-    cases: Numbered, data: Data, chat: Chat, task: AnyTask, check: CheckImage, *, turns_too: bool = False
+    cases: Numbered,
+    data: Data,
+    chat: Chat,
+    task: AnyTask,
+    check: CheckImage,
+    *,
+    turns_too: bool = False,
+    columns: Sequence[str] = (),
 ) -> Texts:
     """Prompts that wait for completions, with the columns that rewards are given; `turns_too`: the prompt's turns among
-    them.
+    them. `columns` are None where a case has none.
 
     Rows that end with an answer are questions to be answered in an evaluation; as prompts of training they are a mistake.
 
@@ -86,8 +93,8 @@ def questions(
 
     def make(number: int, case: Example) -> Question:
         turns = list(task.ask(case))
-        columns = {**task.columns(case), **({TURNS: turns} if turns_too else {})}
-        return Question(chat.prompt(turns, group_id=number), prompt_text(turns), columns)
+        own = {**dict.fromkeys(columns), **task.columns(case), **({TURNS: turns} if turns_too else {})}
+        return Question(chat.prompt(turns, group_id=number), prompt_text(turns), own)
 
     found = _gather(cases, data, make, check, None)
     _check_columns(found)
@@ -95,7 +102,14 @@ def questions(
 
 
 def prompts(
-    cases: Numbered, data: Data, chat: Chat, task: AnyTask, check: CheckImage, *, turns_too: bool = False
+    cases: Numbered,
+    data: Data,
+    chat: Chat,
+    task: AnyTask,
+    check: CheckImage,
+    *,
+    turns_too: bool = False,
+    columns: Sequence[str] = (),
 ) -> Texts:
     """`questions` for a stage that samples their answers: a row that brings one is refused."""
 
@@ -106,7 +120,7 @@ def prompts(
                 raise ValueError(f"{case.id}: the last turn is an answer, and a prompt waits for one; leave it out")
             yield number, case
 
-    return questions(waiting(), data, chat, task, check, turns_too=turns_too)
+    return questions(waiting(), data, chat, task, check, turns_too=turns_too, columns=columns)
 
 
 def prompt_text(messages: Sequence[Message]) -> str:

@@ -37,11 +37,12 @@ class StageTexts:
     train: Texts
     validation: Texts | None = None  #: in the form of `train`
     watched: Sequence[Watched] = ()  #: answered greedily; the first is the validation's own where that is answered
+    beside: Texts | None = None  #: answers of an SFT loss beside a policy's
 
     @property
     def images(self) -> int:
         """Most distinct images of a group."""
-        texts = [self.train, *([] if self.validation is None else [self.validation])]
+        texts = [each for each in (self.train, self.validation, self.beside) if each is not None]
         return max(1, *(most_images(each.groups) for each in texts))
 
 
