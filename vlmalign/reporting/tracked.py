@@ -19,8 +19,8 @@ from vlmalign.reporting.words import measured
 OF_SETS = {
     "macro_f1": ("macro-F1", "of greedy answers, mean over labels"),
     "micro_f1": ("micro-F1", "of greedy answers, all labels together"),
-    "reasoning_named": ("reasoning: named", "share of the solution's labels that the reasoning names"),
-    "reasoning_kept": ("reasoning: kept", "share of the labels claimed in reasoning that the solution has"),
+    "reasoning_named": ("reasoning: named", "of the solution's labels, share in the reasoning"),
+    "reasoning_kept": ("reasoning: kept", "of labels in the reasoning, share in the solution"),
     "valid": ("valid", "share of answers in the required form"),
     "length": ("length", "mean length of an answer, tokens"),
 }

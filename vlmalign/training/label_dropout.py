@@ -1,8 +1,8 @@
 """Label dropout: rewards are shown the true labels with a random share of them missing.
 
 Which labels follows from (seed, round, prompt): all completions of a prompt are compared under one truth, a round that
-comes again after a kill has the same, and the next pass over the data draws anew. A share of the labels that a rater
-names is his convention; under dropout no single one pays for certain.
+comes again after a kill has the same, and the next pass over the data draws anew. Part of what a rater
+names is convention; under dropout no label pays for certain.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ _PURPOSE = 4
 
 
 def with_label_dropout(score: Score, share: float, *, seed: int) -> Score:
-    """`score` with the column `truth` thinned out."""
+    """`score` with the column `truth` thinned out; `score` itself where the share is 0."""
+    if share == 0:
+        return score
 
     def thinned(
         number: int,

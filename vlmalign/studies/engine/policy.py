@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
+from functools import partial
 
 from vlmalign import exchange
 from vlmalign.mesh import Placement
@@ -35,17 +36,17 @@ def run_policy(stage: Grpo | Ppo, work: Work, rewards: Rewards) -> Finished:
     """GRPO or PPO, without PPO's value head in what it ends with."""
     base, rollout, tasks = work.base, stage.rollout, work.texts.train.items
     mix = stage.sft if isinstance(stage, Grpo) else None
-    optimiser, placement = build_optimiser(stage.optimiser.settings, stage.steps), base.devices.training_of(work.model)
-    trainer = Trainer(
+    trainer_of = partial(
+        Trainer,
         work.model,
-        objective_of(stage),
-        optimiser,
-        reference=base.reference(work.reference) if stage.needs_reference else None,
+        optimiser=build_optimiser(stage.optimiser.settings, stage.steps),
         seed=work.seed,
-        placement=placement,
-        beside=None
-        if mix is None
-        else Trainer(work.model, objective_beside(mix), optimiser, seed=work.seed, placement=placement),
+        placement=base.devices.training_of(work.model),
+    )
+    trainer = trainer_of(
+        objective_of(stage),
+        reference=base.reference(work.reference) if stage.needs_reference else None,
+        beside=None if mix is None else trainer_of(objective_beside(mix)),
     )
     where: Placement | None = base.devices.sampling(rollout.tensor)
     params = work.first()
@@ -73,7 +74,7 @@ def run_policy(stage: Grpo | Ppo, work: Work, rewards: Rewards) -> Finished:
             trainer=trainer,
             base=work.frozen,
             decode=base.front.chat.decode,
-            score=with_label_dropout(score, stage.label_dropout, seed=work.seed) if stage.label_dropout else score,
+            score=with_label_dropout(score, stage.label_dropout, seed=work.seed),
             shapes=work.shapes(stage),
             settings=stage.rollout_settings(work.seed),
             memory=score,
