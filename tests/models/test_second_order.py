@@ -45,7 +45,7 @@ def hessian_product(trained: str, change: float) -> tuple[dict, dict, dict]:
 
 @pytest.mark.parametrize("trained", ["lora_", pytest.param("", marks=pytest.mark.full)])
 def test_a_product_with_the_hessian_is_the_change_of_the_gradient(trained):
-    product, differences, slope = hessian_product(trained, 1e-4)
+    product, differences, slope = hessian_product(trained, 1e-5)
     largest = max(float(np.abs(value).max()) for value in product.values())
     assert largest > 1e-2
     assert all(value.dtype == np.float64 for value in product.values())
