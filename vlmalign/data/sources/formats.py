@@ -6,11 +6,12 @@ from typing import Annotated
 
 from pydantic import Field
 
+from vlmalign.data.sources.ehr import EhrSource
 from vlmalign.data.sources.rows import RowSource
 from vlmalign.data.sources.table import TableFilms
 from vlmalign.data.sources.xray import CheXpertFilms, MimicFilms, NihExtractFilms, NihFilms
 
-#: kind -> its settings; each has `open(place) -> Films | Rows`
+#: kind -> its settings; each has `open(place) -> Films | Rows | Records`
 SOURCES = {
     "mimic-cxr-jpg": MimicFilms,
     "chexpert": CheXpertFilms,
@@ -18,9 +19,11 @@ SOURCES = {
     "nih-extract": NihExtractFilms,
     "table": TableFilms,
     "rows": RowSource,
+    "ehr": EhrSource,
 }
 
 #: a source in a config, told by its `kind`
 AnySource = Annotated[
-    MimicFilms | CheXpertFilms | NihFilms | NihExtractFilms | TableFilms | RowSource, Field(discriminator="kind")
+    MimicFilms | CheXpertFilms | NihFilms | NihExtractFilms | TableFilms | RowSource | EhrSource,
+    Field(discriminator="kind"),
 ]

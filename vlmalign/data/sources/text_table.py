@@ -1,4 +1,4 @@
-"""Tables in CSV (plain or .gz), Parquet or JSON Lines as one thing: cells of text under the names of their columns."""
+"""Tables in CSV (plain or .gz), Parquet, JSON Lines or a saved folder as one thing: text under the names of columns."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from vlmalign.data.sources.json_lines import lines, parse
-from vlmalign.data.sources.row_files import damage_named
+from vlmalign.data.sources.row_files import damage_named, saved_rows
 from vlmalign.data.sources.tables import missing_column, read_table
 
 ENDINGS = (".csv", ".csv.gz", ".parquet", ".jsonl", ".ndjson")
@@ -20,7 +20,7 @@ class TextTable(NamedTuple):
     """Cells are text, "" where there is nothing; lists stay lists."""
 
     frame: pd.DataFrame
-    rows: np.ndarray  #: int: the line of each row in the file; in Parquet its number from 1
+    rows: np.ndarray  #: int: the line of each row in the file; in Parquet and saved folders its number from 1
 
 
 def check_ending(path: Path) -> None:
@@ -29,18 +29,25 @@ def check_ending(path: Path) -> None:
         raise ValueError(f"a table's name ends in {', '.join(ENDINGS)}; found {path.name!r}")
 
 
-def read_text_table(path: Path, required: Sequence[str]) -> TextTable:
-    """The table with all its columns, of which `required` must be there.
+def read_text_table(path: Path, required: Sequence[str], split: str | None = None) -> TextTable:
+    """The table with all its columns, of which `required` must be there; `split` is of a folder saved by `datasets`.
 
     Raises:
         FileNotFoundError: naming the path.
         ValueError: for a file that cannot be read, and a missing column, with the nearest that there are.
     """
+    if path.is_dir():
+        saved = saved_rows(path, split)
+        return _of_rows(path, [saved[i] for i in range(len(saved))], list(range(1, len(saved) + 1)), required)
     check_ending(path)
     if path.name.lower().endswith((".csv", ".csv.gz")):
         frame = read_table(path, required)
         return TextTable(frame, np.arange(len(frame)) + 2)
     values, rows = _parquet(path) if path.suffix.lower() == ".parquet" else _json(path)
+    return _of_rows(path, values, rows, required)
+
+
+def _of_rows(path: Path, values: list[dict[str, Any]], rows: list[int], required: Sequence[str]) -> TextTable:
     columns = list(dict.fromkeys(name for row in values for name in row))
     if missing := [name for name in required if name not in columns]:
         raise ValueError(f"{path}: {'; '.join(missing_column(name, columns) for name in missing)}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import model_validator
@@ -14,13 +13,12 @@ from vlmalign.data.phantoms.institutions import CHEXPERT_LIKE, INSTITUTIONS, MIM
 from vlmalign.data.phantoms.traces import write_traces
 from vlmalign.data.sources import chexpert, mimic, nih
 from vlmalign.data.sources.films import Films
+from vlmalign.data.sources.inventing import write_folder
 from vlmalign.data.sources.schema import CHEXPERT, NIH14, LabelSchema
 from vlmalign.data.sources.settings import FilmSource, Place, Positive, Uncertain, label_map_of
 
 #: beside an invented archive: the reasoning that leads to its labels, told in several ways
 TRACES = {"narrative": "traces.jsonl", "steps": "traces-steps.jsonl", "short": "traces-short.jsonl"}
-#: how the folder ends in which an archive is being written
-PARTIAL = ".partial"
 
 
 class Phantom(Config):
@@ -81,27 +79,20 @@ class Archive(FilmSource):
     def invent(self, place: Place) -> None:
         """Writes the invented archive and its traces, whole or not at all; a folder that exists is left as it is, also
         one that another process has written in the meantime."""
-        root = place(str(self.root))
-        if self.phantom is None or root.exists():
+        if (made := self.phantom) is None:
             return
-        root.parent.mkdir(parents=True, exist_ok=True)
-        made, place_of = self.phantom, self.institution
+        place_of = self.institution
         if made.convention is not None:
             place_of = replace(place_of, convention=INSTITUTIONS[made.convention].convention)
-        with TemporaryDirectory(
-            prefix=f"{root.name}.", suffix=PARTIAL, dir=root.parent, ignore_cleanup_errors=True
-        ) as own:
-            beside = Path(own) / root.name
+
+        def write(beside: Path) -> None:
             rows = type(self).write(
                 beside, films=made.films, seed=made.seed, size=made.size, workers=made.workers, institution=place_of
             )
             for telling, name in TRACES.items():
                 write_traces(beside / name, rows, telling=telling)
-            try:
-                beside.rename(root)
-            except OSError:
-                if not root.is_dir():
-                    raise
+
+        write_folder(place(str(self.root)), write)
 
 
 class MimicFilms(Archive):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlmalign import stopping
-from vlmalign.data.sources.xray import PARTIAL
+from vlmalign.data.sources.inventing import PARTIAL
 from vlmalign.distributed import own_share, process_count
 from vlmalign.exchange import fetch, from_first
 from vlmalign.progress import Progress
