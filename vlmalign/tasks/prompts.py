@@ -66,6 +66,15 @@ def fill(prompt: str, columns: Mapping[str, Any]) -> str:
     return _SLOT.sub(put, prompt)
 
 
+def slots(prompt: str) -> list[str]:
+    """The columns that a prompt names.
+
+    >>> slots("A {age}-year-old. Write {{age}}.")
+    ['age']
+    """
+    return [name for _, name in _SLOT.findall(prompt) if name]
+
+
 def _listing(columns: Iterable[str]) -> str:
     """Names of a row's columns, in a message."""
     names = sorted(columns)

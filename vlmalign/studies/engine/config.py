@@ -18,14 +18,16 @@ from pydantic import Field, model_validator
 
 from vlmalign.config import FREE, Config
 from vlmalign.config_tree import nearest
+from vlmalign.data.records.pyramid import LAYERS, Pyramid
 from vlmalign.data.sources.formats import AnySource
 from vlmalign.evaluation.subgroups import Grouping
 from vlmalign.studies.engine.report_config import Report
 from vlmalign.studies.engine.report_config import problems as report_problems
 from vlmalign.studies.engine.reward_config import FileReward
-from vlmalign.studies.engine.sections import Bound, Mesh, Positive, Reading
+from vlmalign.studies.engine.sections import Bound, Mesh, Positive, Reading, Share
 from vlmalign.studies.engine.stage_config import AdapterStage, AnyStage, ModelStage, Policy, Stage, Trains
 from vlmalign.tasks.labels import LabelsTask
+from vlmalign.tasks.prompts import slots
 from vlmalign.tasks.tasks import AnyTask
 
 #: names become folders
@@ -36,16 +38,23 @@ class Set(Config):
     """Cases of a source. Sets of one draw share no case and no patient."""
 
     from_: str = Field(alias="from")  #: a source
-    #: whole: all of it; random: cases at random; patients: whole patients at random; balanced: every label has enough
-    draw: Literal["whole", "random", "patients", "balanced"] = "whole"
+    #: whole: all of it; random: cases at random; patients: whole patients at random; balanced: every label has enough;
+    #: pyramid: records by layer (`data.records.pyramid`)
+    draw: Literal["whole", "random", "patients", "balanced", "pyramid"] = "whole"
+    #: column -> values that are taken
+    where: dict[str, tuple[str | int | float | bool, ...]] = Field(default_factory=dict)
+    #: of records: a stretch [from, to) of 0..1, in which the hash of what a record tells must lie; twins lie together
+    hash: tuple[Share, Share] | None = None
     size: Positive | None = None  #: cases; of one set
-    parts: dict[str, Positive] = Field(default_factory=dict)  #: of several balanced sets drawn at once: name -> cases
+    #: of several balanced sets drawn at once: name -> cases; of a pyramid: layer -> cases, in sum one set, also known by layer
+    parts: dict[str, Positive] = Field(default_factory=dict)
+    pyramid: Pyramid | None = None  #: the rules of its layers
     floor: Bound = 0.05  #: balanced: what every label has at least, a share of the set (0.05) or cases (100)
     floors: dict[str, Bound] = Field(default_factory=dict)  #: balanced: of single labels, instead of `floor`
     cap: Bound | None = None  #: balanced: what every label has at most, likewise
     caps: dict[str, Bound] = Field(default_factory=dict)  #: balanced: of single labels, instead of `cap`
     films_per_patient: Positive | None = None  #: balanced: most cases of one patient
-    apart: tuple[str, ...] = ()  #: sets of the same source whose patients are left out
+    apart: tuple[str, ...] = ()  #: sets of the same source whose patients, and twins of whose records, are left out
     seed: int | None = None  #: null: the study's
     role: Literal["validation", "watch", "test"] | None = None  #: test: answered once per state, never chosen by
     peek: bool = False  #: allow a test set to choose, or to be watched; every page says so
@@ -56,7 +65,12 @@ class Set(Config):
 
     @model_validator(mode="after")
     def _sizes_fit_the_draw(self) -> Set:
-        if self.draw == "balanced":
+        if (self.draw == "pyramid") != (self.pyramid is not None):
+            raise ValueError(f"draw: pyramid and the section pyramid belong together, found draw: {self.draw}")
+        if self.draw == "pyramid":
+            if not self.parts or self.size is not None or self.parts.keys() - set(LAYERS):
+                raise ValueError(f"a pyramid needs parts: cases of {', '.join(LAYERS)}, and no size")
+        elif self.draw == "balanced":
             if (self.size is None) == (not self.parts):
                 raise ValueError("a balanced draw needs either size (one set) or parts (several: name -> cases)")
         elif given := [name for name in ("parts", "floors", "cap", "caps") if getattr(self, name)]:
@@ -303,7 +317,7 @@ class StudyConfig(Config):
         name, part = set_ref(ref)
         found = [*_unknown(where, name, self.sets, "set")]
         yield from found
-        if not found and (part is not None or self.sets[name].parts):
+        if not found and (part is not None or (self.sets[name].parts and self.sets[name].draw != "pyramid")):
             parts = self.sets[name].parts
             if part not in parts:
                 known = ", ".join(f"{name}.{each}" for each in parts) or "no parts"
@@ -314,6 +328,7 @@ class StudyConfig(Config):
             if isinstance(stage, Stage) and stage.task is not None:
                 yield from _unknown(f"stages.{name}.task", stage.task, self.tasks, "task")
         for where, ref, task in self.asked_about():
+            yield from self._gives_away(where, ref, task)
             if task is not None:
                 if where.startswith("answers."):
                     yield from _unknown(where, task, self.tasks, "task")
@@ -328,6 +343,18 @@ class StudyConfig(Config):
                 task is not None and isinstance(task[1], LabelsTask) and task[1].form != "plain"
             ):
                 yield f"answers.{name}.probability: first-token is of label lists in a <solution> block (form: think or solution)"
+
+    def _gives_away(self, where: str, ref: str, name: str | None) -> Iterable[str]:
+        """A prompt that names what is not known before the decision."""
+        hidden = getattr(self.sources[self.sets[set_ref(ref).name].from_], "hidden", ())
+        found = self.task_of(name) if name is None or name in self.tasks else None
+        prompt = None if found is None else getattr(found[1], "prompt", None)
+        for column in slots(prompt or ""):
+            if column in hidden:
+                yield (
+                    f"{where}: the prompt of task {found[0]} names {{{column}}}, which is no input of set {ref}: what is asked, "
+                    "or known only afterwards, would be given away; take it out"
+                )
 
     def needs_task(self, ref: str) -> bool:
         """Rows of turns are questions already; all other cases need a task to be asked about."""

@@ -20,7 +20,15 @@ BEFORE: Mapping[str, Mapping[str, Any]] = {
     "source": {"convention": None},
     "grpo": {"label_dropout": 0.0, "sft": None},
     "ppo": {"label_dropout": 0.0},
-    "set": {"floors": {}, "cap": None, "caps": {}, "source": {"labels": {"lists": False, "blank": "none"}}},
+    "set": {
+        "floors": {},
+        "cap": None,
+        "caps": {},
+        "where": {},
+        "hash": None,
+        "pyramid": None,
+        "source": {"labels": {"lists": False, "blank": "none"}},
+    },
 }
 
 #: what of a section is said by parents or inputs, and may be called something else

@@ -7,10 +7,12 @@ from typing import Any
 
 from vlmalign.data.overlap.sets import SetMarks, describe, overlaps
 from vlmalign.data.overlap.texts import marks_of_text
+from vlmalign.data.records.records import Records
 from vlmalign.data.sources.rows import Rows
 from vlmalign.studies.engine.config import StudyConfig, set_ref
 from vlmalign.studies.engine.opened import Opened
 from vlmalign.studies.engine.record import MADE
+from vlmalign.studies.engine.sets import TWIN
 from vlmalign.studies.engine.stage_config import Stage
 
 
@@ -65,9 +67,11 @@ def _marks(study: Opened, ref: str) -> SetMarks:
     rows: list[dict[str, Any]] = [
         {key: row[key] for key in ("id", "patient", "sha256", "dhash") if key in row} for row in cases.rows
     ]
+    if isinstance(cases.source, Records):
+        rows = [{"id": row["id"], "patient": row["patient"], "question": row[TWIN], "grams": ()} for row in cases.rows]
     if isinstance(cases.source, Rows):
         rows = [{"id": row["id"], "patient": row["patient"]} | _question(cases[i].meta) for i, row in enumerate(rows)]
-    where = getattr(section, "root", None) or section.path
+    where = section.path if isinstance(cases.source, Records) else getattr(section, "root", None) or section.path
     return SetMarks(ref, f"{section.kind} {study.config.place(where).resolve()}", rows)
 
 

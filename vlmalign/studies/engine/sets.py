@@ -18,10 +18,13 @@ import numpy as np
 from vlmalign.data.films.depth import check_depth
 from vlmalign.data.films.images import BadImage, read_film
 from vlmalign.data.overlap.films import marks_of_film
+from vlmalign.data.records.pyramid import draw_layers, layers
+from vlmalign.data.records.records import Records
 from vlmalign.data.sampling.bounds import share_of
 from vlmalign.data.sampling.sampler import balanced_sample, random_sample
 from vlmalign.data.sources.films import Films
 from vlmalign.progress import Progress
+from vlmalign.quoting import shown
 from vlmalign.studies.engine.config import Set, StudyConfig, set_ref
 from vlmalign.studies.engine.files import Hashes, read_rows, write_json, write_rows
 from vlmalign.types import Example
@@ -30,8 +33,10 @@ from vlmalign.types import Example
 CASES, COVERAGE, SKIPPED = "cases", "coverage.json", "skipped.jsonl"
 #: a row of the former
 CASE = {"id": str, "patient": str}
+#: in a row of a record: what it tells (`Records.twins`)
+TWIN = "twin"
 
-Source = Any  #: what a source opens as: `Films`, or `Rows` of turns, records or questions
+Source = Any  #: what a source opens as: `Films`, `Records`, or `Rows` of turns, records or questions
 
 
 @dataclass(frozen=True)
@@ -56,13 +61,14 @@ class Cases:
 
     def column(self, name: str) -> list[Any]:
         """What is known of each case under this name, None where it has nothing."""
-        if isinstance(self.source, Films):
+        if isinstance(self.source, Films | Records):
             return list(self.source.column(name)[self.places])
         return [self[i].meta.get(name) for i in range(len(self))]
 
 
 def draw(config: StudyConfig, name: str, source: Source, left_out: set[str], folder: Path, progress: Progress) -> None:
-    """Draw the set `name` and write it into `folder`. `left_out` are patients of other sets of the source.
+    """Draw the set `name` and write it into `folder`. `left_out` are patients of other sets of the source, and what their
+    records tell.
 
     Raises:
         BadImage: for a film that cannot be decoded, with `on_bad: error`.
@@ -71,12 +77,14 @@ def draw(config: StudyConfig, name: str, source: Source, left_out: set[str], fol
     section = config.sets[name]
     seed = config.seed if section.seed is None else section.seed
     skipped = [{"dataset": section.from_, **row} for row in source.skipped]
+    for note in source.notes if isinstance(source, Records) else ():
+        progress.say(f"source {section.from_}: {note}")
     bad: set[int] = set()
     marks: dict[int, dict[str, Any]] = {}
     for note in source.notes if isinstance(source, Films) else ():
         progress.say(f"set {name}: {note}")
     while True:
-        drawn = _drawn(name, section, source, left_out, bad, seed)
+        drawn, more = _drawn(name, section, source, left_out, bad, seed)
         fresh = sorted({int(place) for part in drawn.values() for place in part} - marks.keys())
         wrong = _read_once(name, source, fresh, marks, section.on_bad == "skip", progress)
         if not wrong:
@@ -90,16 +98,22 @@ def draw(config: StudyConfig, name: str, source: Source, left_out: set[str], fol
     if isinstance(source, Films):
         check_depth((source[i].image for part in drawn.values() for i in map(int, part)), bits=source.bits)
     write_rows(folder / SKIPPED, skipped)
+    twins = source.twins() if isinstance(source, Records) else None
     for part, places in drawn.items():
-        write_rows(folder / f"{part}.jsonl", (_row(source[int(place)], marks[int(place)]) for place in places))
-    if isinstance(source, Films):
-        write_json(folder / COVERAGE, _coverage(section, source, drawn))
+        rows = (_row(source[int(i)], marks[int(i)]) | ({} if twins is None else {TWIN: twins[i]}) for i in places)
+        write_rows(folder / f"{part}.jsonl", rows)
+    if isinstance(source, Films | Records) and len(source.schema):
+        write_json(folder / COVERAGE, found := _coverage(section, source, drawn) | more)
+        for part, of in found["sets"].items() if isinstance(source, Records) else ():
+            if absent := [label for label, count in of["counts"].items() if not count]:
+                progress.say(f"set {name}: {part} has no record with {', '.join(absent)}")
 
 
 def open_cases(config: StudyConfig, ref: str, source: Source) -> Cases:
     """A set that was drawn, by its reference NAME or NAME.PART."""
     name, part = set_ref(ref)
-    rows = read_rows(config.run / "sets" / name / f"{part or CASES}.jsonl", CASE)
+    parts = [part] if part is not None else list(config.sets[name].parts) or [CASES]
+    rows = [row for each in parts for row in read_rows(config.run / "sets" / name / f"{each}.jsonl", CASE)]
     place = {id: number for number, id in enumerate(source.ids())}
     missing = [row["id"] for row in rows if row["id"] not in place]
     if missing:
@@ -141,10 +155,11 @@ def images_in(value: Any) -> Iterator[str]:
 
 
 def patients_of(config: StudyConfig, ref: str) -> set[str]:
-    """The patients of a drawn set."""
+    """The patients of a drawn set; and of records what they tell, by its SHA-256: a twin is as good as the same patient."""
     name, part = set_ref(ref)
     parts = [part] if part is not None else list(config.sets[name].parts) or [CASES]
-    return {row["patient"] for each in parts for row in read_rows(config.run / "sets" / name / f"{each}.jsonl", CASE)}
+    rows = [row for each in parts for row in read_rows(config.run / "sets" / name / f"{each}.jsonl", CASE)]
+    return {row[key] for row in rows for key in ("patient", TWIN) if key in row}
 
 
 def draw_patients(patients: np.ndarray, cases: int, *, seed: int) -> np.ndarray:
@@ -156,9 +171,10 @@ def draw_patients(patients: np.ndarray, cases: int, *, seed: int) -> np.ndarray:
 
 def _drawn(
     name: str, section: Set, source: Source, left_out: set[str], bad: set[int], seed: int
-) -> dict[str, np.ndarray]:
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Part -> places of its cases, ascending; and what else `coverage.json` says of them."""
     patients = np.asarray(source.patients())
-    usable = np.setdiff1d(np.arange(len(source)), np.fromiter(bad, int, len(bad)))
+    usable = np.setdiff1d(_asked_for(name, section, source, left_out), np.fromiter(bad, int, len(bad)))
     wanted = sum(section.parts.values()) or section.size or 1
     if section.draw != "balanced":
         usable = usable[[patients[i] not in left_out for i in usable]] if left_out else usable
@@ -168,12 +184,21 @@ def _drawn(
             f"sets.{name}: {wanted} cases were asked for, source {section.from_} has {len(usable)} that can be read{apart}"
         )
     if section.draw == "whole":
-        return {CASES: usable}
+        return {CASES: usable}, {}
     if section.draw == "random":
-        return {CASES: usable[random_sample(patients[usable], section.size, seed=seed, exclude_patients=set())]}
+        return {CASES: usable[random_sample(patients[usable], section.size, seed=seed, exclude_patients=set())]}, {}
     if section.draw == "patients":
-        return {CASES: usable[draw_patients(patients[usable], section.size, seed=seed)]}
-    if not isinstance(source, Films):
+        return {CASES: usable[draw_patients(patients[usable], section.size, seed=seed)]}, {}
+    if section.draw == "pyramid":
+        if not isinstance(source, Records):
+            raise ValueError(f"sets.{name}.draw: a pyramid is of records, and source {section.from_} has none")
+        try:
+            found, report = layers(source, usable, section.pyramid, seed=seed)
+            chosen = draw_layers(found, section.parts, seed=seed)
+        except ValueError as error:
+            raise ValueError(f"sets.{name}: {error}") from error
+        return {part: usable[each] for part, each in chosen.items()}, {"pyramid": report}
+    if not isinstance(source, Films | Records):
         raise ValueError(f"sets.{name}.draw: balanced needs labels, and source {section.from_} is rows without any")
     sizes = section.parts or {CASES: section.size}
     found = balanced_sample(
@@ -189,7 +214,29 @@ def _drawn(
         films_per_patient=section.films_per_patient,
         exclude_patients=left_out,
     )
-    return {part: usable[each.indices] for part, each in found.sets.items()}
+    return {part: usable[each.indices] for part, each in found.sets.items()}, {}
+
+
+def _asked_for(name: str, section: Set, source: Source, left_out: set[str]) -> np.ndarray:
+    """Places of the cases that `where` and `hash` take, without twins of those left out."""
+    keep = np.ones(len(source), bool)
+    if (section.where or section.hash) and not isinstance(source, Films | Records):
+        raise ValueError(f"sets.{name}: where and hash choose films or records, and source {section.from_} is rows")
+    for column, values in section.where.items():
+        cells, wanted = np.array([str(cell) for cell in source.column(column)], object), [str(each) for each in values]
+        if absent := [each for each in wanted if each not in cells]:
+            known = ", ".join(map(shown, sorted(set(cells))[:12]))
+            raise ValueError(f"sets.{name}.where.{column}: no case has {absent[0]!r}; found {known}")
+        keep &= np.isin(cells, wanted)
+    if isinstance(source, Records) and (section.hash is not None or left_out):
+        twins = source.twins()
+        if section.hash is not None:
+            place = np.array([int(twin[:13], 16) / 16**13 for twin in twins])
+            keep &= (section.hash[0] <= place) & (place < section.hash[1])
+        keep &= [twin not in left_out for twin in twins]
+    elif section.hash is not None:
+        raise ValueError(f"sets.{name}.hash: films have no inputs to hash; draw patients, or whole with where")
+    return np.flatnonzero(keep)
 
 
 def _read_once(
@@ -237,7 +284,7 @@ def _bounds(section: Set, labels: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _coverage(section: Set, source: Films, drawn: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _coverage(section: Set, source: Films | Records, drawn: Mapping[str, np.ndarray]) -> dict[str, Any]:
     labels, matrix, patients = source.schema.labels, source.label_matrix(), source.patients()
     everything = {"pool": np.arange(len(source)), **drawn}
     return {
