@@ -32,12 +32,12 @@ sets:
   others: {from: clinic, where: {centre: [south, west]}, apart: [north]}
   low: {from: clinic, hash: [0.0, 0.25], role: test}
   high: {from: clinic, hash: [0.25, 1.0]}
-  small: {from: clinic, draw: balanced, parts: {sft: 60, rl: 30}, floor: 0.05, apart: [held-out]}
+  small: {from: clinic, draw: balanced, parts: {sft: 60, rl: 30}, floor: 0.03, apart: [held-out]}
   layered:
     from: clinic
     draw: pyramid
     parts: {general: 90, confusion: 60, enhancement: 50}
-    pyramid: {decision: strategy, folds: 3, rare: 0.06, complex: 0.05, counts: [earlier_ivf]}
+    pyramid: {decision: strategy, folds: 2, rare: 0.06, complex: 0.05, counts: [earlier_ivf]}
     apart: [held-out]
 tasks:
   plan:
@@ -139,7 +139,7 @@ def test_twins_in_two_sets_are_an_overlap(drawn):
 def test_balanced_sets_of_records_have_enough_of_every_strategy(drawn):
     coverage = json.loads((drawn.config.run / "sets" / "small" / "coverage.json").read_text())
     for part, size in (("sft", 60), ("rl", 30)):
-        assert min(coverage["sets"][part]["counts"].values()) >= int(np.ceil(0.05 * size))
+        assert min(coverage["sets"][part]["counts"].values()) >= int(np.ceil(0.03 * size))
     pool = coverage["sets"]["pool"]["counts"]
     assert pool["strategy: PGT-SR"] < 0.03 * len(drawn.source)
     assert told(drawn, "small.sft", "patient").isdisjoint(told(drawn, "small.rl", "patient"))

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from vlmalign.config import Config
+from vlmalign.data.sources.text_table import as_text
 from vlmalign.quoting import quoted, shown
 
 #: input: known before the decision, may be told; decision: what is asked; group: a centre, a year: for splits, never told;
@@ -25,6 +26,8 @@ Codes = Annotated[
     dict[str, str], BeforeValidator(lambda given: {str(c): str(c) for c in given} if isinstance(given, list) else given)
 ]
 
+#: whole numbers from here on are told as floats are, in few digits
+MOST_WHOLE = 1e15
 YES, NO = ("1", "true", "yes", "y"), ("0", "false", "no", "n")
 _WHOLE = re.compile(r"(-?\d+)\.0+")
 
@@ -61,7 +64,7 @@ class NumberField(_Field):
         if not math.isfinite(number) or (low is not None and number < low) or (high is not None and number > high):
             between = f"{'-inf' if low is None else f'{low:g}'} to {'inf' if high is None else f'{high:g}'}"
             raise ValueError(f"out of range ({between}{'' if self.unit is None else f' {self.unit}'})")
-        return int(number) if number.is_integer() else number
+        return int(number) if number.is_integer() and abs(number) < MOST_WHOLE else number
 
     def tell(self, value: Any) -> str:
         return str(value) if self.unit is None else f"{value} {self.unit}"
@@ -153,7 +156,11 @@ class ListField(_Field):
         return tuple(dict.fromkeys(self.codes.values()))
 
     def read(self, cell: Any) -> list[str]:
-        parts = [_text(part) for part in cell] if isinstance(cell, list | tuple) else _text(cell).split(self.separator)
+        parts = (
+            [_text(as_text(part)) for part in cell]
+            if isinstance(cell, list | tuple)
+            else _text(cell).split(self.separator)
+        )
         names = [name for part in parts if (name := part.strip())]
         _no_longer(", ".join(names), self.longest)
         return list(dict.fromkeys(_word(name, self.codes) if self.codes else name for name in names))

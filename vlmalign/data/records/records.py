@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from vlmalign.data.records.fields import AnyRecordField, CodeField, ListField
 from vlmalign.data.records.summary import Summary, summarise
@@ -164,10 +165,9 @@ def _column(
     nothing = {"", *missing, *field.missing}
     several = isinstance(field, CodeField) and field.first_of
     columns = [each.column for each in field.first_of] if several else [field.column or name]
-    cells = zip(*(frame[column] for column in columns), strict=True)
-    known: dict[Any, tuple[Any, str | None]] = {}  # cells -> value and problem: most are there many times
 
     def read(row: tuple[Any, ...]) -> tuple[Any, str | None]:
+        """Value and problem of a row's cells."""
         told = tuple("" if isinstance(cell, str) and cell.strip() in nothing else cell for cell in row)
         try:
             value = (
@@ -177,16 +177,17 @@ def _column(
             return None, f"{name}: {error}"
         return value, f"{name}: missing, and required" if value is None and field.required else None
 
-    values = np.full(len(frame), None, object)
-    for place, row in enumerate(cells):
-        if all(isinstance(cell, str) for cell in row):
-            if row not in known:
-                known[row] = read(row)
-            values[place], problem = known[row]
-        else:  # a list of a JSON or Parquet file
-            values[place], problem = read(row)
-        if problem is not None:
-            problems.setdefault(place, problem)
+    rows = pd.Series([*zip(*(frame[column] for column in columns), strict=True)], dtype=object)
+    try:
+        which, distinct = pd.factorize(rows)  # most cells are there many times
+    except TypeError:  # lists, of a JSON or Parquet file
+        which, distinct = np.arange(len(rows)), rows
+    found = [read(row) for row in distinct]
+    for place in np.flatnonzero(np.array([problem is not None for _, problem in found], bool)[which]):
+        problems.setdefault(int(place), found[which[place]][1])
+    values = np.empty(len(rows), object)
+    for place, number in enumerate(which):
+        values[place] = found[number][0]
     return values
 
 

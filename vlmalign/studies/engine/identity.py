@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,7 +47,12 @@ def record_of(study: Opened, node: Node, ids: Mapping[Edge, str]) -> Record:
         section: Set = config.sets[node.key]
         source, free = split_free(config.sources[section.from_])
         settings = {**_own(section), "seed": config.seed if section.seed is None else section.seed, "source": source}
-        files = {f"source {path.name}": study.hashes.of(path) for path in study.source(section.from_).files}
+        paths = study.source(section.from_).files
+        names = Counter(path.name for path in paths)  # shards in several folders may be called the same
+        files = {
+            f"source {path.name if names[path.name] == 1 else f'{path.parent.name}/{path.name}'}": study.hashes.of(path)
+            for path in paths
+        }
         return Record(node.name, node.kind, settings, free, parents, files)
     if node.kind == "answers":
         entry: Answers = config.answers[node.key]
