@@ -16,7 +16,11 @@ from vlmalign.data.phantoms.cases import KINDS, PREVALENCE, Case, Finding, draw_
 from vlmalign.data.phantoms.looks import Look, apply_look
 from vlmalign.data.phantoms.painters import CHEST, MIDLINE, PAINTERS, Film, edge
 
-__all__ = ["KINDS", "PREVALENCE", "Case", "Finding", "Look", "draw_case", "render", "render_lateral"]
+__all__ = ["KINDS", "PREVALENCE", "Case", "Finding", "Look", "draw_case", "finding_boxes", "render", "render_lateral"]
+
+
+#: grey values that a finding changes at its strongest, below which it has no box
+HARDLY_SEEN = 0.05
 
 
 @lru_cache(maxsize=8)
@@ -42,6 +46,28 @@ def render(case: Case, look: Look, rng: np.random.Generator, size: int = 128) ->
     for finding in case.findings:
         PAINTERS[finding.kind](film, finding)
     return apply_look(film.image, look, rng)
+
+
+def finding_boxes(
+    case: Case, look: Look, rng: np.random.Generator, size: int = 128
+) -> list[tuple[float, float, float, float] | None]:
+    """Where each finding of `case` stands on the film that `render` draws of the same arguments: left, top, width and
+    height in shares of the film's sides, about what it changes by at least half as much as at its strongest; None for one
+    that is hardly seen.
+    """
+    film = _draw_chest(case, rng, size, look.scale)
+    found: list[tuple[float, float, float, float] | None] = []
+    for finding in case.findings:
+        before = film.image.copy()
+        PAINTERS[finding.kind](film, finding)
+        change = np.abs(film.image - before)
+        if change.max() < HARDLY_SEEN:
+            found.append(None)
+            continue
+        rows, columns = (np.flatnonzero((change >= change.max() / 2).any(axis=axis)) for axis in (1, 0))
+        left, top, right, bottom = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+        found.append(tuple(float(each) / size for each in (left, top, right - left, bottom - top)))
+    return found
 
 
 def render_lateral(look: Look, rng: np.random.Generator, size: int = 128) -> np.ndarray:

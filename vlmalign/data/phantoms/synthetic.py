@@ -19,7 +19,7 @@ from PIL import Image
 from vlmalign.data.phantoms.cases import SIZES, Case, Finding, draw_case
 from vlmalign.data.phantoms.institutions import Institution
 from vlmalign.data.phantoms.looks import Look
-from vlmalign.data.phantoms.phantom import render, render_lateral
+from vlmalign.data.phantoms.phantom import finding_boxes, render, render_lateral
 from vlmalign.data.sources.schema import LabelSchema
 
 
@@ -121,6 +121,15 @@ def write_films(root: Path, films: Sequence[Film], look: Look, *, seed: int, siz
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         for _ in pool.imap_unordered(_write_film, jobs, chunksize=64):
             pass
+
+
+def boxes_of(
+    case: Case, institution: Institution, film: int, *, seed: int, size: int
+) -> list[tuple[str, tuple[float, float, float, float]]]:
+    """(label, its box: see `finding_boxes`) of the findings that have both, on the `film`-th that `write_films` writes."""
+    places = finding_boxes(case, institution.look, np.random.default_rng((seed, 3, film)), size)
+    names = [institution.convention.name(finding) for finding in case.findings]
+    return [(name, place) for name, place in zip(names, places, strict=True) if name is not None and place is not None]
 
 
 def _write_film(job: tuple[str, Film, Look, tuple[int, ...], int]) -> None:

@@ -18,6 +18,7 @@ from vlmalign.data.phantoms.institutions import NIH_LIKE, Institution
 from vlmalign.data.phantoms.synthetic import (
     Film,
     Study,
+    boxes_of,
     plan_studies,
     split_counts,
     truth_row,
@@ -25,6 +26,7 @@ from vlmalign.data.phantoms.synthetic import (
     write_truth,
 )
 from vlmalign.data.sources.films import Films
+from vlmalign.data.sources.nih_boxes import BOXED, BOXES, FindingBox, write_boxes
 from vlmalign.data.sources.nih_table import COLUMNS, OLDER_TABLE, TABLE, NihTable, finding_matrix, read_nih_table
 from vlmalign.data.sources.schema import NIH14
 from vlmalign.data.sources.tables import filter_words, find_table, read_table
@@ -173,7 +175,7 @@ def write_synthetic(
     workers: int = 1,
     institution: Institution = NIH_LIKE,
 ) -> list[dict]:
-    """An invented ChestX-ray14 in `root`; returns the rows of its `truth.jsonl`.
+    """An invented ChestX-ray14 in `root`; returns the rows of its `truth.jsonl`. Test films have boxes, as in the release.
 
     `films` is a total (80 / 20 %) or one number for each of train_val, test. Files are `size` x `size` px grey PNG,
     1,000 to a folder, and depend on `seed` alone.
@@ -210,6 +212,16 @@ def write_synthetic(
     for split, name in SPLITS.items():
         ids = [_image_index(study) for study in studies if study.split == split]
         (root / name).write_text("".join(f"{id}\n" for id in ids))
+    write_boxes(
+        root / BOXES,
+        [
+            FindingBox(_image_index(study), label, *place)
+            for film, study in enumerate(studies)
+            if study.split == "test"
+            for label, place in boxes_of(study.case, institution, film, seed=seed, size=size)
+            if label in BOXED
+        ],
+    )
     write_films(root, jobs, institution.look, seed=seed, size=size, workers=workers)
     write_truth(root, truth)
     return truth
