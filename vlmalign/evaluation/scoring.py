@@ -17,7 +17,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from vlmalign.data.groups import round_up
+from vlmalign.mesh import on_mesh, put_batch, row_shares
 from vlmalign.models.model import Model, Params
 from vlmalign.objectives.logprobs import score_logits
 from vlmalign.rollout.features import FeatureStore, assemble
@@ -181,20 +184,23 @@ def score_groups(
     features: FeatureStore | None,
     budget: int = 8192,
     limit: int | None = None,
+    mesh: Mesh | None = None,
     advance: Callable[[Sequence[int]], None] = lambda numbers: None,
 ) -> list[list[ContinuationScores]]:
     """Scores of every continuation of every group, in their order; each prompt and each image is computed once.
 
     `features` encodes the images (None: there are none). At most `budget` tokens (a longer group runs alone) and
-    `limit` groups run at once. `advance` is told which groups are done, by their places in `groups`.
+    `limit` groups run at once; with a `mesh`, on which `params` live, its devices share these out. `advance` is told
+    which groups are done, by their places in `groups`.
     """
     found: list[list[ContinuationScores]] = [[] for _ in groups]
     numbered = [replace(group, id=number) for number, group in enumerate(groups)]
     for batch in plan(numbered, budget=budget, limit=limit):
         padded = [_with_continuations(group, batch.layout.group) for group in batch.groups]
-        images = batch.rows * max(len(group.images) for group in batch.groups)
-        arrays = assemble(padded, batch.layout, rows=batch.rows, images=images, features=features)
-        checks = jax.device_get(check_tokens(model, params, arrays))
+        rows = round_up(batch.rows, row_shares(mesh))
+        images = rows * max(len(group.images) for group in batch.groups)
+        arrays = assemble(padded, batch.layout, rows=rows, images=images, features=features)
+        checks = jax.device_get(on_mesh(check_tokens, mesh)(model, params, put_batch(arrays, mesh)))
         for row, group in enumerate(batch.groups):
             found[group.id] = [
                 ContinuationScores(checks.logp[row, k, : len(own)], checks.greedy[row, k, : len(own)])

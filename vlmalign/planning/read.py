@@ -53,6 +53,7 @@ def read_workload(
     films = {name: texts.number(each) for name, each in data.items()}
     fixed = isinstance(model.config.vision, SiglipConfig)
     left_out += [f"encoding the images of {name}" for name, number in films.items() if number is None or not fixed]
+    left_out += [f"what probe {name} measures" for name, probe in config.probes.items() if probe.variants()]
     bases = tuple(dict.fromkeys(config.base_of(name) for name in names))
     return Workload(
         model,

@@ -18,6 +18,7 @@ from vlmalign.reporting.examples import PER_KIND, choose_examples
 from vlmalign.reporting.gallery import Gallery, write_galleries
 from vlmalign.reporting.model_card import write_cards
 from vlmalign.reporting.pages import environment, stylesheet, write_page
+from vlmalign.reporting.probes import probe_tables
 from vlmalign.reporting.published import beside
 from vlmalign.reporting.record import KIND_NAMES, Run, Stage
 from vlmalign.reporting.reliability import reliability_figure
@@ -73,6 +74,7 @@ def render(run: Run, completions: Sequence[StagePages] = (), galleries: Sequence
             beside=beside(run, boards.FEWEST),
             coverage=_coverage(run),
             examples=_examples(run, styles),
+            probes=probe_tables(run.path),
             per_kind=PER_KIND,
             galleries=galleries,
             left_out_counts=Counter(row["where"] for row in run.left_out),

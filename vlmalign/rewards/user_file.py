@@ -23,8 +23,8 @@ from vlmalign.rewards.contract import MemoryReward, Reward, is_async, required_c
 #: what a run folder's config is called, in this layout and in earlier ones, and what else a run writes beside it
 CONFIGS = ("study.yaml", "config.yaml")
 RUN_PARTS = (
-    "environment.json", "timing.jsonl", ".hashes.json", ".owners", "stages", "sets", "sources", "answers", "scores",
-    "report.html", "set-aside", "data.json", "metrics.jsonl",
+    "environment.json", "timing.jsonl", ".hashes.json", ".owners", "stages", "sets", "sources", "answers", "scores", "measured",
+    "probes", "report.html", "set-aside", "data.json", "metrics.jsonl",
 )  # fmt: skip
 #: column with the turns of each prompt, where a reward is called with messages
 TURNS = "prompt_messages"

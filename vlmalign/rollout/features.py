@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -120,6 +121,15 @@ class FeatureStore:
         #: what all processes hold. It changes in `share` alone, so that all know of it without a word
         self._common = Recent(0 if alone else capacity_bytes // 2)
         self.encoded = 0
+
+    def reading(self, pictures: Pictures, *, capacity_bytes: int = 16 * GIB) -> FeatureStore:
+        """The same tower, and its compiled programs, over other pictures; of what is encoded nothing is shared."""
+        other = copy(self)
+        other._pictures, other._announce, other.encoded = pictures, None, 0
+        alone = self._peers.count == 1
+        other._held = Recent(capacity_bytes if alone else capacity_bytes // 2)
+        other._common = Recent(0 if alone else capacity_bytes // 2)
+        return other
 
     @property
     def position_axes(self) -> int:

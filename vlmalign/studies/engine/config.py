@@ -4,6 +4,7 @@ sources  what lies on disk              sets     what is drawn from a source
 tasks    what is asked, and how it is read
 stages   models, adapters, and training that goes on `from` another stage
 answers  answers of stages to sets, which are scored and reported
+probes   what answers rest on
 report   what the page of the run shows beside them
 """
 
@@ -21,6 +22,7 @@ from vlmalign.config_tree import nearest
 from vlmalign.data.records.pyramid import LAYERS, Pyramid
 from vlmalign.data.sources.formats import AnySource
 from vlmalign.evaluation.subgroups import Grouping
+from vlmalign.studies.engine.probe_config import AnyProbe, OfAnswers, OfStates, PairsProbe
 from vlmalign.studies.engine.report_config import Report
 from vlmalign.studies.engine.report_config import problems as report_problems
 from vlmalign.studies.engine.reward_config import FileReward
@@ -157,6 +159,7 @@ class StudyConfig(Config):
     stages: Annotated[dict[str, AnyStage], Field(min_length=1)]
     answers: dict[str, Answers] = Field(default_factory=dict)
     report: Annotated[Report, FREE] = Report()  #: what stands beside the study's own numbers
+    probes: dict[str, AnyProbe] = Field(default_factory=dict)
 
     def place(self, path: str | Path) -> Path:
         """A path of the config with "{run}" filled in."""
@@ -225,6 +228,10 @@ class StudyConfig(Config):
             return next(iter(self.tasks.items())) if len(self.tasks) == 1 else None
         return name, self.tasks[name]
 
+    def asked_by(self, probe: AnyProbe) -> Any:
+        """The section that names the stages, sets and task of a probe: an answers entry, or the probe's own."""
+        return self.answers[probe.answers] if isinstance(probe, OfAnswers) else probe
+
     def is_scored(self, entry: Answers) -> bool:
         """Whether answers get scores: one to each case, or several that are label lists, of which there is a vote."""
         task = self.task_of(entry.task)
@@ -239,13 +246,13 @@ class StudyConfig(Config):
             *(*self._needs_tasks(), *self._roles()),
             *report_problems(self.report, self.answers),
         ]
-        problems = problems or [*self._probabilities()]
+        problems = problems or [*self._probabilities(), *self._probes_of_labels()]
         if problems:
             raise ValueError("; ".join(problems))
         return self
 
     def _names(self) -> Iterable[str]:
-        for section in ("sources", "sets", "tasks", "stages", "answers"):
+        for section in ("sources", "sets", "tasks", "stages", "answers", "probes"):
             for name in getattr(self, section):
                 if not NAME.fullmatch(name):
                     yield f"{section}: {name!r} cannot be a name: use letters, digits, - and _ (it becomes a folder)"
@@ -272,6 +279,12 @@ class StudyConfig(Config):
         for name, entry in self.answers.items():
             for ref in entry.stages:
                 yield from self._no_such_state(f"answers.{name}.stages", ref)
+        for name, probe in self.probes.items():
+            if isinstance(probe, OfAnswers):
+                yield from _unknown(f"probes.{name}.answers", probe.answers, self.answers, "answers entry")
+            if isinstance(probe, OfStates):
+                for ref in probe.stages:
+                    yield from self._no_such_state(f"probes.{name}.stages", ref)
 
     def _no_such_state(self, where: str, ref: str) -> Iterable[str]:
         stage, which = stage_ref(ref)
@@ -304,7 +317,7 @@ class StudyConfig(Config):
             yield from self._no_such_set(where, ref)
 
     def used_sets(self) -> Iterable[tuple[str, str]]:
-        """(place in the config, reference) of every set that a stage or an answers entry reads."""
+        """(place in the config, reference) of every set that a stage, an answers entry or a probe reads."""
         for name, stage in self.stages.items():
             if isinstance(stage, Stage):
                 yield from ((f"stages.{name}.{place}", ref) for place, data in stage.reads.items() for ref in data.sets)
@@ -312,6 +325,11 @@ class StudyConfig(Config):
                     yield from ((f"stages.{name}.validation.watch", ref) for ref in stage.validation.watch)
         for name, entry in self.answers.items():
             yield from ((f"answers.{name}.sets", ref) for ref in entry.sets)
+        for name, probe in self.probes.items():
+            if isinstance(probe, OfStates):
+                yield from ((f"probes.{name}.sets", ref) for ref in probe.sets)
+            if isinstance(probe, PairsProbe):
+                yield f"probes.{name}.training", probe.training
 
     def _no_such_set(self, where: str, ref: str) -> Iterable[str]:
         name, part = set_ref(ref)
@@ -330,7 +348,7 @@ class StudyConfig(Config):
         for where, ref, task in self.asked_about():
             yield from self._gives_away(where, ref, task)
             if task is not None:
-                if where.startswith("answers."):
+                if where.startswith(("answers.", "probes.")):
                     yield from _unknown(where, task, self.tasks, "task")
             elif len(self.tasks) != 1 and self.needs_task(ref):
                 known = ", ".join(self.tasks) or "none"
@@ -361,7 +379,7 @@ class StudyConfig(Config):
         return self.sources[self.sets[set_ref(ref).name].from_].kind != "rows"
 
     def asked_about(self) -> Iterable[tuple[str, str, str | None]]:
-        """(place in the config, set, task) of every question that a stage or an answers entry asks."""
+        """(place in the config, set, task) of every question that a stage, an answers entry or a probe asks."""
         for name, stage in self.stages.items():
             if isinstance(stage, Stage):
                 watched = () if stage.validation is None else stage.validation.watch
@@ -370,11 +388,21 @@ class StudyConfig(Config):
                         yield f"stages.{name}.task", ref, stage.task
         for name, entry in self.answers.items():
             yield from ((f"answers.{name}.task", ref, entry.task) for ref in entry.sets)
+        for name, probe in self.probes.items():
+            if isinstance(probe, OfStates):
+                yield from ((f"probes.{name}.task", ref, probe.task) for ref in probe.sets)
+
+    def _probes_of_labels(self) -> Iterable[str]:
+        for name, probe in self.probes.items():
+            task = self.task_of(self.asked_by(probe).task)
+            if task is None or not isinstance(task[1], LabelsTask):
+                found = "none" if task is None else f"{task[0]}, which is {task[1].kind}"
+                yield f"probes.{name}: probes are of label lists, answers of a task of kind labels; found {found}"
 
     def _roles(self) -> Iterable[str]:
         for where, ref in self.used_sets():
             each = self.sets[set_ref(ref).name]
-            if each.role == "test" and not each.peek and not where.startswith("answers."):
+            if each.role == "test" and not each.peek and not where.startswith(("answers.", "probes.")):
                 yield (
                     f"{where}: {ref} is a test set, and what chooses, watches or trains on it makes it none; use another "
                     f"set, or set sets.{set_ref(ref).name}.peek to true, which every page will say"

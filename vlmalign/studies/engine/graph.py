@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 from vlmalign.config_tree import nearest
 from vlmalign.studies.engine.config import StudyConfig, set_ref, stage_ref
+from vlmalign.studies.engine.probe_config import AnyProbe, OfAnswers, PairsProbe, folder_of
 from vlmalign.studies.engine.stage_config import ModelStage, Stage
 
 REPORT = "report"
@@ -30,12 +32,13 @@ class Node:
     """One artefact: a folder of the run, there whole or not at all."""
 
     name: str  #: its folder below the run's: "stages/sft"
-    kind: str  #: "source", "set", a kind of stage, "answers", "scores" or "report"
+    kind: str  #: "source", "set", a kind of stage, "answers", "scores", "measured", "probe" or "report"
     key: str  #: its name in the config's section
     parents: Mapping[str, Edge] = field(default_factory=dict)  #: role -> what it is made from
     base: str | None = None  #: the stage of kind model whose weights it needs
-    stage: str | None = None  #: of answers: the state that answers
-    set: str | None = None  #: of answers: the set that is answered
+    stage: str | None = None  #: of answers and measurements: the state that answers
+    set: str | None = None  #: of answers and measurements: the set that is answered
+    variant: str | None = None  #: of measurements: how films are altered
 
     def folder(self, run: Path) -> Path:
         return run / self.name
@@ -71,6 +74,13 @@ def build_graph(config: StudyConfig) -> dict[str, Node]:
                     for each in answers.sets:
                         parents = {"stage": _state(config, ref), "set": _part(each)}
                         add(Node(f"answers/{entry}/{ref}/{each}", "answers", entry, parents, base, ref, each))
+        for probe, section in config.probes.items():
+            asked = config.asked_by(section)
+            for ref, each, variant in product(asked.stages, asked.sets, section.variants()):
+                if stage_ref(ref).name in own:
+                    parents = {"stage": _state(config, ref), "set": _part(each)}
+                    name = f"measured/{probe}/{folder_of(ref, each, variant)}"
+                    add(Node(name, "measured", probe, parents, base, ref, each, variant))
     for entry, answers in config.answers.items():
         if config.is_scored(answers):
             parents = {
@@ -79,6 +89,8 @@ def build_graph(config: StudyConfig) -> dict[str, Node]:
                 for each in answers.sets
             }
             add(Node(f"scores/{entry}", "scores", entry, parents))
+    for probe, section in config.probes.items():
+        add(Node(f"probes/{probe}", "probe", probe, _parents_of_probe(config, probe, section)))
     add(Node(REPORT, REPORT, REPORT, {name: Edge(name) for name in nodes}))
     return nodes
 
@@ -110,6 +122,18 @@ def _parents_of_stage(config: StudyConfig, name: str) -> dict[str, Edge]:
                 parents[role if len(data.sets) == 1 else f"{role} {ref}"] = _part(ref)
         if stage.validation is not None:
             parents |= {f"watch {ref}": _part(ref) for ref in stage.validation.watch}
+    return parents
+
+
+def _parents_of_probe(config: StudyConfig, name: str, probe: AnyProbe) -> dict[str, Edge]:
+    asked = config.asked_by(probe)
+    measured = [folder_of(*each) for each in product(asked.stages, asked.sets, probe.variants())]
+    parents = {f"measured {each}": Edge(f"measured/{name}/{each}") for each in measured}
+    if isinstance(probe, OfAnswers):
+        answers = [folder_of(*each) for each in product(asked.stages, asked.sets)]
+        parents |= {f"answers {each}": Edge(f"answers/{probe.answers}/{each}") for each in answers}
+    if isinstance(probe, PairsProbe):
+        parents["training"] = _part(probe.training)
     return parents
 
 

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlmalign.studies.engine.config import Answers, Set
+from vlmalign.studies.engine.data_config import Data
 from vlmalign.studies.engine.files import digest_of
 from vlmalign.studies.engine.graph import Edge, Node
 from vlmalign.studies.engine.opened import Opened
+from vlmalign.studies.engine.probe_config import OcclusionProbe, OfAnswers
 from vlmalign.studies.engine.record import Parent, Record, read_record
 from vlmalign.studies.engine.sections import split_free
 from vlmalign.studies.engine.stage_config import Stage
@@ -55,16 +57,21 @@ def record_of(study: Opened, node: Node, ids: Mapping[Edge, str]) -> Record:
         }
         return Record(node.name, node.kind, settings, free, parents, files)
     if node.kind == "answers":
-        entry: Answers = config.answers[node.key]
-        binding, free = split_free(entry)
-        settings = {k: v for k, v in binding.items() if k not in ("stages", "sets", "task", "draws", "subgroups")}
-        return Record(
-            node.name,
-            node.kind,
-            {**settings, "seed": config.seed, "task": split_free(study.task_of_answers(entry, node.set))[0]},
-            free,
-            parents,
-        )
+        settings, free = _answered(study, config.answers[node.key], node.set)
+        return Record(node.name, node.kind, settings, free, parents)
+    if node.kind == "measured":
+        probe = config.probes[node.key]
+        asked = config.asked_by(probe)
+        if isinstance(probe, OfAnswers):
+            settings, free = _answered(study, asked, node.set)
+        else:
+            task = study.task(asked.task, Data(set=node.set))
+            settings, free = {"seed": config.seed, "task": split_free(task)[0]}, split_free(probe)[1]
+        boxes = {"boxes": study.hashes.of(config.place(probe.boxes))} if isinstance(probe, OcclusionProbe) else {}
+        return Record(node.name, node.kind, {**settings, **probe.measured_with(node.variant)}, free, parents, boxes)
+    if node.kind == "probe":
+        binding, _ = split_free(config.probes[node.key])
+        return Record(node.name, node.kind, {**binding, "seed": config.seed}, {}, parents)
     if node.kind == "scores":
         entry = config.answers[node.key]
         return Record(
@@ -80,6 +87,14 @@ def record_of(study: Opened, node: Node, ids: Mapping[Edge, str]) -> Record:
             parents,
         )
     return _stage(study, node, parents)
+
+
+def _answered(study: Opened, entry: Answers, ref: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the answers of an entry to a set follow from, and what is free."""
+    binding, free = split_free(entry)
+    settings = {k: v for k, v in binding.items() if k not in ("stages", "sets", "task", "draws", "subgroups")}
+    task = study.task_of_answers(entry, ref)
+    return {**settings, "seed": study.config.seed, "task": split_free(task)[0]}, free
 
 
 def _stage(study: Opened, node: Node, parents: Mapping[str, Parent]) -> Record:

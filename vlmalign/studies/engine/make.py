@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ from vlmalign.data.sources.inventing import PARTIAL
 from vlmalign.distributed import own_share, process_count
 from vlmalign.exchange import fetch, from_first
 from vlmalign.progress import Progress
+from vlmalign.rollout.features import Pictures
 from vlmalign.rollout.sampling import Sampling
 from vlmalign.studies.engine.answer import Decoding, answer, answerer, predictions
 from vlmalign.studies.engine.base import Base, State
-from vlmalign.studies.engine.config import stage_ref
+from vlmalign.studies.engine.config import Answers, stage_ref
 from vlmalign.studies.engine.data_config import Data
 from vlmalign.studies.engine.files import digest_of, manifest, write_json, write_rows
 from vlmalign.studies.engine.first_token import first_token_probabilities
@@ -35,7 +36,9 @@ from vlmalign.studies.engine.score import score_answers
 from vlmalign.studies.engine.sets import CASES, draw, patients_of
 from vlmalign.studies.engine.stage_config import AdapterStage, Dpo, ModelStage, Sft
 from vlmalign.studies.engine.states import REFERENCE, read_state, save_states, shrink, state_ids
+from vlmalign.studies.engine.texts import Texts
 from vlmalign.studies.engine.work import StageTexts, Work
+from vlmalign.tasks.tasks import AnyTask
 from vlmalign.training.loop import Finished
 from vlmalign.training.outcome import BEST, NEWEST
 from vlmalign.training.recorded_rewards import PRINTED
@@ -66,6 +69,26 @@ class Making:
 
     def begin(self) -> None:
         begin(self.folder, self.record, self.versions)
+
+    def advance(self) -> Callable[[int], None]:
+        """What is told of as many more cases as are done, where nothing is kept before all are; and stops there."""
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            stopping.check(f"{self.node.name} was not finished, and is made anew")
+            done += count
+            self.progress.update(done)
+
+        return advance
+
+    def keep(self, key: str, file: str, write: Callable[[Path], None]) -> None:
+        """The artefact as what `write` makes of the path of its `file`, whose content is known as `key`; whole."""
+        self.check()
+        self.begin()
+        write(self.folder / file)
+        hashes = self.study.hashes
+        self.finish({key: hashes.of(self.folder / file)}, files=manifest(self.folder, hashes, RECORDS))
 
     def finish(self, content: Mapping[str, Any], **more: Any) -> None:
         """Write its record, by which it is whole."""
@@ -200,67 +223,56 @@ def state_of(study: Opened, base: Base, edge: Edge) -> State:
 
 def make_answers(making: Making, base: Base) -> None:
     """Answer a set; several processes share it out."""
-    study, node, folder, progress = making.study, making.node, making.folder, making.progress
-    config = study.config
-    entry = config.answers[node.key]
+    study, node = making.study, making.node
+    entry = study.config.answers[node.key]
     task = study.task_of_answers(entry, node.set)
-    name = stage_ref(node.stage).name
-    found = study.questions(Data(set=node.set), task, name)
+    found = study.questions(Data(set=node.set), task, stage_ref(node.stage).name)
+    rows = answered(making, base, entry, task, found)
+    from_first(lambda: making.keep("rows", PREDICTIONS, lambda path: write_rows(path, rows)))
+
+
+def answered(
+    making: Making, base: Base, entry: Answers, task: AnyTask, found: Texts, *, pictures: Pictures | None = None
+) -> list[dict[str, Any]]:
+    """The prediction rows of a state to the questions `found`, as the entry has them answered; `pictures`: what films are
+    read by in place of the base's own reader."""
+    study, node, progress = making.study, making.node, making.progress
     decoding = Decoding(
         entry.completion, entry.rows, entry.prompt_multiple, entry.samples, Sampling(entry.temperature, entry.top_p)
     )
     where = base.devices.sampling(entry.tensor)
     generator = answerer(base, found, decoding, where)
-    progress.stage(f"answer {node.set}, {node.stage}", max(1, len(own_share(found.items))))
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        stopping.check(f"{node.name} was not finished, and is made anew")
-        done += count
-        progress.update(done)
-
+    if pictures is not None:
+        generator = replace(generator, features=base.features.reading(pictures))
+    films = "" if node.variant is None else f" ({node.variant})"
+    progress.stage(f"answer {node.set}{films}, {node.stage}", max(1, len(own_share(found.items))))
     policy = base.policy(state_of(study, base, node.parents["stage"]), where)
-    answers = answer(base, generator, policy, found, seed=config.seed, advance=advance)
+    answers = answer(base, generator, policy, found, seed=study.config.seed, advance=making.advance())
     labels = study.cases(node.set).labels
     probabilities = None
     if entry.probability == "first-token":
         progress.stage(f"first tokens {node.set}, {node.stage}", max(1, sum(map(len, answers))))
-        done = 0
         probabilities = first_token_probabilities(
             base.model(None), policy, found.groups, [[each.text for each in own] for own in answers], labels,
-            answer_ids=base.front.chat.answer_ids, features=base.features, advance=advance,
+            answer_ids=base.front.chat.answer_ids, features=generator.features, advance=making.advance(),
         )  # fmt: skip
-    rows = predictions(
+    return predictions(
         task,
         found,
         answers,
         stage=node.stage,
         dataset=node.set,
         labels=labels,
-        name_image=image_names(config),
+        name_image=image_names(study.config),
         probabilities=probabilities,
     )
-
-    def write() -> None:
-        making.check()
-        making.begin()
-        write_rows(folder / PREDICTIONS, rows)
-        files = manifest(folder, study.hashes, RECORDS)
-        making.finish({"rows": study.hashes.of(folder / PREDICTIONS)}, files=files)
-
-    from_first(write)
 
 
 def make_scores(making: Making) -> None:
     """Score the answers of an entry; process 0 does."""
-    folder = making.folder
 
     def write() -> None:
         results = score_answers(making.study, making.node.key)
-        making.begin()
-        write_json(folder / RESULTS, results)
-        files = manifest(folder, making.study.hashes, RECORDS)
-        making.finish({"results": making.study.hashes.of(folder / RESULTS)}, files=files)
+        making.keep("results", RESULTS, lambda path: write_json(path, results))
 
     from_first(write)

@@ -14,6 +14,7 @@ import numpy as np
 from vlmalign.data.films.images import load_image
 from vlmalign.data.sources.films import Films
 from vlmalign.data.sources.json_lines import read_texts
+from vlmalign.data.sources.nih_boxes import read_boxes
 from vlmalign.data.sources.rows import Rows, RowSource
 from vlmalign.exchange import agree
 from vlmalign.models.lora import LoraSpec
@@ -21,6 +22,7 @@ from vlmalign.studies.engine.base import Front, open_front
 from vlmalign.studies.engine.config import Answers, StudyConfig, set_ref, stage_ref
 from vlmalign.studies.engine.data_config import Data
 from vlmalign.studies.engine.files import Hashes, digest_of
+from vlmalign.studies.engine.probe_config import OcclusionProbe
 from vlmalign.studies.engine.rewards import Built, build_rewards, check_columns, count_labels, needs_turns
 from vlmalign.studies.engine.sets import Cases, images_in, open_cases
 from vlmalign.studies.engine.stage_config import AdapterStage, Dpo, Grpo, ModelStage, Policy, Sft, Stage, Trains
@@ -231,9 +233,10 @@ class Opened:
         if (warning := _extreme(name, train)) is not None:
             say(warning)
 
-    def questions(self, data: Data, task: AnyTask, stage: str) -> Texts:
-        """Cases as questions to the base of a stage."""
-        return questions(self.numbered(data), data, self.front(stage).chat, task, self._check_image)
+    def questions(self, data: Data, task: AnyTask, stage: str, numbered: Numbered | None = None) -> Texts:
+        """Cases as questions to the base of a stage; `numbered`: those of the data, changed."""
+        numbered = self.numbered(data) if numbered is None else numbered
+        return questions(numbered, data, self.front(stage).chat, task, self._check_image)
 
     def _beside(self, stage: Trains, task: AnyTask, name: str) -> Texts | None:
         """The answers of an SFT loss beside a policy's."""
@@ -318,6 +321,18 @@ def check_subgroups(config: StudyConfig, sources: Mapping[str, Any]) -> None:
                 raise ValueError(
                     f"answers.{name}.subgroups: no film of its sets has {column!r}; known of them: {', '.join(known)}"
                 )
+
+
+def check_boxes(config: StudyConfig, sources: Mapping[str, Any]) -> None:
+    """Raises ValueError, naming the probe, for a list of boxes that is missing or damaged, where its films are there already."""
+    for name, probe in config.probes.items():
+        if isinstance(probe, OcclusionProbe) and any(
+            config.sets[set_ref(ref).name].from_ in sources for ref in probe.sets
+        ):
+            try:
+                read_boxes(config.place(probe.boxes))
+            except (ValueError, OSError) as error:
+                raise ValueError(f"probes.{name}.boxes: {error}") from error
 
 
 def _check_adapter(where: str, stage: AdapterStage, spec: LoraSpec) -> None:

@@ -25,7 +25,18 @@ EMPTY: Mapping[str, Any] = {"settings": {}, "free": {}, "parents": {}, "inputs":
 WHOLE = {"id": str, "content": dict, "files": Values(list)}
 
 #: raised by hand where equal settings would now give other results
-FORMATS = {"set": 1, "sft": 1, "dpo": 1, "grpo": 1, "ppo": 1, "answers": 1, "scores": 1, "source": 1}
+FORMATS = {
+    "set": 1,
+    "sft": 1,
+    "dpo": 1,
+    "grpo": 1,
+    "ppo": 1,
+    "answers": 1,
+    "scores": 1,
+    "source": 1,
+    "measured": 1,
+    "probe": 1,
+}
 
 #: kinds of which a start continues what an earlier one has begun; all others are made anew
 CONTINUED = ("sft", "dpo", "grpo", "ppo")

@@ -31,7 +31,7 @@ from vlmalign.studies.engine.folder import (
     written_for,
 )
 from vlmalign.studies.engine.graph import Edge, Node, ancestors, build_graph, descendants, find_nodes
-from vlmalign.studies.engine.opened import Opened, check_labels, check_subgroups
+from vlmalign.studies.engine.opened import Opened, check_boxes, check_labels, check_subgroups
 from vlmalign.studies.engine.owner import Owners
 from vlmalign.studies.engine.rewards import refuse_received
 from vlmalign.studies.engine.stage_config import ModelStage, Policy
@@ -162,6 +162,7 @@ def _open_files(study: Opened, nodes: Mapping[str, Node], wanted: set[str], prog
         read_readings(config.place(config.report.readers))  # what is wrong with them is said before hours of work
     check_labels(config, study.sources)
     check_subgroups(config, study.sources)
+    check_boxes(config, study.sources)
     for name, stage in config.trained.items():
         if f"stages/{name}" in wanted and isinstance(stage, Policy):
             study.build_rewards(name)

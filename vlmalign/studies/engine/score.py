@@ -47,14 +47,12 @@ def score_answers(study: Opened, name: str) -> dict[str, Any]:
     config, entry = study.config, study.config.answers[name]
     task = study.task_of_answers(entry, entry.sets[0])
     sets = {ref: study.cases(ref) for ref in entry.sets}
-    rows = {
+    sampled = {
         (stage, ref): read_rows(config.run / "answers" / name / stage / ref / "predictions.jsonl")
         for stage in entry.stages
         for ref in entry.sets
     }
-    sampled = dict(rows)
-    if entry.samples > 1:  # of label lists
-        rows = {of: majority_vote(each) for of, each in sampled.items()}
+    rows = {of: voted(each, entry) for of, each in sampled.items()}
     found: dict[str, Any] = {
         "task": task.kind,
         "stages": list(entry.stages),
@@ -89,7 +87,7 @@ def score_answers(study: Opened, name: str) -> dict[str, Any]:
             found["baselines"] += _baselines(task, ref, cases, rows[entry.stages[0], ref], options)
             found["differences"] += [
                 {"dataset": ref, "from": first, "to": second, **gap}
-                for first, second in steps_of(config, entry)
+                for first, second in steps_of(config, entry.stages)
                 for gap in compare(
                     rows[first, ref], rows[second, ref], options["subsets"], draws=entry.draws, seed=config.seed
                 )
@@ -100,6 +98,11 @@ def score_answers(study: Opened, name: str) -> dict[str, Any]:
         "differences": list(_differences_over_seeds(config, entry, found["differences"])),
     }
     return found
+
+
+def voted(rows: list[Row], entry: Answers) -> list[Row]:
+    """What is scored: the rows themselves, or of several samples of each case, which are label lists, their vote."""
+    return rows if entry.samples == 1 else majority_vote(rows)
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -130,14 +133,14 @@ def subsets(labels: Sequence[str], others: Sequence[Sequence[str]]) -> dict[str,
     return found
 
 
-def steps_of(config: StudyConfig, entry: Answers) -> list[tuple[str, str]]:
-    """(before, after) of every answered state and the nearest answered one that it goes back to."""
+def steps_of(config: StudyConfig, states: Sequence[str]) -> list[tuple[str, str]]:
+    """(before, after) of every one of these states and the nearest of them that it goes back to."""
     found = []
-    for ref in entry.stages:
+    for ref in states:
         name = stage_ref(ref).name
         while not isinstance(config.stages[name], ModelStage):
             above = config.stages[name].from_
-            before = next((other for other in entry.stages if other in (above, stage_ref(above).name)), None)
+            before = next((other for other in states if other in (above, stage_ref(above).name)), None)
             if before is not None:
                 found.append((before, ref))
                 break

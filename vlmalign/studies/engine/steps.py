@@ -27,6 +27,7 @@ from vlmalign.studies.engine.make import Making, make_answers, make_scores, make
 from vlmalign.studies.engine.opened import Opened
 from vlmalign.studies.engine.overlaps import check_overlaps
 from vlmalign.studies.engine.owner import SILENT_SECONDS, TOUCH_SECONDS, Held, Owners
+from vlmalign.studies.engine.probe import make_measured, make_probe
 from vlmalign.studies.engine.readers import write_readers
 from vlmalign.studies.engine.record import CONTINUED, Record, damage, differences, read_record, refuse_unrecorded
 from vlmalign.studies.engine.sets import check_images
@@ -36,7 +37,7 @@ from vlmalign.studies.engine.stage_config import ModelStage
 LOOK_AGAIN = 1.5 * TOUCH_SECONDS
 
 #: kinds that follow from others at once: they are made again rather than refused
-DERIVED = ("scores", REPORT)
+DERIVED = ("scores", "probe", REPORT)
 
 
 @dataclass
@@ -271,8 +272,12 @@ class Steps:
                 make_set(making)
             elif node.kind == "answers":
                 make_answers(making, base)
+            elif node.kind == "measured":
+                make_measured(making, base)
             elif node.kind == "scores":
                 make_scores(making)
+            elif node.kind == "probe":
+                make_probe(making)
             elif node.kind == REPORT:
                 from_first(self._write_report)
             else:

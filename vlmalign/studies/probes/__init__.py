@@ -1,0 +1,1 @@
+"""Probes of a study, one module a kind: what is measured, and what results say of it."""
