@@ -24,6 +24,22 @@ from vlmalign.weights.checkpoint import load_config, load_params, save_params
 
 BOXES = "{run}/sources/nih/BBox_List_2017.csv"
 ALTERED = ("blank", "shuffled", "border")
+#: what the toy base calls findings, with the places that it names
+WORDS = {
+    "No Finding": ["clear"], "Cardiomegaly": ["heart"], "Lung Opacity": ["opacity"], "Lung Lesion": ["lesion", "mass"],
+    "Edema": ["edema"], "Consolidation": ["consolidation"], "Pneumonia": ["pneumonia"], "Atelectasis": ["atelectasis"],
+    "Pneumothorax": ["pneumothorax"], "Pleural Effusion": ["effusion"], "Pleural Other": ["rind"],
+    "Fracture": ["fracture"], "Support Devices": ["line", "tube", "pacemaker"],
+}  # fmt: skip
+PLACES = [
+    "",
+    " both",
+    *(f" {side}{zone}" for side in ("left", "right") for zone in ("", " upper", " middle", " lower")),
+]
+SYNONYMS = {
+    label: [word + place for word in words for place in PLACES if word + place != label.lower()]
+    for label, words in WORDS.items()
+}
 
 
 def study_of(folder: Path) -> dict:
@@ -40,8 +56,8 @@ def study_of(folder: Path) -> dict:
         },
         "sets": {"near": {"from": "mimic", "draw": "patients", "size": 24, "role": "test"},
                  "train": {"from": "mimic", "apart": ["near"]}, "far": {"from": "nih", "role": "test"}},
-        "tasks": {"findings": {"kind": "labels", "labels": "chexpert",
-                               "prompt": "Read this chest film. Give your reasoning, then the labels."}},
+        "tasks": {"findings": {"kind": "labels", "labels": "chexpert", "form": "plain", "prompt": "List the findings.",
+                               "synonyms": SYNONYMS, "state_separator": False}},
         "stages": {"seeing": {"kind": "model", "path": "configs/models/tiny-medgemma"},
                    "blind": {"kind": "model", "path": str(folder / "blind")}},
         "answers": {"test": {"stages": ["seeing", "blind"], "sets": ["near"], "completion": 64, "rows": 24,

@@ -72,8 +72,8 @@ def results(study: Opened, name: str) -> list[Row]:
     patients = [f"{source} {row['patient']}" for source, each in zip(sources, cases, strict=True) for row in each.rows]
     options = {"folds": probe.folds, "draws": probe.draws, "seed": config.seed}
 
-    def scored(features: np.ndarray, groups: np.ndarray, **what: Any) -> Row:
-        found = linear_probe(features, groups, patients, **options)
+    def scored(values: np.ndarray, groups: np.ndarray, **what: Any) -> Row:
+        found = linear_probe(values, groups, patients, **options)
         accuracy, auroc = found.accuracy._asdict(), found.auroc._asdict()
         return {**what, "accuracy": accuracy, "auroc": auroc, "majority": found.majority}
 
@@ -91,10 +91,10 @@ def results(study: Opened, name: str) -> list[Row]:
         kinds = ["prompt"] if base in bases else ["tower", "prompt"]
         bases.add(base)
         for kind in kinds:
-            features = np.array([row[kind] for row in measured])
+            values = np.array([row[kind] for row in measured])
             what = {"stage": base if kind == "tower" else stage, "features": kind}
-            found.append(scored(features, group, **what, control=None))
-            found.append(scored(features, chance, **what, control="shuffled"))
+            found.append(scored(values, group, **what, control=None))
+            found.append(scored(values, chance, **what, control="shuffled"))
     return found
 
 
