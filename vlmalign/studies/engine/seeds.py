@@ -8,11 +8,14 @@ also where it was written by hand.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from vlmalign.config import ConfigError
 from vlmalign.studies.engine.config import Answers, StudyConfig, stage_ref
+from vlmalign.studies.engine.probe_config import OfStates
 from vlmalign.studies.engine.stage_config import Stage
+
+Asking = TypeVar("Asking", Answers, OfStates)
 
 
 def spread(config: StudyConfig, where: str) -> StudyConfig:
@@ -45,10 +48,15 @@ def spread(config: StudyConfig, where: str) -> StudyConfig:
             stages[own] = stage.model_copy(update={**named, "seed": seed})
     if problems:
         raise ConfigError(where, problems)
-    answers = {name: _answered(config, entry) for name, entry in config.answers.items()}
+    answers = {name: _of_siblings(config, entry) for name, entry in config.answers.items()}
+    probes = {
+        name: _of_siblings(config, probe) if isinstance(probe, OfStates) else probe
+        for name, probe in config.probes.items()
+    }
     fields = {name: getattr(config, name) for name in StudyConfig.model_fields}
     report = config.report.model_copy(update={"rows": _beside(config)})
-    return StudyConfig(**{**fields, "seeds": (), "stages": stages, "answers": answers, "report": report})
+    changed = {"seeds": (), "stages": stages, "answers": answers, "probes": probes, "report": report}
+    return StudyConfig(**{**fields, **changed})
 
 
 def sibling(name: str, seed: int) -> str:
@@ -93,6 +101,7 @@ def _beside(config: StudyConfig) -> dict[str, dict[str, str]]:
     return {table: {system: first(ref) for system, ref in rows.items()} for table, rows in config.report.rows.items()}
 
 
-def _answered(config: StudyConfig, entry: Answers) -> Answers:
+def _of_siblings(config: StudyConfig, entry: Asking) -> Asking:
+    """An answers entry, or a probe of states, that asks all siblings of the stages it names."""
     refs = [_of_seed(config, ref, seed) for ref in entry.stages for seed in config.seeds]
     return entry.model_copy(update={"stages": tuple(dict.fromkeys(refs))})
