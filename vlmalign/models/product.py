@@ -18,7 +18,7 @@ from vlmalign.shapes import Array, Float
 def wide(dtype: jnp.dtype) -> jnp.dtype:
     """What sums and slopes are taken in: float32, or `dtype` itself where it is wider.
 
-    >>> wide(jnp.bfloat16).name
+    >>> wide(jnp.dtype("bfloat16")).name
     'float32'
     """
     return jnp.promote_types(dtype, jnp.float32)
