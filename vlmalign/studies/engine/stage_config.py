@@ -53,7 +53,8 @@ class Validation(Config):
     """Held-out rows, measured every so many updates and after the last one.
 
     Numbers are called "validation/NAME": for SFT loss (nat per token), for DPO loss, accuracy and margin, for GRPO and
-    PPO reward (of greedy answers) with its standard error; with `answers`, those of the task as well (macro_f1, valid).
+    PPO reward (of greedy answers) with its standard error; with `answers`, those of the task as well (of label lists
+    macro_f1, micro_f1, reasoning_named, reasoning_kept, valid, length). Those of a watched set are called "SET/NAME".
     """
 
     data: Data

@@ -54,7 +54,7 @@ def preferences(trainer: Trainer, work: Work, held_out: PreferenceSource, settin
 
 def greedy_rewards(stage: Policy, work: Work, runner: RewardRunner, outcomes: OutcomeFile) -> Evaluate:
     """Mean reward of one greedy answer per prompt with its standard error, "validation/reward" and "..._se"; the mean of
-    each reward by itself; lengths; how many answers could be scored ("validation/n"); and the task's numbers.
+    each reward by itself; how many answers could be scored ("validation/n") and ended; and the task's numbers.
 
     Rewards with memory judge by what they remember of training, and do not remember these answers. Rewards are kept in
     `outcomes`: a continued run reads them there.
@@ -92,7 +92,6 @@ def greedy_rewards(stage: Policy, work: Work, runner: RewardRunner, outcomes: Ou
                 f"validation/{name}": _mean([v for v in values if v is not None])
                 for name, values in scored.parts.items()
             },
-            "validation/length": float(np.mean([row["tokens"] for row in rows])),
             "validation/stopped": float(np.mean([row["stopped"] for row in rows])),
         }
 
