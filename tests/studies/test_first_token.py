@@ -129,7 +129,7 @@ def test_it_is_refused_where_there_is_no_solution_block(tmp_path):
 run: runs/x
 sources: {films: {kind: table, path: a.csv, labels: [a, b]}}
 sets: {test: {from: films, role: test}}
-tasks: {labels: {kind: labels, prompt: Which?, labels: [a, b], form: plain}}
+tasks: {labels: {kind: labels, prompt: 'Which?', labels: [a, b], form: plain}}
 stages: {base: {kind: model, path: m}}
 answers: {all: {stages: [base], sets: [test], completion: 8, probability: first-token}}
 """)
