@@ -78,6 +78,16 @@ def test_data_are_counted_and_have_their_terms(run):
     assert set(TERMS) == set(SOURCES)
 
 
+def test_several_sets_of_a_stage_are_each_told_and_the_seed_is_its_own(run):
+    path = run / "stages/grpo-hard/made.json"
+    settings = {"data": {"set": ["train.rl", "home"]}, "sft": {"data": {"set": "train.sft"}}, "seed": 7}
+    write_json(path, json.loads(path.read_text()) | {"settings": settings})
+    said = section(card_from(run), "Data")
+    for start in ("train.rl | training of", "home | training of", "train.sft | SFT beside of"):
+        assert f"| {start} grpo-hard |" in said
+    assert "One run of seed 7" in card_from(run)
+
+
 def test_invented_films_are_said_to_be_so_also_where_another_source_draws_them(run):
     study = run / "study.yaml"
     text = study.read_text().replace(

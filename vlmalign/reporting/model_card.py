@@ -154,8 +154,10 @@ def _sets(run: Run, stage: Stage, line: Sequence[Stage]) -> list[_Set]:
     for each in line:
         if each.folder:
             settings = _record(run, each)["settings"]
-            for role, section in (("training", settings), ("validation", settings.get("validation"))):
-                if ref := inner(section, "data", "set"):
+            uses = {"training": settings, "SFT beside": settings.get("sft"), "validation": settings.get("validation")}
+            for role, section in uses.items():
+                refs = inner(section, "data", "set")
+                for ref in refs if isinstance(refs, list) else [refs] if refs else []:
                     wanted[str(ref), f"{role} of {each.name}"] = None
     for entry in run.entries:
         for dataset, results in entry.scores.results.items() if entry.scores else ():
@@ -229,7 +231,7 @@ def _limits(run: Run, stage: Stage, line: Sequence[Stage]) -> list[str]:
     lines = [
         "- Not for clinical use: no score here says how the model would do on the films or records of your clinic.",
         "- The reasoning is text that the model writes; it may be wrong where the answer is right, and was not checked.",
-        f"- One run of seed {_text(run.settings.get('seed', 0))}: another seed gives other numbers.",
+        f"- One run of seed {_text(_record(run, stage)['settings'].get('seed', run.settings.get('seed', 0)))}: another seed gives other numbers.",
     ]
     if any(each.source.get("invented") for each in _sets(run, stage, line)):
         lines.append(
