@@ -8,7 +8,7 @@ from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from vlmalign.evaluation.linear_probe import linear_probe, out_of_fold, shuffled
+from vlmalign.evaluation.linear_probe import chance, linear_probe, out_of_fold, shuffled
 
 
 def material(groups: int, shift: float, films: int = 80):
@@ -49,14 +49,19 @@ def test_what_only_patients_share_is_not_learnt():
 
 def test_shuffled_groups_keep_patients_whole_and_cannot_be_told():
     features, group, patients = material(2, 4.0)
-    chance = shuffled(group, patients, seed=2)
     own = {}
-    for patient, each in zip(patients, chance.tolist(), strict=True):
+    for patient, each in zip(patients, shuffled(group, patients, seed=2).tolist(), strict=True):
         assert own.setdefault(patient, each) == each
     assert sorted(own.values()) == sorted(dict(zip(patients, group.tolist(), strict=True)).values())
     assert linear_probe(features, group, patients, folds=4, draws=100).auroc.low > 0.95
-    found = linear_probe(features, chance, patients, folds=4, draws=100).auroc
-    assert found.low < 0.5 < found.high
+    found = chance(features, group, patients, folds=4, shuffles=8, seed=2)
+    single = [
+        linear_probe(features, shuffled(group, patients, seed=2 + i), patients, folds=4, draws=1, seed=2)
+        for i in range(8)
+    ]
+    assert found.auroc.value == pytest.approx(np.mean([each.auroc.value for each in single]))
+    assert found.auroc.low < 0.5 < found.auroc.high
+    assert found.auroc.high < 0.9
 
 
 def test_too_few_patients_are_refused():

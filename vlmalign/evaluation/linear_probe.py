@@ -82,7 +82,36 @@ def out_of_fold(
     return found
 
 
+def chance(
+    features: Float[np.ndarray, "film number"],
+    group: Int[np.ndarray, "film"],
+    patients: Sequence[str],
+    *,
+    folds: int,
+    shuffles: int,
+    seed: int = 0,
+) -> ProbeScore:
+    """What `linear_probe` finds where there is nothing: the mean over `shuffles` of the groups (see `shuffled`), and as low
+    and high the 2.5th and the 97.5th percentile of them.
+
+    Raises:
+        ValueError: as `out_of_fold`.
+    """
+    found = [
+        linear_probe(features, shuffled(group, patients, seed=seed + i), patients, folds=folds, draws=1, seed=seed)
+        for i in range(shuffles)
+    ]
+
+    def spread(scores: Sequence[Interval]) -> Interval:
+        values = [score.value for score in scores]
+        low, high = np.percentile(values, [2.5, 97.5])
+        return scores[0]._replace(value=float(np.mean(values)), low=float(low), high=float(high))
+
+    accuracy, auroc = spread([each.accuracy for each in found]), spread([each.auroc for each in found])
+    return ProbeScore(accuracy, auroc, float(np.mean([each.majority for each in found])))
+
+
 def shuffled(group: Int[np.ndarray, "film"], patients: Sequence[str], *, seed: int) -> Int[np.ndarray, "film"]:
-    """The groups dealt out anew among patients, all films of a patient together: what a probe finds by chance."""
+    """The groups dealt out anew among patients, all films of a patient together."""
     _, first, owner = np.unique(np.asarray(patients), return_index=True, return_inverse=True)
     return np.random.default_rng(seed).permutation(group[first])[owner]

@@ -142,8 +142,9 @@ def _institution(path: Path, results: Row) -> Iterator[Table]:
     yield Table(
         f"{path.parent.name}: which data set a film comes from",
         "Logistic regression, out of fold. Tower: the film's soft tokens, which training leaves as they are. Prompt: the "
-        "decoder's state from which the answer begins. Controls: labels, the truth in place of features; shuffled, sets "
-        "dealt out anew, which should give 0.5. Intervals do not repeat the fits.",
+        "decoder's state from which the answer begins. Controls: labels, the truth in place of features; shuffled, what is "
+        "found by chance, mean and spread over shuffles of the sets among patients. Other intervals resample patients "
+        "and do not repeat the fits.",
         ("Features", "Stage", "Control", "Films", "AUROC", "Accuracy", "Of the largest set"),
         [
             [

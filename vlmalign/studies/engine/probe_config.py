@@ -82,6 +82,7 @@ class InstitutionProbe(OfStates):
     kind: Literal["institution"] = "institution"
     sets: Annotated[tuple[str, ...], Field(min_length=2)]
     folds: Annotated[int, Field(ge=2)] = 5
+    shuffles: Positive = 20  #: of the sets among patients, for what is found by chance
 
 
 class OcclusionProbe(OfStates):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from vlmalign.distributed import own_share
-from vlmalign.evaluation.linear_probe import linear_probe, shuffled
+from vlmalign.evaluation.linear_probe import ProbeScore, chance, linear_probe
 from vlmalign.evaluation.prompt_states import prompt_states
 from vlmalign.exchange import gather_from
 from vlmalign.studies.engine.base import Base
@@ -61,7 +61,8 @@ def results(study: Opened, name: str) -> list[Row]:
     """A row for each feature of each state (the tower's of each base), and for each control: {"stage", "features",
     "control", "n", "accuracy", "auroc", "majority"}.
 
-    Controls: "labels", the truth alone in place of features; "shuffled", the same features with sets dealt out anew.
+    Controls: "labels", the truth alone in place of features; "shuffled", the same features with sets dealt out anew, as mean
+    and spread of several.
     """
     config = study.config
     probe: InstitutionProbe = config.probes[name]
@@ -70,20 +71,19 @@ def results(study: Opened, name: str) -> list[Row]:
     # Two sources may call different patients the same; two sets of one source may share some.
     sources = [config.sets[set_ref(ref).name].from_ for ref in probe.sets]
     patients = [f"{source} {row['patient']}" for source, each in zip(sources, cases, strict=True) for row in each.rows]
-    options = {"folds": probe.folds, "draws": probe.draws, "seed": config.seed}
+    fits = {"folds": probe.folds, "seed": config.seed}
 
-    def scored(values: np.ndarray, groups: np.ndarray, **what: Any) -> Row:
-        found = linear_probe(values, groups, patients, **options)
-        accuracy, auroc = found.accuracy._asdict(), found.auroc._asdict()
-        return {**what, "accuracy": accuracy, "auroc": auroc, "majority": found.majority}
+    def told(score: ProbeScore, **what: Any) -> Row:
+        accuracy, auroc = score.accuracy._asdict(), score.auroc._asdict()
+        return {**what, "accuracy": accuracy, "auroc": auroc, "majority": score.majority}
 
     labels = [label for label in cases[0].labels if all(label in each.labels for each in cases)]
     rows = [row for each in cases for row in each.rows]
     truth = np.array([[float(label in row["labels"]) for label in labels] for row in rows]).reshape(len(rows), -1)
     found = []
     if labels:
-        found.append(scored(truth, group, stage=None, features="labels", control="labels"))
-    chance = shuffled(group, patients, seed=config.seed)
+        score = linear_probe(truth, group, patients, draws=probe.draws, **fits)
+        found.append(told(score, stage=None, features="labels", control="labels"))
     bases: set[str] = set()
     for stage in probe.stages:
         base = config.base_of(stage_ref(stage).name)
@@ -93,8 +93,9 @@ def results(study: Opened, name: str) -> list[Row]:
         for kind in kinds:
             values = np.array([row[kind] for row in measured])
             what = {"stage": base if kind == "tower" else stage, "features": kind}
-            found.append(scored(values, group, **what, control=None))
-            found.append(scored(values, chance, **what, control="shuffled"))
+            score = linear_probe(values, group, patients, draws=probe.draws, **fits)
+            nothing = chance(values, group, patients, shuffles=probe.shuffles, **fits)
+            found += [told(score, **what, control=None), told(nothing, **what, control="shuffled")]
     return found
 
 
