@@ -183,7 +183,7 @@ def test_what_gives_away_or_does_not_fit_is_refused(tmp_path, change, said):
 @pytest.mark.parametrize(
     ("section", "said"),
     [
-        ({"where": {"centre": ["est"]}}, r"sets\.x\.where\.centre: no case has 'est'; found north, south, west"),
+        ({"where": {"centre": ["est"]}}, r"sets\.x\.where\.centre: no case has 'est'; found 'north', 'south', 'west'"),
         (
             {"draw": "pyramid", "parts": {"confusion": 3}, "pyramid": {"decision": "dose"}},
             r"sets\.x: pyramid\.decision: 'dose' is no decision of kind code; those are strategy, protocol",

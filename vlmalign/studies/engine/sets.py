@@ -24,7 +24,6 @@ from vlmalign.data.sampling.bounds import share_of
 from vlmalign.data.sampling.sampler import balanced_sample, random_sample
 from vlmalign.data.sources.films import Films
 from vlmalign.progress import Progress
-from vlmalign.quoting import shown
 from vlmalign.studies.engine.config import Set, StudyConfig, set_ref
 from vlmalign.studies.engine.files import Hashes, read_rows, write_json, write_rows
 from vlmalign.types import Example
@@ -225,7 +224,7 @@ def _asked_for(name: str, section: Set, source: Source, left_out: set[str]) -> n
     for column, values in section.where.items():
         cells, wanted = np.array([str(cell) for cell in source.column(column)], object), [str(each) for each in values]
         if absent := [each for each in wanted if each not in cells]:
-            known = ", ".join(map(shown, sorted(set(cells))[:12]))
+            known = ", ".join(repr(cell[:40]) for cell in sorted(set(cells))[:12])
             raise ValueError(f"sets.{name}.where.{column}: no case has {absent[0]!r}; found {known}")
         keep &= np.isin(cells, wanted)
     if isinstance(source, Records) and (section.hash is not None or left_out):
