@@ -1,11 +1,12 @@
 """Does GRPO help on its own schema? Runs the arms of `configs/chexreason/arms.yaml` and writes `docs/grpo_arms.md`.
 
     python scripts/grpo_arms.py dev --run runs/arms                    # all arms, seeds 0 to 2, films of `dev`
+    python scripts/grpo_arms.py dev --run runs/arms --arms mix --seeds 0 1      # one of them
     python scripts/grpo_arms.py final --arm mix --run runs/arms-final  # one arm, seeds 10 to 14, other films, all test sets
     python scripts/grpo_arms.py page                                   # the page, from docs/results/grpo_arms.json
 
-`dev` and `final` keep what they find in that file; the page is made from it alone. Arms are chosen by `dev`, never by
-`final`. `--only` runs single arms; the scores are collected when all are there.
+`dev` and `final` keep what they find in that file, `dev` arm by arm; the page is made from it alone. Arms are chosen by
+`dev`, never by `final`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from typing import Any
 
 from generated_page import with_part
 
+from vlmalign.config import load_config
 from vlmalign.evaluation.over_seeds import over_seeds
+from vlmalign.studies.engine.config import StudyConfig
 from vlmalign.studies.engine.files import read_numbers
+from vlmalign.studies.engine.seeds import sibling
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIG = REPOSITORY / "configs" / "chexreason" / "arms.yaml"
@@ -41,39 +45,67 @@ def run(command: Sequence[str]) -> None:
     subprocess.run([sys.executable, "-m", "vlmalign.cli", "run", str(CONFIG), *command], check=True)
 
 
+def dev_settings(arms: Sequence[str], seeds: Sequence[int]) -> list[str]:
+    """Some arms, each with the SFT that it goes on from, and some seeds; nothing given: all of the study."""
+    chosen = [f"seeds={json.dumps(seeds)}"] if seeds else []
+    if arms:
+        chosen.append(f"answers.dev.stages={json.dumps(with_parents(arms))}")
+    return chosen
+
+
 def final_settings(arm: str) -> list[str]:
     """The same study with one arm, other seeds, other films, and the three test sets."""
-    stages = json.dumps(["sft", arm])
-    films = [
-        f"sources.{name}.phantom.seed={seed}" for name, seed in (("mimic", 11), ("chexpert-test", 12), ("nih-test", 13))
-    ]
+    films = {"mimic": 11, "chexpert-test": 12, "nih-test": 13}
     return [
-        f"seeds={json.dumps(FINAL_SEEDS)}", "seed=10", *films, f"answers.dev.stages={stages}",
+        f"seeds={json.dumps(FINAL_SEEDS)}",
+        "seed=10",
+        *(f"sources.{name}.phantom.seed={seed}" for name, seed in films.items()),
+        f"answers.dev.stages={json.dumps(with_parents([arm]))}",
         'answers.dev.sets=["mimic-like", "chexpert-like", "nih-like"]',
-    ]  # fmt: skip
+    ]
+
+
+def with_parents(arms: Sequence[str]) -> list[str]:
+    stages = load_config(StudyConfig, CONFIG).stages
+    return list(dict.fromkeys(name for arm in arms for name in (stages[arm].from_, arm)))
 
 
 def collect(folder: Path, part: str, **more: Any) -> None:
-    """Keep what a finished run found: its scores over seeds, what was watched, versions and hardware."""
+    """Keep what a finished run found over seeds, what was watched, versions and hardware; of dev, arm by arm."""
     scores = json.loads((folder / "scores" / "dev" / "results.json").read_text(encoding="utf-8"))
     environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-    watched: dict[str, dict[str, dict[str, float | None]]] = {}
-    for stage in sorted(path.name for path in (folder / "stages").iterdir()):
-        arm, _, seed = stage.rpartition("-s")
-        for name in WATCHED:
-            found = [
-                value for value in read_numbers(folder / "stages" / stage / "metrics.jsonl", name) if value is not None
-            ]
-            fifth = max(1, len(found) // 5)
-            if found:
-                for end, values in (("first", found[:fifth]), ("last", found[-fifth:])):
-                    watched.setdefault(arm, {}).setdefault(f"{name}, {end} fifth", {})[seed] = sum(values) / fifth
     known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    earlier = known.get(part, {}) if part == "dev" else {}
+    rows = {kind: {_place(row): row for row in earlier.get(kind, [])} for kind in ("results", "differences")}
+    for kind, own in rows.items():
+        own |= {_place(row): row for row in scores["seeds"][kind]}
     known[part] = {
-        "datasets": scores["datasets"], **scores["seeds"], "watched": watched, "environment": environment, **more,
-    }  # fmt: skip
+        "datasets": scores["datasets"],
+        **{kind: list(own.values()) for kind, own in rows.items()},
+        "watched": {**earlier.get("watched", {}), **watched(folder, scores["seeds"]["differences"])},
+        "environment": environment,
+        **more,
+    }
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _place(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    return row.get("to", row.get("stage")), row["dataset"], row["subset"]
+
+
+def watched(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Arm -> number, and which fifth of the updates -> seed -> its mean there."""
+    told: dict[str, dict[str, dict[str, float]]] = {}
+    for row in rows:
+        for seed in row["numbers"]["macro"]["seeds"]:
+            metrics = folder / "stages" / sibling(row["to"], int(seed)) / "metrics.jsonl"
+            for name in WATCHED:
+                known = [value for value in read_numbers(metrics, name) if value is not None]
+                fifth = max(1, len(known) // 5)
+                for end, values in (("first", known[:fifth]), ("last", known[-fifth:])) if known else ():
+                    told.setdefault(row["to"], {}).setdefault(f"{name}, {end} fifth", {})[seed] = sum(values) / fifth
+    return told
 
 
 def page(text: str) -> str:
@@ -88,14 +120,14 @@ def page(text: str) -> str:
 def dev_table(found: Mapping[str, Any]) -> str:
     """A row an arm: what it changes on the films of `dev` to the SFT that it goes on from, and what was watched."""
     lines = [
-        "| arm | Jaccard | macro-F1 | micro-F1 | sampled reward, first and last fifth | entropy | tokens |",
-        "|---|---|---|---|---|---|---|",
+        "| arm | seeds | Jaccard | macro-F1 | micro-F1 | sampled reward, first and last fifth | entropy | tokens |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in found["differences"]:
         told = found["watched"][row["to"]]
         cells = [interval(row["numbers"][name]) for name in ("jaccard", "macro", "micro")]
         cells += [ends(told, name) for name in ("reward", "entropy", "length")]
-        lines.append(f"| `{row['to']}` | " + " | ".join(cells) + " |")
+        lines.append(f"| `{row['to']}` | {row['numbers']['macro']['n']} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])
 
 
@@ -135,22 +167,14 @@ def main() -> int:
     parser.add_argument("part", choices=("dev", "final", "page"))
     parser.add_argument("--run", type=Path, help="the run folder of dev or final")
     parser.add_argument("--arm", help="of final: the arm that was chosen")
-    parser.add_argument("--only", nargs="*", default=[], help="artefacts to make; nothing is collected")
+    parser.add_argument("--arms", nargs="+", default=[], help="of dev: only these")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[], help="of dev: only these")
     given = parser.parse_args()
     if given.part != "page":
         if given.run is None or (given.part == "final") != (given.arm is not None):
             parser.error("dev needs --run, final needs --run and --arm")
-        settings = final_settings(given.arm) if given.part == "final" else []
-        run(
-            [
-                "--run",
-                str(given.run),
-                *(["--set", *settings] if settings else []),
-                *(["--only", *given.only] if given.only else []),
-            ]
-        )
-        if given.only:
-            return 0
+        settings = final_settings(given.arm) if given.part == "final" else dev_settings(given.arms, given.seeds)
+        run(["--run", str(given.run), *(["--set", *settings] if settings else []), "--only", "scores/dev"])
         collect(given.run, given.part, **({"arm": given.arm} if given.arm else {}))
     PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     return 0
