@@ -210,7 +210,7 @@ def _within(value: float, low: float, high: float) -> float:
 
 
 def _pick(rng: np.random.Generator, chances: Mapping[Any, float]) -> Any:
-    """One of them, by their chances, which sum to 1; `rng.choice` takes ten times as long."""
+    """One of them, by their chances, which sum to 1; `rng.choice` is slow for single draws."""
     left = rng.random()
     for value, chance in chances.items():
         left -= chance

@@ -156,9 +156,12 @@ class EhrSource(Config):
             id, patient = events.ID, events.SUBJECT
         needed = [column for name, field in self.schema.items() for column in columns_of(name, field)]
         needed += [*self.take, *(column for column in (id, patient) if column is not None)]
-        table, notes = self._taken(self._table(path, list(dict.fromkeys(needed))), path)
+        needed = list(dict.fromkeys(needed))
+        whole = self._table(path, needed)
+        # As Python's own texts: cells of pandas' text columns are made one by one, which is slow.
+        table, notes = self._taken(TextTable(whole.frame[needed].astype(object), whole.rows), path)
         declared = {*needed, *self.after, *(clinic.AFTER if given else ())}
-        if unread := [column for column in table.frame if column not in declared]:
+        if unread := [column for column in whole.frame if column not in declared]:
             notes.append(f"{path}: {len(unread)} columns are not declared and not read, such as {quoted(unread[0])}")
         read = read_records(table, path, self.schema, id=id, patient=patient, missing=self.missing, on_bad=self.on_bad)
         labels = decisions(self.schema) if self.labels is None else self.labels
