@@ -127,7 +127,7 @@ def test_it_is_refused_where_there_is_no_solution_block(tmp_path):
     file = tmp_path / "study.yaml"
     file.write_text("""
 run: runs/x
-sources: {films: {kind: table, path: a.csv, labels: [a, b]}}
+sources: {films: {kind: table, path: a.csv, image: file, labels: [a, b]}}
 sets: {test: {from: films, role: test}}
 tasks: {labels: {kind: labels, prompt: 'Which?', labels: [a, b], form: plain}}
 stages: {base: {kind: model, path: m}}
