@@ -43,7 +43,8 @@ def hessian_product(trained: str, change: float) -> tuple[dict, dict, dict]:
         return product, differences, slope(own, BATCH)
 
 
-@pytest.mark.parametrize("trained", ["lora_", pytest.param("", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("trained", ["lora_", ""])
 def test_a_product_with_the_hessian_is_the_change_of_the_gradient(trained):
     product, differences, slope = hessian_product(trained, 1e-5)
     largest = max(float(np.abs(value).max()) for value in product.values())

@@ -57,6 +57,7 @@ SAMPLED = (
 )
 
 
+@pytest.mark.full
 def test_from_a_csv_to_scores_with_intervals_and_a_report(finished):
     folder = finished
     results = json.loads((folder / "scores" / "test" / "results.json").read_text())
@@ -115,6 +116,7 @@ def _subsets(results: dict) -> dict:
     return {name: tuple(block["labels"]) for name, block in results["blocks"].items()}
 
 
+@pytest.mark.full
 def test_new_settings_of_scores_leave_older_scores_as_they_are(study, finished):
     """A record of before subgroups, and of fewer settings of tables, counts as one without them; with subgroups, scores
     alone are made again."""

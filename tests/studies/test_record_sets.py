@@ -91,18 +91,21 @@ def test_an_invented_source_is_a_node_and_its_sets_wait_for_it(tmp_path):
     assert nodes["sets/low"].parents["from"].node == "sources/clinic"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("one", "other"), [("held-out", "train"), ("north", "others"), ("held-out", "small.sft")])
 def test_sets_apart_share_no_patient_and_no_twin(drawn, one, other):
     assert told(drawn, one, "patient").isdisjoint(told(drawn, other, "patient"))
     assert told(drawn, one, "twin").isdisjoint(told(drawn, other, "twin"))
 
 
+@pytest.mark.full
 def test_leave_one_centre_out(drawn):
     assert set(cases(drawn, "north").column("centre")) == {"north"}
     assert set(cases(drawn, "others").column("centre")) == {"south", "west"}
     assert len(cases(drawn, "north")) + len(cases(drawn, "others")) == len(drawn.source)
 
 
+@pytest.mark.full
 def test_the_hash_divides_all_and_keeps_twins_together(drawn):
     low, high = cases(drawn, "low"), cases(drawn, "high")
     assert sorted([*low.places, *high.places]) == list(range(len(drawn.source)))
@@ -128,6 +131,7 @@ def test_twins_left_out_are_those_of_the_other_set(tmp_path):
     assert "set train: cases has no record with" in said.getvalue()
 
 
+@pytest.mark.full
 def test_twins_in_two_sets_are_an_overlap(drawn):
     config = drawn.config
     study = Opened(config, Hashes(config.run / "hashes.json"), config, sources={"clinic": drawn.source})
@@ -136,6 +140,7 @@ def test_twins_in_two_sets_are_an_overlap(drawn):
     assert {row["question"] for row in marks.rows} == told(drawn, "low", "twin")
 
 
+@pytest.mark.full
 def test_balanced_sets_of_records_have_enough_of_every_strategy(drawn):
     coverage = json.loads((drawn.config.run / "sets" / "small" / "coverage.json").read_text())
     for part, size in (("sft", 30), ("rl", 15)):
@@ -145,6 +150,7 @@ def test_balanced_sets_of_records_have_enough_of_every_strategy(drawn):
     assert told(drawn, "small.sft", "patient").isdisjoint(told(drawn, "small.rl", "patient"))
 
 
+@pytest.mark.full
 def test_layers_are_one_set_and_known_by_name(drawn):
     sizes = {layer: len(cases(drawn, f"layered.{layer}")) for layer in ("general", "confusion", "enhancement")}
     assert sizes == {"general": 40, "confusion": 30, "enhancement": 20}
@@ -180,6 +186,7 @@ def test_what_gives_away_or_does_not_fit_is_refused(tmp_path, change, said):
         study(tmp_path, change)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("section", "said"),
     [

@@ -197,7 +197,9 @@ def test_every_cut_of_a_rollout_is_the_same_step(loss, cut):
 # ------------------------------------------------------------------------------------------------ equal rewards
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    "loss", [loss if loss == "grpo" else pytest.param(loss, marks=pytest.mark.full) for loss in LOSSES]
+)
 @pytest.mark.parametrize("advantage", [{}, {"scale": "group"}, {"scale": "batch"}, {"advantage": "leave_one_out"}])
 def test_equal_rewards_change_no_bit(loss, advantage):
     """0.7 for all: means of eight of them are not 0.7, and deviations not 0."""
@@ -412,6 +414,7 @@ def run(folder, *, stop: int | None = None) -> Params:
     return jax.device_get(train(stage, kind, fresh(text().adapter), text().base, StopAt(policy, stop), Progress()))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("stop", [3, *(pytest.param(stop, marks=pytest.mark.full) for stop in (4, 6, 7))])
 def test_a_killed_stage_goes_on_to_the_same_bits_and_files(tmp_path, stop):
     """Rewards that differ from call to call come from the file; what was asked anew went into both."""

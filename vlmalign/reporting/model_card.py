@@ -59,9 +59,10 @@ TERMS = {
     "nih-extract": _NIH._replace(name="an extract of NIH ChestX-ray14"),
     "table": _OWN,
     "rows": _OWN,
+    "ehr": _OWN,
 }
 _INVENTED = Terms(
-    "invented films in its format", "drawn by vlmalign, of no patient", "known, as the films were drawn from it"
+    "invented cases in its format", "drawn by vlmalign, of no patient", "known, as the cases were drawn from it"
 )
 
 
