@@ -194,4 +194,5 @@ def test_a_stage_that_was_stopped_goes_on_to_the_same_bytes(finished, config_fil
         with pytest.raises(stopping.Stopped, match="after update 1 of 2"):
             run(load_study(config_file, overrides), config_file, asked)
     folder = run(load_study(config_file, overrides), config_file, asked)
-    assert same_files(stage_of(folder, name), stage_of(finished, name)) == []
+    # The record of the whole has the free setting that differs.
+    assert set(same_files(stage_of(folder, name), stage_of(finished, name))) <= {"made.json"}

@@ -652,6 +652,8 @@ def test_merged_matrices_come_as_rollouts_read_them(targets):
         for name, value in wanted.items():
             assert np.allclose(found[name], value, rtol=1e-6, atol=1e-6), name
         assert all(found[name] is frozen[name] for name in found if name in frozen and "norm" in name)
+        scored = merge_program(trainee, None, None, decodes=False)(frozen, trained)
+        assert scored.keys() == base.keys(), "scoring reads matrices by their own names"
 
 
 @pytest.mark.parametrize("cut", ["training", "sampling"])

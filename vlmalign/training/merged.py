@@ -26,13 +26,14 @@ def merged_policy(model: Model, base: Params, trained: Params) -> dict[str, Arra
 
 
 def merge_program(
-    model: Model, mesh: Mesh | None, sampling: Mesh | None
+    model: Model, mesh: Mesh | None, sampling: Mesh | None, *, decodes: bool = True
 ) -> Callable[[Params, Params], dict[str, Array]]:
     """(frozen, trained) -> `merged_policy`, compiled; on the mesh of training, where its arguments live.
 
-    Merged matrices come as rollouts on the mesh `sampling` read them fastest (`rollout.decode_weights`).
+    Merged matrices come as rollouts on the mesh `sampling` read them fastest (`rollout.decode_weights`); with `decodes`
+    False under their own names, as scoring reads them.
     """
-    join = joins_here(mesh, sampling)
+    join = decodes and joins_here(mesh, sampling)
     compiled = on_mesh(jax.jit(partial(changed_parameters, model, join=join)), mesh)
 
     def merge(base: Params, trained: Params) -> dict[str, Array]:

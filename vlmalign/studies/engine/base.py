@@ -107,23 +107,28 @@ class Base:
         model = self.model(state.spec)
         return model, {name: jnp.array(value, model.shapes[name].dtype) for name, value in state.params.items()}
 
-    def policy(self, state: State, where: Placement | None) -> dict[str, Array]:
-        """The whole model in this state, without adapter, as rollouts on `where` read it."""
+    def policy(self, state: State, where: Placement | None, *, decodes: bool = True) -> dict[str, Array]:
+        """The whole model in this state, without adapter, as rollouts on `where` read it; with `decodes` False as scoring
+        does."""
         if state.plain:
             return self.devices.bring(self.params, where)
         params = self.devices.place(self.model(state.spec), state.params)
-        return self.devices.bring(self.merge(state.spec, where)(self.frozen(state.spec), params), where)
+        return self.devices.bring(
+            self.merge(state.spec, where, decodes=decodes)(self.frozen(state.spec), params), where
+        )
 
-    def merge(self, spec: LoraSpec | None, where: Placement | None) -> Callable[[Params, Params], dict[str, Array]]:
+    def merge(
+        self, spec: LoraSpec | None, where: Placement | None, *, decodes: bool = True
+    ) -> Callable[[Params, Params], dict[str, Array]]:
         """(frozen, trained) -> the whole model, compiled once for each adapter and place."""
-        key = (spec, where is None)
+        key = (spec, where is None, decodes)
         if key not in self._merges:
             mesh = None if where is None else where.mesh
-            self._merges[key] = merge_program(self.model(spec), self.devices.mesh, mesh)
+            self._merges[key] = merge_program(self.model(spec), self.devices.mesh, mesh, decodes=decodes)
         return self._merges[key]
 
     @cached_property
-    def _merges(self) -> dict[tuple[LoraSpec | None, bool], Callable[[Params, Params], dict[str, Array]]]:
+    def _merges(self) -> dict[tuple[LoraSpec | None, bool, bool], Callable[[Params, Params], dict[str, Array]]]:
         return {}
 
     def generator(

@@ -246,12 +246,15 @@ def answered(
         generator = replace(generator, features=base.features.reading(pictures))
     films = "" if node.variant is None else f" ({node.variant})"
     progress.stage(f"answer {node.set}{films}, {node.stage}", max(1, len(own_share(found.items))))
-    policy = base.policy(state_of(study, base, node.parents["stage"]), where)
+    state = state_of(study, base, node.parents["stage"])
+    policy = base.policy(state, where)
     answers = answer(base, generator, policy, found, seed=study.config.seed, advance=making.advance())
     labels = study.cases(node.set).labels
     probabilities = None
     if entry.probability == "first-token":
         progress.stage(f"first tokens {node.set}, {node.stage}", max(1, sum(map(len, answers))))
+        del policy  # a copy of the whole model
+        policy = base.policy(state, where, decodes=False)
         probabilities = first_token_probabilities(
             base.model(None), policy, found.groups, [[each.text for each in own] for own in answers], labels,
             answer_ids=base.front.chat.answer_ids, features=generator.features, advance=making.advance(),

@@ -80,7 +80,7 @@ def measure(making: Making, base: Base) -> list[Row]:
     found = study.questions(data, task, stage, iter(numbered))
     names = _names(study, stage, task, found.cases[0])
     where = base.devices.sampling()
-    policy = base.policy(state_of(study, base, node.parents["stage"]), where)
+    policy = base.policy(state_of(study, base, node.parents["stage"]), where, decodes=False)
     making.progress.stage(f"occlusion of {node.set}, {node.stage}", max(1, len(own_share(found.items))))
     advance = making.advance()
 
