@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 from vlmalign.models.config import ModelConfig, SiglipConfig
 from vlmalign.planning.workload import Lengths
-from vlmalign.studies.engine.config import Answers, StudyConfig, set_ref
+from vlmalign.studies.engine.answers_config import Answers
+from vlmalign.studies.engine.config import StudyConfig, set_ref
 from vlmalign.studies.engine.data_config import Data
 from vlmalign.studies.engine.stage_config import Dpo, Epochs, Policy
 from vlmalign.types import Example, Group

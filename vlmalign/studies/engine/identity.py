@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from vlmalign.studies.engine.config import Answers, Set
+from vlmalign.studies.engine.answers_config import Answers
 from vlmalign.studies.engine.data_config import Data
 from vlmalign.studies.engine.files import digest_of
 from vlmalign.studies.engine.graph import Edge, Node
@@ -14,6 +14,7 @@ from vlmalign.studies.engine.opened import Opened
 from vlmalign.studies.engine.probe_config import OcclusionProbe, OfAnswers
 from vlmalign.studies.engine.record import Parent, Record, read_record
 from vlmalign.studies.engine.sections import split_free
+from vlmalign.studies.engine.set_config import Set
 from vlmalign.studies.engine.stage_config import Stage
 
 #: settings younger than a kind's first records: kind -> the values that they had when nobody could set them

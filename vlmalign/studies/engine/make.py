@@ -20,8 +20,9 @@ from vlmalign.progress import Progress
 from vlmalign.rollout.features import Pictures
 from vlmalign.rollout.sampling import Sampling
 from vlmalign.studies.engine.answer import Decoding, answer, answerer, predictions
+from vlmalign.studies.engine.answers_config import Answers
 from vlmalign.studies.engine.base import Base, State
-from vlmalign.studies.engine.config import Answers, stage_ref
+from vlmalign.studies.engine.config import stage_ref
 from vlmalign.studies.engine.data_config import Data
 from vlmalign.studies.engine.files import digest_of, manifest, write_json, write_rows
 from vlmalign.studies.engine.first_token import first_token_probabilities

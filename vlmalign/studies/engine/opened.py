@@ -18,8 +18,9 @@ from vlmalign.data.sources.nih_boxes import read_boxes
 from vlmalign.data.sources.rows import Rows, RowSource
 from vlmalign.exchange import agree
 from vlmalign.models.lora import LoraSpec
+from vlmalign.studies.engine.answers_config import Answers
 from vlmalign.studies.engine.base import Front, open_front
-from vlmalign.studies.engine.config import Answers, StudyConfig, set_ref, stage_ref
+from vlmalign.studies.engine.config import StudyConfig, set_ref, stage_ref
 from vlmalign.studies.engine.data_config import Data
 from vlmalign.studies.engine.files import Hashes, digest_of
 from vlmalign.studies.engine.probe_config import OcclusionProbe

@@ -22,7 +22,8 @@ from vlmalign.evaluation.over_seeds import over_seeds
 from vlmalign.evaluation.samples import majority_vote, score_samples
 from vlmalign.evaluation.subgroups import groups_of
 from vlmalign.reporting.json_shape import NUMBER, Maybe, check_shape
-from vlmalign.studies.engine.config import Answers, StudyConfig, set_ref, stage_ref
+from vlmalign.studies.engine.answers_config import Answers
+from vlmalign.studies.engine.config import StudyConfig, set_ref, stage_ref
 from vlmalign.studies.engine.files import read_json, read_numbers, read_rows
 from vlmalign.studies.engine.opened import Opened
 from vlmalign.studies.engine.seeds import families

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from vlmalign.config import ConfigError
-from vlmalign.studies.engine.config import Answers, StudyConfig, stage_ref
+from vlmalign.studies.engine.answers_config import Answers
+from vlmalign.studies.engine.config import StudyConfig, stage_ref
 from vlmalign.studies.engine.probe_config import OfStates
 from vlmalign.studies.engine.stage_config import Stage
 

@@ -24,8 +24,9 @@ from vlmalign.data.sampling.bounds import share_of
 from vlmalign.data.sampling.sampler import balanced_sample, random_sample
 from vlmalign.data.sources.films import Films
 from vlmalign.progress import Progress
-from vlmalign.studies.engine.config import Set, StudyConfig, set_ref
+from vlmalign.studies.engine.config import StudyConfig, set_ref
 from vlmalign.studies.engine.files import Hashes, read_rows, write_json, write_rows
+from vlmalign.studies.engine.set_config import Set
 from vlmalign.types import Example
 
 #: the file of a set that has no parts, and of what it holds of each label
