@@ -211,9 +211,10 @@ time.sleep(300)
 """
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("how", "code", "said"),
-    [("killed", 137, "was ended by SIGKILL"), pytest.param("failed", 2, "exit code 2", marks=pytest.mark.full)],
+    [("killed", 137, "was ended by SIGKILL"), ("failed", 2, "exit code 2")],
 )
 def test_one_that_dies_ends_all(repository, how, code, said):
     begun = time.monotonic()
@@ -480,6 +481,7 @@ def together(repository, *arguments: str, heartbeat: int = 10) -> list[subproces
     ]  # fmt: skip
 
 
+@pytest.mark.full
 def test_processes_tell_each_other(repository):
     processes = together(repository, "no")
     found = []

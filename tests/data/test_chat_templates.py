@@ -597,6 +597,7 @@ def test_what_a_template_may_not_do(tmp_path, template, found):
         chat.prompt([{"role": "user", "content": "Is it?"}])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "template",
     [

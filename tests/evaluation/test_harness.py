@@ -296,6 +296,7 @@ def test_contexts_that_do_not_fit_are_counted(ours, caplog):
         ours._fit([([1], list(range(65)))])
 
 
+@pytest.mark.full
 def test_splitting_a_large_group_changes_no_score(ours):
     """A budget that holds neither all continuations of a context nor more than one row."""
     rng = np.random.default_rng(0)
@@ -344,6 +345,7 @@ def test_buckets_waste_little():
             assert n <= bucket(n, least) <= max(least, 1.5 * n + 1)
 
 
+@pytest.mark.full
 def test_sampled_answers_follow_the_seed_and_share_their_prompt(ours, monkeypatch):
     settings = {"until": ["\n"], "max_gen_toks": 16, "do_sample": True, "temperature": 1.0, "top_p": 0.9}
     asked = requests("generate_until", *[(HEART, settings)] * 4)

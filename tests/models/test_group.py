@@ -277,6 +277,7 @@ def test_rematerialisation_changes_no_value_and_no_gradient(remat):
         assert_close(gradients[parameter], whole[parameter], 1e-5, parameter)
 
 
+@pytest.mark.full
 def test_each_rematerialisation_keeps_less_than_the_one_before():
     """Bytes that the forward pass hands to the backward pass; by shapes alone."""
     batch, base = jax.tree.map(jnp.asarray, put(GROUPS, LAYOUT)), adapted().params

@@ -67,6 +67,7 @@ def test_only_the_named_projections_of_the_decoder_carry_one(targets):
     assert set(model.shapes) - added == set(vlm().params)
 
 
+@pytest.mark.full
 def test_every_adapter_tensor_gets_a_gradient():
     """And, with B at zero, A gets none: the update starts in B."""
     model = adapted().model

@@ -50,6 +50,7 @@ def test_a_kind_is_traced_once_and_every_module_keeps_its_own_parameters():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected)
 
 
+@pytest.mark.full
 def test_a_deeper_decoder_takes_no_more_tracing():
     """Attention is traced once for layers with a window and once for those without, forward and backward together."""
     model = text().model
@@ -66,6 +67,7 @@ def test_a_deeper_decoder_takes_no_more_tracing():
     assert attended(1) == attended(4) == 2
 
 
+@pytest.mark.full
 def test_shapes_are_those_of_drawn_parameters_and_nothing_is_traced_for_them():
     for checkpoint in (text(), vlm()):
         model = replace(checkpoint.model)  # a new one: nothing is remembered

@@ -283,10 +283,8 @@ def run_family(settings: GrpoSettings, rows: list[list[int]], spoil: float | Non
     return float(loss), gradient, metrics
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name if name == "everything" else pytest.param(name, marks=pytest.mark.full) for name in VARIANTS],
-)
+@pytest.mark.full
+@pytest.mark.parametrize("name", VARIANTS)
 def test_micro_batches_add_up_to_the_whole(name):
     loss, gradient, metrics = run_family(VARIANTS[name], [[0, 1, 2]])
     assert np.count_nonzero(gradient) > 3

@@ -174,7 +174,7 @@ def whole_batch() -> GroupBatch:
 
 
 @pytest.mark.parametrize(
-    "kind", ["sft", "grpo, frozen adapter", pytest.param("grpo, adapter off", marks=pytest.mark.full)]
+    "kind", [kind if kind == "sft" else pytest.param(kind, marks=pytest.mark.full) for kind in TRAINERS]
 )
 def test_the_step_is_the_gradient_of_the_whole_formula(kind):
     """Written out at once: one pass over all groups, one division, one gradient."""
@@ -211,6 +211,7 @@ def test_the_step_is_the_gradient_of_the_whole_formula(kind):
         assert_close(params[name], adapter(1)[name] - 0.5 * gradient, 1e-5, name)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("split", ["1x8", "8 + padding"])
 def test_a_second_objective_adds_its_own_gradient(split):
     """Each over counts of its own, however it is cut: with SGD, what the two steps move by themselves."""

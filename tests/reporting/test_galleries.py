@@ -144,6 +144,7 @@ def test_a_run_without_answers_has_no_gallery(own):
     assert gallery.question(read_run(own), "findings") == "Which <findings>?"
 
 
+@pytest.mark.full
 def test_the_filters_show_what_they_say(run):
     """In a real browser: an answer shows where its kind, its label and its model are those that were chosen."""
     find_browser()

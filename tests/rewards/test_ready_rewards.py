@@ -165,6 +165,7 @@ def test_an_answer_that_is_no_option_is_refused():
         ChoiceReward("ABCD").score("A", answer="E")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "text",
     [

@@ -425,6 +425,7 @@ runner.score(["p"], ["hang"], {})
 """
 
 
+@pytest.mark.full
 def test_a_hung_worker_does_not_outlive_a_killed_main_process(monkeypatch):
     """Also the main program may come from standard input, which a re-import of the main script could not survive."""
     paths = [str(Path(odd.__file__).parent), str(Path(pool.__file__).parents[2])]

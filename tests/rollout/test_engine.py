@@ -251,6 +251,7 @@ def test_keys_differ_by_prompt_sample_and_key():
     assert not np.array_equal(twin.tokens[1], twin.tokens[0])
 
 
+@pytest.mark.full
 def test_other_shapes_give_the_same_samples():
     """Another number of rows and wider padding: other sums, so equal up to candidates that tie below 1e-4."""
     base = cool(batch_of(PROMPTS))

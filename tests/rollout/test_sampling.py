@@ -134,13 +134,9 @@ def draws(key, sampling):
     return draw(jnp.broadcast_to(z, (ROWS, 1061)), jax.random.split(key, ROWS), sampling)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
-    "sampling",
-    [
-        *(pytest.param(each, marks=pytest.mark.full) for each in (Sampling(), Sampling(temperature=0.7))),
-        Sampling(temperature=1.3, top_p=0.8),
-    ],
-    ids=str,
+    "sampling", [Sampling(), Sampling(temperature=0.7), Sampling(temperature=1.3, top_p=0.8)], ids=str
 )
 def test_draws_follow_the_stated_distribution(sampling):
     found = draws(jax.random.key(5), sampling)

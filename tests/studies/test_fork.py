@@ -249,6 +249,7 @@ def test_a_torn_film_stops_the_run_or_is_left_out_and_listed(finished, copied, t
     }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("override", "kind"),
     [("sets.near.from=mimic", "patient"), ("sources.mimic-test.root='{run}/sources/copy'", "content")],

@@ -57,11 +57,12 @@ def whole():
     return updated([GROUPS], LAYOUT, 8)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("cut", "layout", "rows"),
     [
-        pytest.param([[g] for g in GROUPS], LAYOUT, 1, id="8x1", marks=pytest.mark.full),
-        pytest.param([GROUPS[i : i + 2] for i in range(0, 8, 2)][::-1], LAYOUT, 2, id="4x2", marks=pytest.mark.full),
+        pytest.param([[g] for g in GROUPS], LAYOUT, 1, id="8x1"),
+        pytest.param([GROUPS[i : i + 2] for i in range(0, 8, 2)][::-1], LAYOUT, 2, id="4x2"),
         pytest.param([GROUPS[:5], GROUPS[5:]], WIDER, 5, id="uneven, wider"),
     ],
 )
@@ -112,6 +113,7 @@ def test_masks_keep_the_right_share_and_scale():
     assert len({row.tobytes() for row in rows}) == len(rows), "no two tokens share a mask"
 
 
+@pytest.mark.full
 def test_expectation_of_the_adapter():
     """Averaged over 400 masks, the adapted logits of the first token come near those without dropout."""
     batch = put(GROUPS[:1], Layout(8, 1, 6), images=None)

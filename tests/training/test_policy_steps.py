@@ -197,9 +197,8 @@ def test_every_cut_of_a_rollout_is_the_same_step(loss, cut):
 # ------------------------------------------------------------------------------------------------ equal rewards
 
 
-@pytest.mark.parametrize(
-    "loss", [loss if loss == "grpo" else pytest.param(loss, marks=pytest.mark.full) for loss in LOSSES]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("advantage", [{}, {"scale": "group"}, {"scale": "batch"}, {"advantage": "leave_one_out"}])
 def test_equal_rewards_change_no_bit(loss, advantage):
     """0.7 for all: means of eight of them are not 0.7, and deviations not 0."""

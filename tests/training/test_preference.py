@@ -207,6 +207,7 @@ def test_a_step_on_groups_is_trls_on_separate_sequences(case, recorded):
     assert abs(logged["rewards/margins"]) > 1e-2
 
 
+@pytest.mark.full
 def test_a_recorded_reference_is_the_one_the_trainer_would_run(recorded):
     (gradients, metrics), (expected, known) = step(PAIRS, recorded), step(PAIRS, None)
     assert_close(metrics.loss, known.loss, 1e-6)

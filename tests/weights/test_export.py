@@ -52,7 +52,9 @@ def reopened(name: str, folder: Path, **options):
     return type(family(name).torch).from_pretrained(folder, attn_implementation="eager", **options).eval()
 
 
-@pytest.mark.parametrize(("name", "kind"), CASES)
+@pytest.mark.parametrize(
+    ("name", "kind"), [case if case == CASES[0] else pytest.param(*case, marks=pytest.mark.full) for case in CASES]
+)
 def test_merged_model_opens_in_transformers(name, kind, tmp_path):
     source = family(name).folder
     model, adapter = adapted(name, kind)
