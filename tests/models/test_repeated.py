@@ -6,6 +6,7 @@ from unittest.mock import patch
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from tiny_checkpoints import group, put, text, vlm
 
