@@ -11,7 +11,7 @@ from vlmalign.config import ConfigError, dump_config
 from vlmalign.config_yaml import write_yaml
 from vlmalign.evaluation.over_seeds import over_seeds
 from vlmalign.studies.engine.chain import load_study
-from vlmalign.studies.engine.graph import Edge, build_graph
+from vlmalign.studies.engine.graph import Edge, build_graph, find_nodes
 from vlmalign.studies.engine.score import _differences_over_seeds, _over_seeds
 from vlmalign.studies.engine.seeds import families
 
@@ -50,6 +50,14 @@ def test_a_study_of_seeds_reads_back_from_its_run_folder(tmp_path):
     config = load(tmp_path)
     (tmp_path / "again.yaml").write_text(dump_config(config))
     assert load_study(tmp_path / "again.yaml") == config
+
+
+def test_a_stage_stands_for_its_siblings_where_artefacts_are_named(tmp_path):
+    nodes = build_graph(load(tmp_path))
+    assert find_nodes(nodes, "sft") == ["stages/sft-s0", "stages/sft-s3"]
+    assert find_nodes(nodes, "sft-s3") == ["stages/sft-s3"]
+    with pytest.raises(ValueError, match="no artefact 'stf'"):
+        find_nodes(nodes, "stf")
 
 
 def test_without_seeds_nothing_changes(tmp_path):

@@ -6,6 +6,7 @@ once; then scores and the report.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -171,7 +172,8 @@ def descendants(nodes: Mapping[str, Node], name: str) -> list[str]:
 
 
 def find_nodes(nodes: Mapping[str, Node], text: str) -> list[str]:
-    """The nodes that a user means: a whole name ("stages/sft"), a name in its section ("sft"), or a folder ("answers").
+    """The nodes that a user means: a whole name ("stages/sft"), a name in its section ("sft"), a folder ("answers"), or a
+    stage of which there are siblings ("sft", which stands for sft-s0, sft-s1).
 
     Raises:
         ValueError: for a name that none has, with the nearest.
@@ -179,6 +181,7 @@ def find_nodes(nodes: Mapping[str, Node], text: str) -> list[str]:
     wanted = text.strip("/")
     found = [name for name in nodes if name == wanted or name.startswith(f"{wanted}/")]
     found = found or [node.name for node in nodes.values() if wanted in (node.key, node.name.partition("/")[2])]
+    found = found or [node.name for node in nodes.values() if re.fullmatch(rf"{re.escape(wanted)}-s\d+", node.key)]
     if not found:
         near = nearest(wanted, [*nodes, *(node.key for node in nodes.values())])
         raise ValueError(f"this study has no artefact {text!r}; the nearest is {near!r} (vlmalign status lists them)")
